@@ -1,0 +1,1472 @@
+"""SimCLR: a simple framework for contrastive learning of visual representations, in PyTorch.
+
+Chen, Kornblith, Norouzi and Hinton, ICML 2020, https://arxiv.org/abs/2002.05709.
+
+    python simclr.py                                      # embedded digits, a minute on a laptop
+    python simclr.py --dataset cifar10                    # ResNet-18, on a GPU
+    python simclr.py --dataset folder --data-dir photos   # one's own images, labelled or not
+
+The idea, and the notation of the paper, which the code keeps inside formulas:
+
+    x      one of the N images of a batch
+    t(x)   a random augmentation of it; every image gives two views, a batch 2N
+    h      f(view), the encoder's output after average pooling: the representation, kept
+    z      g(h), the projection head's output: what the loss sees, thrown away after training
+    tau    the temperature of NT-Xent, the loss that asks of each view: which of the other
+           2N - 1 is the second view of the same image? (Eq. 1)
+
+Reading order, which is the paper's: configuration · augmentation (Section 3) · encoder and
+projection head (Section 4) · NT-Xent (Section 2.1) · optimiser and schedule (Section 2.2) ·
+training, Algorithm 1 · what was learned · the command line. Data sets, files and classifiers
+are in utils.py.
+
+A run keeps everything in checkpoints/<run>/ and draws figures/<run>/loss_plot.png. The same
+command again continues an interrupted run, and on the CPU ends bit for bit as if it had not been
+interrupted: all randomness derives from (seed, epoch, step).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import json
+import math
+import os
+import shlex
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.transforms.v2 import functional as TF
+
+import utils
+from utils import Images, ImageSet, InputError
+
+# --------------------------------------------------------------------------------- configuration
+
+
+def _field(default: Any, help: str, choices: Sequence[str] = (), identity: bool = True) -> Any:
+    """A dataclass field with what the command line and the checkpoint need to know of it.
+
+    identity: whether a run with another value is another run (False for where and how it runs).
+    """
+    metadata = {"help": help, "choices": tuple(choices), "identity": identity}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass
+class Config:
+    """One run: the command line, the checkpoint's record and the functions' argument in one.
+
+    The defaults are the paper's ImageNet settings where it has them; a recipe (RECIPES) overrides
+    some for a data set, and flags override the recipe. make_config() does that and checks.
+    """
+
+    recipe: str = _field("", "named settings (default: the one for the data set)")
+    # data
+    dataset: str = _field("digits", "what to pre-train on", utils.DATASETS)
+    data_dir: str = _field(
+        "data", "where data sets are kept and downloaded to; with 'folder' your images",
+        identity=False,
+    )  # fmt: skip
+    image_size: int = _field(
+        0, "side in px that the encoder sees; 0: the images' own, or 224 if they vary"
+    )
+    # augmentation (Section 3 and Appendix A)
+    crop_min: float = _field(0.08, "smallest area of a random crop, as a share of the image")
+    flip: float = _field(0.5, "probability of a horizontal flip")
+    rotation: float = _field(0.0, "largest random rotation, in degrees")
+    jitter_p: float = _field(0.8, "probability of colour jitter")
+    color_strength: float = _field(1.0, "s: multiplies the four strengths below")
+    brightness: float = _field(0.8, "strength of brightness jitter at s = 1")
+    contrast: float = _field(0.8, "strength of contrast jitter at s = 1")
+    saturation: float = _field(0.8, "strength of saturation jitter at s = 1")
+    hue: float = _field(0.2, "strength of hue jitter at s = 1, in turns of the colour circle")
+    gray_p: float = _field(0.2, "probability of dropping the colour")
+    blur_p: float = _field(0.0, "probability of Gaussian blur, sigma 0.1 to 2 px")
+    # model (Section 4)
+    arch: str = _field(
+        "resnet50",
+        "encoder",
+        ("resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+    )
+    width: float = _field(1.0, "multiplies the encoder's channels (the paper's 1x, 2x, 4x)")
+    stem: str = _field(
+        "auto", "small: 3x3 without max-pool, for images up to 64 px; imagenet: 7x7 and max-pool",
+        ("auto", "small", "imagenet"),
+    )  # fmt: skip
+    projection: str = _field("nonlinear", "projection head g", ("nonlinear", "linear", "none"))
+    head_hidden: int = _field(0, "width of the head's hidden layer; 0: as wide as h")
+    head_dim: int = _field(128, "width of z")
+    head_bn: bool = _field(False, "BatchNorm in the head's hidden layer")
+    # loss and optimiser (Section 2)
+    temperature: float = _field(0.1, "tau of NT-Xent")
+    batch_size: int = _field(256, "N, images per step; each gives two views")
+    epochs: int = _field(100, "passes over the data")
+    optimizer: str = _field("lars", "update rule", ("lars", "sgd", "adamw"))
+    lr: float = _field(0.3, "learning rate before scaling with the batch size")
+    lr_scaling: str = _field(
+        "linear", "peak rate: lr*N/256, lr*sqrt(N), or lr itself", ("linear", "sqrt", "none")
+    )
+    warmup_epochs: float = _field(10.0, "epochs of linear warm-up before the cosine decay")
+    momentum: float = _field(0.9, "momentum of LARS and SGD")
+    weight_decay: float = _field(1e-6, "weight decay")
+    decay_all: bool = _field(False, "decay biases and BatchNorm as well")
+    # the run
+    seed: int = _field(0, "seed of everything random")
+    precision: str = _field(
+        "auto", "auto: bfloat16 where the hardware has it", ("auto", "bfloat16", "float32")
+    )
+    knn_every: int = _field(10, "epochs between measurements of kNN accuracy; 0: only at the end")
+    device: str = _field("auto", "auto, cpu, cuda, cuda:N or mps", identity=False)
+    workers: int = _field(
+        -1, "processes that decode streamed images; -1: one per core", identity=False
+    )
+    save_every: int = _field(1, "epochs between checkpoints", identity=False)
+    run: str = _field("", "name of the run (default: <dataset>_<arch>)", identity=False)
+    checkpoints: str = _field("checkpoints", "folder of all runs' checkpoints", identity=False)
+    figures: str = _field("figures", "folder of all runs' figures", identity=False)
+
+    @property
+    def folder(self) -> Path:
+        """Where the run keeps its checkpoint, log and summary."""
+        return Path(self.checkpoints) / self.run
+
+    @property
+    def figure_folder(self) -> Path:
+        return Path(self.figures) / self.run
+
+
+# Overrides of Config's defaults. The sources are in the comments; --recipe NAME chooses one.
+RECIPES: dict[str, dict[str, Any]] = {
+    # 1,437 scans of digits: no flip (another glyph), no hue or grey (they have no colour)
+    "digits": dict(
+        arch="resnet10", width=0.25, batch_size=256, epochs=60, temperature=0.2,
+        crop_min=0.3, flip=0.0, rotation=15.0, color_strength=0.5, saturation=0.0, hue=0.0,
+        gray_p=0.0, optimizer="adamw", lr=2e-3, lr_scaling="none", warmup_epochs=5.0,
+        weight_decay=1e-4,
+    ),
+    # the strongest public recipe for CIFAR-10 with a ResNet-18 (dkobak/simclr-cifar10)
+    "cifar10": dict(
+        arch="resnet18", batch_size=512, epochs=1000, temperature=0.5, crop_min=0.2,
+        color_strength=0.5, gray_p=0.1, optimizer="sgd", lr=0.03, warmup_epochs=0.0,
+        weight_decay=5e-4, decay_all=True, head_hidden=1024,
+    ),
+    # the paper's own (Appendix B.9): 94.0 % with a linear classifier
+    "cifar10-paper": dict(
+        arch="resnet50", batch_size=1024, epochs=1000, temperature=0.5, color_strength=0.5, lr=1.0
+    ),
+    # 96 px: the paper's augmentation with blur, the optimiser of the CIFAR-10 recipe
+    "stl10": dict(
+        arch="resnet18", batch_size=512, epochs=200, temperature=0.2, color_strength=1.0,
+        crop_min=0.2, blur_p=0.5, optimizer="sgd", lr=0.06, weight_decay=5e-4, decay_all=True,
+    ),
+    # one's own images: a batch that one GPU holds at 224 px, the paper's augmentation
+    "folder": dict(
+        arch="resnet18", batch_size=256, epochs=200, temperature=0.2, blur_p=0.5, crop_min=0.2,
+        optimizer="sgd", lr=0.06, weight_decay=1e-4, decay_all=True,
+    ),
+    # the paper's main setting (Section 2.2): batch 4096, LARS
+    "imagenet-paper": dict(
+        batch_size=4096, epochs=100, blur_p=0.5, image_size=224, head_hidden=2048
+    ),
+}  # fmt: skip
+
+# what fits the other data sets of load_images()
+DATASET_RECIPE = {name: name if name in RECIPES else "cifar10" for name in utils.DATASETS}
+
+
+def make_config(**overrides: Any) -> Config:
+    """Config of the recipe for the data set (or of recipe=…) with `overrides` on top, checked.
+
+    Raises InputError naming the field, its range and the value.
+    """
+    dataset = overrides.get("dataset", "digits")
+    if dataset not in utils.DATASETS:
+        raise InputError(f"unknown data set {dataset!r}; there are {', '.join(utils.DATASETS)}")
+    recipe = overrides.get("recipe") or DATASET_RECIPE[dataset]
+    if recipe not in RECIPES:
+        raise InputError(f"unknown recipe {recipe!r}; there are {', '.join(RECIPES)}")
+    config = Config(**{**RECIPES[recipe], **overrides, "recipe": recipe})
+    config.run = config.run or f"{config.dataset}_{config.arch}"
+    check_config(config)
+    return config
+
+
+def check_config(config: Config) -> None:
+    """Raise InputError for the first field that is out of range."""
+    for field in dataclasses.fields(config):
+        value, choices = getattr(config, field.name), field.metadata["choices"]
+        if choices and value not in choices:
+            raise InputError(f"{flag(field.name)} {value!r}: choose from {', '.join(choices)}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{flag(field.name)} must be a finite number, got {value}")
+
+    def need(holds: bool, name: str, range_text: str) -> None:
+        if not holds:
+            raise InputError(f"{flag(name)} must be {range_text}, got {getattr(config, name)}")
+
+    for name in ("flip", "jitter_p", "gray_p", "blur_p"):
+        need(0 <= getattr(config, name) <= 1, name, "a probability in [0, 1]")
+    for name in ("color_strength", "brightness", "contrast", "saturation", "weight_decay"):
+        need(getattr(config, name) >= 0, name, "0 or more")
+    for name in ("warmup_epochs", "head_hidden", "knn_every", "seed"):
+        need(getattr(config, name) >= 0, name, "0 or more")
+    need(config.image_size == 0 or 8 <= config.image_size <= 4096, "image_size", "0 or 8 to 4096")
+    need(0 < config.crop_min <= 1, "crop_min", "in (0, 1]")
+    need(0 <= config.rotation <= 180, "rotation", "in [0, 180] degrees")
+    need(0 <= config.hue * config.color_strength <= 0.5, "hue", "0 to 0.5 turns after scaling by s")
+    need(0 < config.width <= 16, "width", "in (0, 16]")
+    need(config.head_dim >= 1, "head_dim", "1 or more")
+    need(config.temperature > 0, "temperature", "positive")
+    need(config.batch_size >= 2, "batch_size", "at least 2 (NT-Xent needs negatives)")
+    need(config.epochs >= 1, "epochs", "at least 1")
+    need(config.lr > 0, "lr", "positive")
+    need(config.warmup_epochs <= config.epochs, "warmup_epochs", f"at most epochs={config.epochs}")
+    need(0 <= config.momentum < 1, "momentum", "in [0, 1)")
+    need(config.save_every >= 1, "save_every", "at least 1")
+    need(config.workers >= -1, "workers", "-1 or more")
+    parts = Path(config.run).parts
+    plain = parts and not Path(config.run).is_absolute() and ".." not in parts
+    need(bool(plain) and "\0" not in config.run, "run", "a plain name, below the folder of runs")
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a Config field."""
+    return "--" + name.replace("_", "-")
+
+
+def resolve(config: Config, data: Images, device: torch.device) -> Config:
+    """Replace what was left to be chosen (0, "auto") by what fits the data and the device."""
+    size, precision, stem = config.image_size, config.precision, config.stem
+    if size == 0:
+        size = min(data.images.shape[-2:]) if isinstance(data, ImageSet) else STREAMED_SIZE
+        if size < MIN_SIZE:
+            raise InputError(
+                f"the images are only {size} px; choose {flag('image_size')} {MIN_SIZE} or more"
+            )
+    if precision == "auto":
+        precision = "bfloat16" if utils.has_fast_bfloat16(device) else "float32"
+    if stem == "auto":
+        stem = "small" if size <= SMALL_STEM_SIZE else "imagenet"
+    data_dir = config.data_dir
+    if config.dataset == "folder":
+        data_dir = str(Path(data_dir).resolve())
+    return dataclasses.replace(
+        config, image_size=size, precision=precision, stem=stem, data_dir=data_dir
+    )
+
+
+STREAMED_SIZE = 224  # px: what images of varying sizes are cropped to
+SMALL_STEM_SIZE = 64  # px: up to here the 3x3 stem (Appendix B.9 has 32)
+MIN_SIZE = 8  # px
+
+# What each stream of random numbers is for: utils.derive_seed(config.seed, PURPOSE, …)
+WEIGHTS, SHUFFLE, VIEWS, LABELS = range(4)
+
+# ---------------------------------------------------------------------------------- augmentation
+#
+# Each step is a pure function of images and of u, uniform numbers in [0, 1): one row an image,
+# as many columns as the step declares in `draws`. So every image has its own parameters, nothing
+# loops over images, nothing waits for the device, and whoever holds u can repeat the views.
+
+RATIO = (3 / 4, 4 / 3)  # aspect ratios of crops, width : height
+CROP_TRIES = 10  # as torchvision: crops that stick out are drawn again, at last the image is taken
+BLUR_SIGMA = (0.1, 2.0)  # px
+BLUR_KERNEL = 0.1  # kernel size as a share of the image's side
+LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as torchvision
+PIECE_BYTES = 2**20  # bytes of float32 images that are augmented together on a CPU: its cache
+
+
+def lerp(low: float, high: float, u: Tensor) -> Tensor:
+    """[0, 1) -> [low, high)."""
+    return low + (high - low) * u
+
+
+def column(values: Tensor) -> Tensor:
+    """(N,) -> (N, 1, 1, 1), to multiply images with."""
+    return values.view(-1, 1, 1, 1)
+
+
+class RandomResizedCrop:
+    """A random part of the image, resized to a square (paper: area 8-100 %, aspect 3/4-4/3)."""
+
+    draws = 2 * CROP_TRIES + 2
+
+    def __init__(self, size: int, scale: tuple[float, float]) -> None:
+        self.size, self.scale = size, scale
+
+    def boxes(self, u: Tensor, height: int, width: int) -> Tensor:
+        """Crop boxes int64 (N, 4): top, left, height, width, distributed as torchvision's."""
+        area = height * width * lerp(*self.scale, u[:, :CROP_TRIES])  # (N, tries)
+        log_ratio = lerp(math.log(RATIO[0]), math.log(RATIO[1]), u[:, CROP_TRIES : 2 * CROP_TRIES])
+        w = (area * log_ratio.exp()).sqrt().round()  # (N, tries)
+        h = (area / log_ratio.exp()).sqrt().round()
+        fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
+
+        # the last resort: the largest central box of an allowed aspect ratio
+        last_w = min(width, round(height * RATIO[1]))
+        last_h = min(height, round(width / RATIO[0]))
+        w = F.pad(w, (0, 1), value=last_w)  # (N, tries + 1)
+        h = F.pad(h, (0, 1), value=last_h)
+        first = F.pad(fits, (0, 1), value=True).int().argmax(1, keepdim=True)  # (N, 1)
+        w, h = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0]  # (N,)
+
+        top = torch.minimum((u[:, -2] * (height - h + 1)).floor(), height - h)
+        left = torch.minimum((u[:, -1] * (width - w + 1)).floor(), width - w)
+        central = first[:, 0] == CROP_TRIES
+        top = torch.where(central, ((height - h) / 2).floor(), top)
+        left = torch.where(central, ((width - w) / 2).floor(), left)
+        return torch.stack([top, left, h, w], dim=1).long()
+
+    def __call__(self, images: Tensor, u: Tensor) -> Tensor:
+        return resized_crop(images, self.boxes(u, *images.shape[-2:]), self.size)
+
+
+def resized_crop(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Crop each image to its box and resize it: float (N, C, H, W) -> (N, C, size, size).
+
+    boxes: (N, 4) top, left, height, width in px. Equals torchvision's resized_crop (bilinear,
+    antialiased). Resizing is linear and separable, so it is one matrix for the rows and one for
+    the columns of each image, and a batch is two batched matrix products.
+    """
+    top, left, height, width = boxes.float().unbind(1)
+    rows = interpolation_matrix(top, height, images.shape[-2], size)  # (N, size, H)
+    columns = interpolation_matrix(left, width, images.shape[-1], size)  # (N, size, W)
+    wide = images.flatten(1, 2) @ columns.mT  # (N, C·H, size)
+    return rows[:, None] @ wide.unflatten(1, images.shape[1:3])  # (N, C, size, size)
+
+
+def interpolation_matrix(start: Tensor, length: Tensor, pixels: int, size: int) -> Tensor:
+    """Weights (N, size, pixels) that resize the range [start, start + length) to `size` px.
+
+    Row i is a triangle around where output pixel i lies in the input: one input pixel wide when
+    enlarging (bilinear), one output pixel wide when reducing (antialiased), cut off at the box
+    and normalised.
+    """
+    steps = torch.arange(size, device=start.device) + 0.5
+    inputs = torch.arange(pixels, device=start.device) + 0.5
+    scale = (length / size)[:, None]  # (N, 1) input px per output px
+    centre = start[:, None] + scale * steps  # (N, size)
+    distance = (inputs - centre[..., None]).abs() / scale.clamp(min=1)[..., None]
+    inside = (inputs > start[:, None]) & (inputs < (start + length)[:, None])  # (N, pixels)
+    weights = (1 - distance).clamp(min=0) * inside[:, None]  # (N, size, pixels)
+    return weights / weights.sum(-1, keepdim=True)
+
+
+class RandomFlip:
+    """Mirrors left and right with probability p."""
+
+    draws = 1
+
+    def __init__(self, p: float) -> None:
+        self.p = p
+
+    def __call__(self, images: Tensor, u: Tensor) -> Tensor:
+        return torch.where(column(u[:, 0] < self.p), images.flip(-1), images)
+
+
+class RandomRotation:
+    """Rotates by an angle from [-degrees, degrees]; what comes in from outside is black."""
+
+    draws = 1
+
+    def __init__(self, degrees: float) -> None:
+        self.degrees = degrees
+
+    def __call__(self, images: Tensor, u: Tensor) -> Tensor:
+        return rotate(images, lerp(-self.degrees, self.degrees, u[:, 0]))
+
+
+def rotate(images: Tensor, degrees: Tensor) -> Tensor:
+    """Rotate (N, C, H, W) counter-clockwise about the centre, bilinear. degrees: (N,)."""
+    angle = torch.deg2rad(degrees)
+    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    ratio = images.shape[-2] / images.shape[-1]  # the grid's units are half sides
+    matrix = torch.stack([cos, -sin * ratio, zero, sin / ratio, cos, zero], 1).view(-1, 2, 3)
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
+
+
+class ColorJitter:
+    """Brightness, contrast, saturation and hue, each by a random factor, in random order."""
+
+    draws = 9  # coin, three factors, hue, three for the order, one for the place of hue
+
+    def __init__(
+        self, p: float, brightness: float, contrast: float, saturation: float, hue: float
+    ) -> None:
+        self.p, self.hue = p, hue
+        self.strengths = (brightness, contrast, saturation)
+
+    def __call__(self, images: Tensor, u: Tensor) -> Tensor:
+        jittered = u[:, :1] < self.p  # (N, 1)
+        factors = torch.stack(
+            [lerp(max(0, 1 - s), 1 + s, u[:, 1 + i]) for i, s in enumerate(self.strengths)], 1
+        )
+        factors = torch.where(jittered, factors, 1.0)  # (N, 3); 1 changes nothing
+        order = u[:, 5:8].argsort(1)  # (N, 3)
+        if not self.hue:
+            return color_jitter(images, factors, order)
+
+        # Hue is the dear one. A random quarter of the images has it in each of the four places,
+        # so that it is computed once an image and not four times with three results unused.
+        hue = torch.where(jittered[:, 0], lerp(-self.hue, self.hue, u[:, 4]), 0.0)  # (N,)
+        out = torch.empty_like(images)
+        for place, rows in enumerate(u[:, 8].argsort().chunk(4)):
+            out[rows] = color_jitter(images[rows], factors[rows], order[rows], hue[rows], place)
+        return out
+
+
+def color_jitter(
+    images: Tensor, factors: Tensor, order: Tensor, hue: Tensor | None = None, hue_place: int = 0
+) -> Tensor:
+    """torchvision's adjust_brightness, -contrast, -saturation and -hue in a given order.
+
+    images: float (N, 3, H, W) in [0, 1]. factors: (N, 3), the three blending factors, >= 0.
+    order: int64 (N, 3), a permutation of 0 1 2 a row, in which the image gets these. hue: (N,) in
+    [-0.5, 0.5] turns, applied after `hue_place` of the three.
+
+    All three blend the image with a grey one: out = f·x + (1 - f)·reference, clamped, where the
+    reference is black, the image's mean luma, or each pixel's luma.
+    """
+    for place in range(4):
+        if hue is not None and place == hue_place:
+            images = adjust_hue(images, hue)
+        if place == 3:
+            break
+        which = order[:, place]  # (N,)
+        factor = column(factors.gather(1, which[:, None]))
+        gray = luma(images)  # (N, 1, H, W)
+        mean = gray.mean((-2, -1), keepdim=True)  # (N, 1, 1, 1)
+        reference = gray * column(which == 2) + mean * column(which == 1)
+        images = torch.addcmul((1 - factor) * reference, images, factor).clamp(0, 1)
+    return images
+
+
+def luma(images: Tensor) -> Tensor:
+    """Brightness as the eye weighs the colours: (N, 3, H, W) -> (N, 1, H, W)."""
+    red, green, blue = images.split(1, dim=1)
+    return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
+
+
+def adjust_hue(images: Tensor, turns: Tensor) -> Tensor:
+    """Shift the hue of (N, 3, H, W) in [0, 1] by (N,) turns of the colour circle, through HSV.
+
+    In HSV each channel is  max - (max - min)·clamp(min(k, 4 - k), 0, 1),  k = (n + 6·hue) mod 6
+    with n = 5, 3, 1 for red, green, blue; saturation and value stay, so max and min do too.
+    """
+    red, green, blue = images.split(1, dim=1)  # (N, 1, H, W)
+    high, low = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
+    chroma = high - low
+    inverse = 1 / torch.where(chroma > 0, chroma, 1.0)
+    sixths = torch.where(
+        high == red,
+        (green - blue) * inverse,
+        torch.where(high == green, 2 + (blue - red) * inverse, 4 + (red - green) * inverse),
+    )
+    n = torch.tensor([5.0, 3.0, 1.0], device=images.device).view(1, 3, 1, 1)
+    k = (sixths + column(6 * turns) + n).remainder(6)  # (N, 3, H, W)
+    return high - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+class RandomGrayscale:
+    """Drops the colour with probability p."""
+
+    draws = 1
+
+    def __init__(self, p: float) -> None:
+        self.p = p
+
+    def __call__(self, images: Tensor, u: Tensor) -> Tensor:
+        return torch.where(column(u[:, 0] < self.p), luma(images), images)
+
+
+class RandomBlur:
+    """Gaussian blur with probability p; sigma 0.1 to 2 px, kernel 10 % of the side (App. A)."""
+
+    draws = 2
+
+    def __init__(self, p: float, size: int) -> None:
+        self.p = p
+        self.kernel = 2 * round((BLUR_KERNEL * size - 1) / 2) + 1  # odd
+        self.kernel = max(3, self.kernel)
+
+    def __call__(self, images: Tensor, u: Tensor) -> Tensor:
+        blurred = gaussian_blur(images, lerp(*BLUR_SIGMA, u[:, 1]), self.kernel)
+        return torch.where(column(u[:, 0] < self.p), blurred, images)
+
+
+def gaussian_blur(images: Tensor, sigma: Tensor, kernel: int) -> Tensor:
+    """Blur (N, C, H, W) with sigma (N,) px, mirrored at the edges as torchvision's gaussian_blur.
+
+    kernel: odd, at most 2·min(H, W) - 1. Blurring is linear and separable: a matrix for the rows
+    and one for the columns of each image.
+    """
+    offset = torch.arange(kernel, device=images.device) - kernel // 2
+    weights = (-0.5 * (offset / sigma[:, None]).square()).exp()  # (N, kernel)
+    weights = weights / weights.sum(1, keepdim=True)
+
+    def matrix(pixels: int) -> Tensor:
+        source = torch.arange(pixels, device=images.device)[:, None] + offset  # (pixels, kernel)
+        source = (pixels - 1) - ((pixels - 1) - source.abs()).abs()  # mirrored, edge not repeated
+        taps = F.one_hot(source, pixels).float()  # (pixels, kernel, pixels)
+        return torch.einsum("nk,ikj->nij", weights, taps)  # (N, pixels, pixels)
+
+    rows, columns = matrix(images.shape[-2]), matrix(images.shape[-1])
+    return rows[:, None] @ images @ columns[:, None].mT
+
+
+class Augment:
+    """The random augmentation t: a list of steps (Section 3), each image with its own parameters.
+
+    `augment(images)` -> float32 (N, 3, size, size) in [0, 1], on the images' device.
+    images: uint8 (N, 3, H, W), or float in [0, 1].
+    u: float (N, augment.draws) in [0, 1), the randomness; by default it is drawn.
+    first: the step to start with (1 where the crop was made while decoding).
+    """
+
+    def __init__(
+        self,
+        size: int,
+        crop_scale: tuple[float, float] = (0.08, 1.0),
+        flip_p: float = 0.5,
+        rotation: float = 0.0,
+        jitter_p: float = 0.8,
+        strength: float = 1.0,
+        jitter: tuple[float, float, float, float] = (0.8, 0.8, 0.8, 0.2),
+        grayscale_p: float = 0.2,
+        blur_p: float = 0.5,
+    ) -> None:
+        self.size = size
+        self.steps: list[Any] = [RandomResizedCrop(size, crop_scale)]
+        if flip_p:
+            self.steps.append(RandomFlip(flip_p))
+        if rotation:
+            self.steps.append(RandomRotation(rotation))
+        if jitter_p and strength and any(jitter):
+            self.steps.append(ColorJitter(jitter_p, *(strength * s for s in jitter)))
+        if grayscale_p:
+            self.steps.append(RandomGrayscale(grayscale_p))
+        if blur_p:
+            self.steps.append(RandomBlur(blur_p, size))
+
+    @property
+    def draws(self) -> int:
+        """Random numbers an image needs."""
+        return sum(step.draws for step in self.steps)
+
+    def draw(
+        self, n: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """The randomness of n views: float32 (n, draws), on the generator's device if given."""
+        device = generator.device if generator is not None else device
+        return torch.rand(n, self.draws, generator=generator, device=device)
+
+    def __call__(self, images: Tensor, u: Tensor | None = None, first: int = 0) -> Tensor:
+        if u is None:
+            u = self.draw(len(images), device=images.device)
+        if images.device.type != "cpu":
+            return self._apply(images, u, first)
+        piece = max(8, PIECE_BYTES // (12 * self.size**2))
+        pieces = zip(images.split(piece), u.split(piece), strict=True)
+        return torch.cat([self._apply(x, v, first) for x, v in pieces])
+
+    def _apply(self, images: Tensor, u: Tensor, first: int) -> Tensor:
+        images = images.float() / 255 if images.dtype == torch.uint8 else images
+        columns = u.split([step.draws for step in self.steps], dim=1)
+        for step, v in zip(self.steps[first:], columns[first:], strict=True):
+            images = step(images, v)
+        return images.clamp(0, 1)
+
+
+def make_augment(config: Config) -> Augment:
+    """The augmentation that a (resolved) configuration describes."""
+    return Augment(
+        config.image_size,
+        crop_scale=(config.crop_min, 1.0),
+        flip_p=config.flip,
+        rotation=config.rotation,
+        jitter_p=config.jitter_p,
+        strength=config.color_strength,
+        jitter=(config.brightness, config.contrast, config.saturation, config.hue),
+        grayscale_p=config.gray_p,
+        blur_p=config.blur_p,
+    )
+
+
+# -------------------------------------------------------------------- encoder and projection head
+
+ARCHITECTURES: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, ...]]] = {
+    "resnet10": (BasicBlock, (1, 1, 1, 1)),
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+    "resnet152": (Bottleneck, (3, 8, 36, 3)),
+}
+
+
+class Encoder(torchvision.models.ResNet):
+    """f: images (B, 3, S, S) -> h (B, feature_dim), after average pooling (Section 2.1).
+
+    torchvision's ResNet without its last layer, so that at width 1 names, shapes and outputs are
+    torchvision's. width multiplies every channel count (the paper's 2x and 4x). stem "small" is a
+    3x3 convolution of stride 1 without max-pool, for small images (Appendix B.9).
+    """
+
+    def __init__(self, arch: str, width: float = 1.0, stem: str = "imagenet") -> None:
+        block, layers = ARCHITECTURES[arch]
+        self._width = width  # read by _make_layer, which the parent's constructor calls
+        super().__init__(block, list(layers))
+        channels = self._scaled(64)
+        self.feature_dim = self.inplanes
+        self.fc = nn.Identity()
+        if stem == "small":
+            self.conv1 = nn.Conv2d(3, channels, 3, stride=1, padding=1, bias=False)
+            self.maxpool = nn.Identity()
+        elif width != 1:
+            self.conv1 = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
+        if width != 1:
+            self.bn1 = nn.BatchNorm2d(channels)
+        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+
+    def _scaled(self, channels: int) -> int:
+        return max(1, round(channels * self._width))
+
+    def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
+        if planes == 64:  # the first stage: the stem's width is fixed at 64 in the parent
+            self.inplanes = self._scaled(64)
+        return super()._make_layer(block, self._scaled(planes), blocks, stride, dilate)
+
+
+class SimCLR(nn.Module):
+    """Encoder f and projection head g: views (B, 3, S, S) -> h (B, feature_dim), z (B, D).
+
+    After training only the encoder is kept; z is for the loss (Section 4.2: h is better by more
+    than 10 points).
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        stem = config.stem
+        if stem == "auto":
+            stem = "small" if config.image_size <= SMALL_STEM_SIZE else "imagenet"
+        self.encoder = Encoder(config.arch, config.width, stem)
+        self.projector = make_projector(
+            config.projection,
+            self.encoder.feature_dim,
+            config.head_hidden or self.encoder.feature_dim,
+            config.head_dim,
+            config.head_bn,
+        )
+
+    def forward(self, views: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.encoder(views)
+        return h, self.projector(h)
+
+
+def make_projector(kind: str, dim: int, hidden: int, out: int, batch_norm: bool) -> nn.Module:
+    """g: an MLP with one hidden layer (the paper's), a linear map, or nothing (Figure 8)."""
+    if kind == "none":
+        return nn.Identity()
+    if kind == "linear":
+        return nn.Linear(dim, out, bias=False)
+    layers: list[nn.Module] = [nn.Linear(dim, hidden, bias=not batch_norm)]
+    layers += [nn.BatchNorm1d(hidden)] if batch_norm else []
+    return nn.Sequential(*layers, nn.ReLU(inplace=True), nn.Linear(hidden, out))
+
+
+def make_model(config: Config) -> SimCLR:
+    """A fresh model whose weights depend on config.seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(utils.derive_seed(config.seed, WEIGHTS))
+        return SimCLR(config)
+
+
+# --------------------------------------------------------------------------------------- NT-Xent
+
+
+def contrastive_logits(z1: Tensor, z2: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Cosine similarity of each view to every other, over tau: the logits of Eq. 1.
+
+    z1, z2: (N, D), the two views; row i of both comes from image i. Returns logits float32
+    (2N, 2N), -inf where a view meets itself, and int64 (2N,) the column of each view's partner.
+    """
+    n = len(z1)
+    with torch.autocast(z1.device.type, enabled=False):  # bfloat16 has 3 digits: too few here
+        z = F.normalize(torch.cat([z1, z2]).to(_at_least_float32(z1)), dim=1)  # (2N, D)
+        logits = z @ z.T / temperature  # (2N, 2N)
+    logits.fill_diagonal_(float("-inf"))  # k != i
+    partner = torch.arange(2 * n, device=z.device).roll(n)  # (2N,) the other view
+    return logits, partner
+
+
+def _at_least_float32(z: Tensor) -> torch.dtype:
+    return torch.promote_types(z.dtype, torch.float32)
+
+
+def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+    """The normalised temperature-scaled cross entropy loss (Eq. 1), a scalar.
+
+    z1, z2: (N, D), the projections of the two views of N >= 2 images, of any length: they are
+    normalised here. The mean over all 2N views of -log softmax(cos / tau) at the partner, with the
+    2N - 2 views of other images as negatives. Equal rows give ln(2N - 1).
+    Raises ValueError if the shapes differ or are not (N, D).
+    """
+    if z1.ndim != 2 or z1.shape != z2.shape:
+        raise ValueError(f"need two (N, D) of one shape, got {(*z1.shape,)} and {(*z2.shape,)}")
+    logits, partner = contrastive_logits(z1, z2, temperature)
+    return F.cross_entropy(logits, partner)
+
+
+@torch.no_grad()
+def contrastive_accuracy(z1: Tensor, z2: Tensor) -> Tensor:
+    """Share of the 2N views whose nearest other view is their partner: scalar in [0, 1]."""
+    logits, partner = contrastive_logits(z1, z2, temperature=1.0)
+    return (logits.argmax(1) == partner).float().mean()
+
+
+# ------------------------------------------------------------------------ optimiser and schedule
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (You et al. 2017), as the paper trains (Section 2.2).
+
+    For each weight: g ← gradient + decay·w, v ← momentum·v + lr·(trust·‖w‖ / ‖g‖)·g, w ← w - v.
+    A group with adapt=False (biases and BatchNorm, as in the paper) has the ratio 1; so has a
+    weight whose norm or gradient is zero.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust: float = 0.001,
+        adapt: bool = True,
+    ) -> None:
+        defaults = dict(
+            lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust, adapt=adapt
+        )
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            weights = [p for p in group["params"] if p.grad is not None]
+            if weights:
+                self._update(weights, group)
+        return loss
+
+    def _update(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+        """All weights of a group at once: on a GPU a few launches instead of a few per weight."""
+        for p in weights:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        velocities = [self.state[p]["momentum_buffer"] for p in weights]
+        gradients = [p.grad for p in weights]
+        if group["weight_decay"]:
+            gradients = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
+        if group["adapt"]:
+            w_norms = torch.stack(torch._foreach_norm(weights))
+            g_norms = torch.stack(torch._foreach_norm(gradients))
+            usable = (w_norms > 0) & (g_norms > 0)
+            ratios = torch.where(usable, group["trust"] * w_norms / g_norms, 1.0)
+            gradients = torch._foreach_mul(gradients, list(ratios.unbind()))
+        torch._foreach_mul_(velocities, group["momentum"])
+        torch._foreach_add_(velocities, gradients, alpha=group["lr"])
+        torch._foreach_sub_(weights, velocities)
+
+
+def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    """LARS, SGD or AdamW over two groups: weights, and biases and BatchNorm.
+
+    The second group is not decayed (unless config.decay_all) and not adapted by LARS.
+    """
+    params = [p for p in model.parameters() if p.requires_grad]
+    weights, others = [p for p in params if p.ndim > 1], [p for p in params if p.ndim <= 1]
+    decay = config.weight_decay
+    groups = [
+        {"params": weights, "weight_decay": decay},
+        {"params": others, "weight_decay": decay if config.decay_all else 0.0},
+    ]
+    if config.optimizer == "lars":
+        groups[1]["adapt"] = False
+        return LARS(groups, lr=config.lr, momentum=config.momentum)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    return torch.optim.AdamW(groups, lr=config.lr)
+
+
+def peak_learning_rate(config: Config) -> float:
+    """lr·N/256 ("linear"), lr·√N ("sqrt": Appendix B.1 has 0.075·√N), or lr ("none")."""
+    scale = {
+        "linear": config.batch_size / 256,
+        "sqrt": math.sqrt(config.batch_size),
+        "none": 1.0,
+    }
+    return config.lr * scale[config.lr_scaling]
+
+
+def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float) -> float:
+    """The rate of step 0 … total_steps - 1: linear up to the peak, then half a cosine to zero.
+
+    Section 2.2: linear warm-up for the first 10 epochs, cosine decay without restarts.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return peak * (1 + math.cos(math.pi * progress)) / 2
+
+
+# ----------------------------------------------------------------------- training (Algorithm 1)
+
+
+@dataclass
+class Position:
+    """How far a run has come; with the weights, all that resuming needs."""
+
+    epoch: int = 0  # epochs that are complete
+    step: int = 0  # steps that are complete in the epoch under way
+    loss_sum: float = 0.0  # over those steps
+    accuracy_sum: float = 0.0
+    seconds: float = 0.0  # of training in the epoch under way
+    total_seconds: float = 0.0  # of training in complete epochs
+
+
+def batch_count(config: Config, n: int) -> tuple[int, int]:
+    """(images per step, steps per epoch) for n images.
+
+    The last, smaller batch is left out, unless it is the only one: then all images are a batch.
+    """
+    size = min(config.batch_size, n)
+    return size, n // size
+
+
+def view_batches(
+    config: Config, data: Images, augment: Augment, device: torch.device, epoch: int, start: int
+) -> Iterator[Tensor]:
+    """The epoch's batches from step `start` on: two views of N images, float32 (2N, 3, S, S).
+
+    Row i and row N + i are the views of one image. Order and views follow from (seed, epoch,
+    step) alone, whatever was drawn before and however many workers decode.
+    """
+    size, steps = batch_count(config, len(data))
+    order = torch.randperm(len(data), generator=utils.generator("cpu", config.seed, SHUFFLE, epoch))
+    batches = order[: size * steps].view(steps, size)[start:]
+
+    def randomness(step: int, where: torch.device | str) -> Tensor:
+        source = utils.generator(where, config.seed, VIEWS, epoch, step)
+        return augment.draw(2 * size, source)  # (2N, draws)
+
+    if isinstance(data, ImageSet):
+        for step, rows in enumerate(batches.to(device), start):
+            images = data.images[rows]
+            yield augment(torch.cat([images, images]), randomness(step, device))
+        return
+
+    draws = [randomness(step, "cpu") for step in range(start, steps)]
+    items = [
+        [(int(row), u[i::size]) for i, row in enumerate(rows)]
+        for rows, u in zip(batches, draws, strict=True)
+    ]
+    crop = partial(crop_two_views, augment.steps[0])
+    crops = utils.decoded_batches(data, items, crop, worker_count(config))
+    for pairs, u in zip(crops, draws, strict=True):  # (N, 2, 3, S, S)
+        views = pairs.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
+        yield augment(views, u.to(device, non_blocking=True), first=1)
+
+
+def crop_two_views(crop: RandomResizedCrop, image: Tensor, u: Tensor) -> Tensor:
+    """Both crops of one decoded image: uint8 (3, H, W), u (2, draws) -> uint8 (2, 3, S, S)."""
+    boxes = crop.boxes(u[:, : crop.draws], *image.shape[-2:]).tolist()
+    size = [crop.size, crop.size]
+    return torch.stack([TF.resized_crop(image, *box, size, antialias=True) for box in boxes])
+
+
+def worker_count(config: Config) -> int:
+    return config.workers if config.workers >= 0 else len(os.sched_getaffinity(0))
+
+
+def train_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[Tensor],
+    rate: Callable[[int], float],
+    loss_function: Callable[[Tensor, Tensor], Tensor],
+    precision: str,
+    position: Position,
+    after_step: Callable[[], bool],
+) -> bool:
+    """Algorithm 1 over the batches of an epoch. Updates model, optimizer and position.
+
+    rate: learning rate of a step of this epoch. loss_function: (z1, z2) -> scalar. after_step: is
+    called after each step; True asks to stop. Returns whether the epoch was completed.
+    """
+    model.train()
+    started = time.perf_counter()
+    device = next(model.parameters()).device
+    sums = torch.tensor([position.loss_sum, position.accuracy_sum], device=device)
+    completed = True
+    for views in batches:  # (2N, 3, S, S)
+        for group in optimizer.param_groups:
+            group["lr"] = rate(position.step)
+        with utils.autocast(device, precision):
+            _, z = model(views.contiguous(memory_format=torch.channels_last))  # (2N, D)
+        z1, z2 = z.chunk(2)  # both views in one pass: BatchNorm sees all 2N
+        loss = loss_function(z1, z2)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+        sums += torch.stack([loss.detach(), contrastive_accuracy(z1, z2)])
+        position.step += 1
+        if after_step():
+            completed = False
+            break
+    position.loss_sum, position.accuracy_sum = sums.tolist()  # the only wait for the device
+    position.seconds += time.perf_counter() - started
+    return completed
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop, and it has been saved. signal: its number."""
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(signal)
+        self.signal = signal
+
+
+@dataclass
+class Data:
+    """What a run learns from and is judged by. Labels are never used in training."""
+
+    pretrain: Images
+    train: Images
+    test: Images
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the representation can be judged by a classifier."""
+        train, test = self.train, self.test
+        enough = train.labels is not None and test.labels is not None and len(test) > 0
+        return enough and len(train.classes) > 1
+
+
+def load_data(config: Config, device: torch.device) -> Data:
+    """All splits of config.dataset; images that are held in memory are moved to `device`."""
+    pretrain = utils.load_images(config.dataset, "pretrain", config.data_dir)
+    if len(pretrain) < 2:
+        raise InputError(f"need at least 2 images to contrast, got {len(pretrain)}")
+    pretrain = pretrain.to(device)
+    train = pretrain
+    if config.dataset == "stl10":  # the one whose labelled training images are fewer
+        train = utils.load_images(config.dataset, "train", config.data_dir).to(device)
+    test = utils.load_images(config.dataset, "test", config.data_dir).to(device)
+    return Data(pretrain, train, test)
+
+
+def pretrain(
+    config: Config, data: Data, device: torch.device, say: Callable[[str], None] = print
+) -> SimCLR:
+    """Train, or continue, the run that `config` (resolved) describes, to its last epoch.
+
+    Writes config.json, last.pt, log.jsonl and the figure as it goes. Raises InputError if the
+    folder holds a run of another configuration or cannot be written, or the loss is not finite;
+    Interrupted if a signal asked to stop.
+    """
+    model = make_model(config).to(device, memory_format=torch.channels_last)
+    optimizer = make_optimizer(config, model)
+    position = Position()
+    checkpoint = config.folder / "last.pt"
+    if checkpoint.exists():
+        state = utils.load_checkpoint(checkpoint)
+        position = restore(state, config, model, optimizer, len(data.pretrain))
+        if position.epoch >= config.epochs:
+            return model
+        say(f"continuing {config.folder} after {position.epoch} of {config.epochs} epochs")
+
+    config.folder.mkdir(parents=True, exist_ok=True)
+    utils.write_json(config.folder / "config.json", dataclasses.asdict(config))
+    log_file = config.folder / "log.jsonl"
+    log = [row for row in utils.read_jsonl(log_file) if row["epoch"] <= position.epoch]
+    utils.write_jsonl(log_file, log)
+
+    augment = make_augment(config)
+    size, steps = batch_count(config, len(data.pretrain))
+    total, warmup = config.epochs * steps, round(config.warmup_epochs * steps)
+    peak = peak_learning_rate(config)
+    loss_function = partial(nt_xent, temperature=config.temperature)
+    figure = FigureKeeper(config, chance=math.log(2 * size - 1))
+    progress = utils.Progress(total, position.epoch * steps + position.step, unit="step")
+
+    def save() -> None:
+        utils.save_checkpoint(
+            checkpoint, snapshot(config, model, optimizer, position, len(data.pretrain))
+        )
+
+    with utils.StopRequest() as stop:
+
+        def after_step() -> bool:
+            progress.advance()
+            return bool(stop)
+
+        while position.epoch < config.epochs:
+            epoch = position.epoch
+
+            def rate(step: int, epoch: int = epoch) -> float:
+                return learning_rate(epoch * steps + step, total, warmup, peak)
+
+            batches = view_batches(config, data.pretrain, augment, device, epoch, position.step)
+            completed = train_epoch(
+                model, optimizer, batches, rate, loss_function, config.precision, position,
+                after_step,
+            )  # fmt: skip
+            if not math.isfinite(position.loss_sum):
+                raise InputError(
+                    f"the loss is not finite in epoch {epoch + 1} (of {config.epochs}); the last "
+                    f"good checkpoint is kept. Try a lower {flag('lr')}, a longer "
+                    f"{flag('warmup_epochs')}, a higher {flag('temperature')}, or "
+                    f"{flag('precision')} float32"
+                )
+            if not completed and position.step < steps:
+                save()
+                raise Interrupted(stop.signal)
+
+            row = {
+                "epoch": epoch + 1,
+                "loss": position.loss_sum / steps,
+                "contrastive_accuracy": position.accuracy_sum / steps,
+                "lr": rate(steps - 1),
+                "views_per_second": round(2 * size * steps / position.seconds, 1),
+                "seconds": round(position.seconds, 3),
+            }
+            position = Position(epoch + 1, total_seconds=position.total_seconds + position.seconds)
+            last = position.epoch == config.epochs
+            due = config.knn_every and position.epoch % config.knn_every == 0
+            if data.labelled and (due or last):
+                row["knn"] = knn_accuracy(model.encoder, data, config, device)
+            log.append(row)
+            utils.append_jsonl(log_file, row)
+            if last or stop or position.epoch % config.save_every == 0:
+                save()
+            figure.update(log, last)
+            progress.show(*describe(row, log, config), last=last)
+            if stop and not last:
+                raise Interrupted(stop.signal)
+    progress.close()
+    return model
+
+
+def describe(row: dict, log: list[dict], config: Config) -> tuple[dict[str, str], str]:
+    """An epoch's numbers for the bar, and as a line."""
+    knn = next((r["knn"] for r in reversed(log) if "knn" in r), None)
+    values = {
+        "loss": f"{row['loss']:.3f}",
+        "kNN": "–" if knn is None else f"{knn:.1%}",
+        "views/s": f"{row['views_per_second']:,.0f}",
+    }
+    left = (config.epochs - row["epoch"]) * row["seconds"]
+    line = f"epoch {row['epoch']:4d}/{config.epochs}  loss {row['loss']:.3f}"
+    line += f"  found its partner {row['contrastive_accuracy']:5.1%}"
+    line += f"  kNN {values['kNN']}  {values['views/s']} views/s  {left:.0f} s left"
+    return values, line
+
+
+def snapshot(
+    config: Config,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    position: Position,
+    images: int,
+) -> dict:
+    """The checkpoint: plain types and tensors, readable with torch.load(weights_only=True)."""
+    return {
+        "format": CHECKPOINT_FORMAT,
+        "config": dataclasses.asdict(config),
+        "position": dataclasses.asdict(position),
+        "images": images,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+
+
+CHECKPOINT_FORMAT = 1
+
+
+def restore(
+    state: dict,
+    config: Config,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: int,
+) -> Position:
+    """Load a checkpoint of this run. InputError if it is of another one, naming what differs."""
+    if state.get("format") != CHECKPOINT_FORMAT:
+        raise InputError(
+            f"{config.folder} has a checkpoint of format {state.get('format')!r}; this version "
+            f"reads format {CHECKPOINT_FORMAT}"
+        )
+    differ = differences(state["config"], config)
+    if state["images"] != images:
+        differ.append(f"number of images ({state['images']} there, {images} now)")
+    if differ:
+        raise InputError(
+            f"{config.folder} holds a run with another configuration: {', '.join(differ)}. "
+            "Choose another name with --run, or --overwrite it"
+        )
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return Position(**state["position"])
+
+
+def differences(saved: dict, config: Config) -> list[str]:
+    """The identity fields in which two configurations differ, with both values."""
+    names = [f.name for f in dataclasses.fields(config) if f.metadata["identity"]]
+    if config.dataset == "folder":
+        names.append("data_dir")
+    return [
+        f"{flag(name)} ({saved.get(name)} there, {getattr(config, name)} now)"
+        for name in names
+        if saved.get(name) != getattr(config, name)
+    ]
+
+
+# ------------------------------------------------------------------------------ what was learned
+
+KNN_NEIGHBOURS = 10
+LABELS_PER_CLASS = 10
+LABEL_DRAWS = 5
+REPRESENTATIONS = {
+    "pixels": "raw pixels",
+    "untrained": "untrained encoder",
+    "simclr": "SimCLR h",
+}
+
+
+def features(
+    encoder: Callable[[Tensor], Tensor], data: Images, config: Config, device: torch.device
+) -> Tensor:
+    """h of every image, or whatever `encoder` computes: float32 (N, D)."""
+    return utils.embed(
+        encoder, data, config.image_size, device, config.precision, workers=worker_count(config)
+    )
+
+
+def knn_accuracy(
+    encoder: Callable[[Tensor], Tensor], data: Data, config: Config, device: torch.device
+) -> float:
+    """Test accuracy in [0, 1] of k = 10 nearest neighbours by cosine among the training images."""
+    train, test = (features(encoder, part, config, device) for part in (data.train, data.test))
+    predicted = utils.knn_predict(
+        train, data.train.labels, test, len(data.train.classes), KNN_NEIGHBOURS
+    )
+    return utils.accuracy(predicted, data.test.labels)
+
+
+def evaluate(model: SimCLR, data: Data, config: Config, device: torch.device) -> dict[str, dict]:
+    """Raw pixels, the same encoder untrained, and h, on the test split; accuracies in [0, 1].
+
+    Returns knn, linear_10 (mean over draws of 10 labels per class), linear_10_std and linear_all,
+    each with keys pixels, untrained, simclr.
+    """
+    untrained = make_model(config).to(device, memory_format=torch.channels_last)
+    encoders = {
+        "pixels": utils.flat_pixels,
+        "untrained": untrained.encoder,
+        "simclr": model.encoder,
+    }
+    results: dict[str, dict] = {
+        key: {} for key in ("knn", "linear_10", "linear_10_std", "linear_all")
+    }
+    y, y_test, classes = data.train.labels, data.test.labels, len(data.train.classes)
+    for name, encoder in encoders.items():
+        x, x_test = (features(encoder, part, config, device) for part in (data.train, data.test))
+        predicted = utils.knn_predict(x, y, x_test, classes, KNN_NEIGHBOURS)
+        results["knn"][name] = utils.accuracy(predicted, y_test)
+        few = []
+        for draw in range(LABEL_DRAWS):
+            seed = utils.derive_seed(config.seed, LABELS, draw)
+            per_class = utils.class_balanced_order(y.cpu().numpy(), seed)
+            rows = torch.cat([torch.from_numpy(r[:LABELS_PER_CLASS]) for r in per_class]).to(device)
+            few.append(utils.linear_accuracy(x[rows], y[rows], x_test, y_test, classes))
+        spread = torch.tensor(few, dtype=torch.float64)
+        results["linear_10"][name] = spread.mean().item()
+        results["linear_10_std"][name] = spread.std().item()
+        results["linear_all"][name] = utils.linear_accuracy(x, y, x_test, y_test, classes)
+    return results
+
+
+def table(results: dict[str, dict], images: int) -> str:
+    """What evaluate() found, for people."""
+    lines = [
+        f"{f'{images:,} test images':22} {'kNN (k=10)':>11} "
+        f"{'10 labels a class':>19} {'all labels':>11}"
+    ]
+    for key, name in REPRESENTATIONS.items():
+        few = f"{100 * results['linear_10'][key]:.1f} ± {100 * results['linear_10_std'][key]:.1f} %"
+        lines.append(
+            f"{name:22} {100 * results['knn'][key]:9.1f} % {few:>19} "
+            f"{100 * results['linear_all'][key]:9.1f} %"
+        )
+    return "\n".join(lines)
+
+
+def draw_training(log: Sequence[dict], chance: float) -> Any:
+    """The training curves as a matplotlib Figure: loss, contrastive accuracy, kNN, learning rate.
+
+    log: rows of log.jsonl. chance: ln(2N - 1), the loss when all projections are equal.
+    """
+    from matplotlib.figure import Figure  # late: half a second that not every import needs
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(7.2, 4.8), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True)
+    epochs = [row["epoch"] for row in log]
+    marker = "." if len(log) < 20 else ""
+
+    loss, guess, knn, rate = axes.flat
+    loss.plot(epochs, [row["loss"] for row in log], color="C0", marker=marker)
+    loss.axhline(chance, color="0.4", linestyle="--", linewidth=1)
+    loss.annotate(
+        f"chance, ln(2N − 1) = {chance:.2f}", (0.98, chance), (0, -3), color="0.3", fontsize=8,
+        xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", va="top",
+    )  # fmt: skip
+    loss.set(title="NT-Xent loss", ylabel="nats", ylim=(0, chance * 1.05))
+
+    guess.plot(epochs, [100 * r["contrastive_accuracy"] for r in log], color="C1", marker=marker)
+    guess.axhline(100 / math.exp(chance), color="0.4", linestyle="--", linewidth=1)
+    guess.set(title="Views that find their partner", ylabel="%", ylim=(0, 100))
+
+    measured = [row for row in log if "knn" in row]
+    knn.plot(
+        [row["epoch"] for row in measured], [100 * row["knn"] for row in measured],
+        color="C2", marker="o", markersize=3,
+    )  # fmt: skip
+    knn.set(title="kNN accuracy of h (k = 10, cosine)", ylabel="% of test images", xlabel="epoch")
+    if not measured:
+        knn.text(0.5, 0.5, "not measured", ha="center", transform=knn.transAxes, color="0.4")
+
+    rate.plot(epochs, [row["lr"] for row in log], color="C3", marker=marker)
+    rate.set(title="Learning rate", xlabel="epoch", ylim=(0, None))
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    for axis in axes.flat:
+        axis.grid(color="0.9")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    return figure
+
+
+class FigureKeeper:
+    """Redraws loss_plot.png as a run trains, spending a small share of the time on it."""
+
+    SHARE = 0.01  # of the run's time, at most
+
+    def __init__(self, config: Config, chance: float) -> None:
+        self.path, self.chance = config.figure_folder / "loss_plot.png", chance
+        self._next = time.perf_counter()
+
+    def update(self, log: Sequence[dict], force: bool = False) -> None:
+        started = time.perf_counter()
+        if started < self._next and not force:
+            return
+        picture = io.BytesIO()
+        draw_training(log, self.chance).savefig(picture, format="png", dpi=150)
+        utils.write_atomically(self.path, picture.getbuffer())
+        now = time.perf_counter()
+        self._next = now + (now - started) / self.SHARE
+
+
+# ------------------------------------------------------------------------------ the command line
+
+FIELD_GROUPS = {  # the first field of each group in --help
+    "recipe": "data",
+    "crop_min": "augmentation (Section 3, Appendix A)",
+    "arch": "encoder and projection head (Section 4)",
+    "temperature": "loss and optimiser (Section 2)",
+    "seed": "the run",
+}
+OWN_FILES = ("config.json", "last.pt", "log.jsonl", "summary.json")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> Any:
+        utils.exit_with_error(self.prog, InputError(f"{message} (see --help)"))
+
+
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for each field of Config; those not given stay out of the namespace."""
+    group = parser.add_argument_group()
+    types = {"int": int, "float": float, "str": str}
+    for field in dataclasses.fields(Config):
+        if field.name in FIELD_GROUPS:
+            group = parser.add_argument_group(FIELD_GROUPS[field.name])
+        text = field.metadata["help"]
+        if field.default != "":
+            text += f" [{field.default}]"
+        text = text.replace("%", "%%")
+        if field.type == "bool":
+            group.add_argument(
+                flag(field.name), action=argparse.BooleanOptionalAction,
+                default=argparse.SUPPRESS, help=text,
+            )  # fmt: skip
+            continue
+        choices = field.metadata["choices"]
+        group.add_argument(
+            flag(field.name),
+            type=types[field.type],
+            choices=choices or None,
+            metavar=None if choices else field.type.upper(),
+            default=argparse.SUPPRESS,
+            help=text,
+        )
+
+
+def describe_recipes() -> str:
+    """The recipes for --help, a paragraph each."""
+    paragraphs = ["recipes (defaults above are overridden by the recipe, both by flags):"]
+    for name, overrides in RECIPES.items():
+        flags = " ".join(f"{flag(key)} {value}" for key, value in overrides.items())
+        paragraphs.append(textwrap.fill(flags, 96, initial_indent=f"  {name}: ",
+                                        subsequent_indent="      "))  # fmt: skip
+    return "\n".join(paragraphs)
+
+
+def parse_command_line(argv: Sequence[str] | None = None) -> tuple[Config, bool]:
+    """The configuration and whether an earlier run of the same name is to be replaced."""
+    parser = OneLineParser(
+        prog="simclr.py",
+        description=__doc__,
+        epilog=describe_recipes(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="start anew, replacing a run of the same name"
+    )
+    add_config_flags(parser)
+    options = vars(parser.parse_args(argv))
+    overwrite = options.pop("overwrite")
+    return make_config(**options), overwrite
+
+
+def describe_config(config: Config) -> str:
+    """The resolved configuration, a line a group."""
+    lines: list[str] = []
+    for field in dataclasses.fields(config):
+        if field.name in FIELD_GROUPS:
+            lines.append("")
+        lines[-1] += f"{field.name}={getattr(config, field.name)} "
+    return "\n".join(textwrap.fill(x, 100, subsequent_indent="  ") for x in lines)
+
+
+def finished_summary(config: Config) -> dict | None:
+    """The summary of the run if it is complete. InputError if it is another configuration's."""
+    try:
+        summary = json.loads((config.folder / "summary.json").read_text(encoding="utf-8"))
+        differ = differences(summary["config"], config)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{config.folder / 'summary.json'} is damaged ({error})") from error
+    if differ:
+        raise InputError(
+            f"{config.folder} holds a finished run with another configuration: "
+            f"{', '.join(differ)}. Choose another name with --run, or --overwrite it"
+        )
+    return summary
+
+
+def run(config: Config, overwrite: bool = False) -> dict:
+    """Pre-train and evaluate: what `python simclr.py` does. Returns the summary."""
+    started = time.perf_counter()
+    device = utils.choose_device(config.device)
+    data = load_data(config, device)
+    config = resolve(config, data.pretrain, device)
+    if overwrite:
+        for name in OWN_FILES:
+            (config.folder / name).unlink(missing_ok=True)
+    print(describe_config(config))
+    summary = finished_summary(config)
+    if summary is not None:
+        print(f"\n{config.folder} is finished; --overwrite trains it again")
+        if "knn" in summary:
+            print(table(summary, len(data.test)))
+        return summary
+    print(
+        f"\n{len(data.pretrain):,} images to learn from, on {device} in {config.precision}; "
+        f"files in {config.folder}, figure in {config.figure_folder}"
+    )
+
+    model = pretrain(config, data, device)
+    log = utils.read_jsonl(config.folder / "log.jsonl")
+    training_seconds = sum(row["seconds"] for row in log)
+    size, steps = batch_count(config, len(data.pretrain))
+    summary = {
+        "config": dataclasses.asdict(config),
+        "parameters": sum(p.numel() for p in model.encoder.parameters()),
+        "loss": log[-1]["loss"],
+        "views_per_second": 2 * size * steps * config.epochs / training_seconds,
+        "training_seconds": training_seconds,
+    }
+    if data.labelled:
+        summary |= evaluate(model, data, config, device)
+        print("\n" + table(summary, len(data.test)))
+    else:
+        print("\nNo labelled test images, so the representation was not evaluated")
+    summary["seconds"] = time.perf_counter() - started
+    utils.write_json(config.folder / "summary.json", summary)
+    print(
+        f"\n{training_seconds:.0f} s of training, {summary['views_per_second']:,.0f} views/s; "
+        f"{summary['seconds']:.0f} s in all\n"
+        f"curves        {config.figure_folder / 'loss_plot.png'}\n"
+        f"weights, log  {config.folder}\n"
+        f"{NEXT_STEPS}"
+    )
+    return summary
+
+
+NEXT_STEPS = """
+next:
+  python simclr.py --seed 1 --run digits_seed1            another seed
+  python simclr.py --dataset cifar10                      CIFAR-10, ResNet-18, on a GPU
+  python simclr.py --dataset folder --data-dir PHOTOS     your own images
+  python simclr.py --help                                 every setting, and the recipes"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    try:
+        run(*parse_command_line(argv))
+    except InputError as error:
+        utils.exit_with_error("simclr.py", error)
+    except Interrupted as stop:
+        command = shlex.join(["python", *sys.argv]) if argv is None else "the same call"
+        command = command.replace(" --overwrite", "")
+        print(f"\nstopped and saved; continue with: {command}", file=sys.stderr)
+        raise SystemExit(128 + stop.signal) from None
+    except KeyboardInterrupt:
+        print("\nstopped; the last checkpoint is kept", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

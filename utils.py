@@ -1,0 +1,800 @@
+"""What the scripts share and what has no SimCLR in it.
+
+Reading order: errors · randomness · files · signals · devices · data sets · embedding ·
+classifiers on embeddings. Everything takes tensors, modules and paths; nothing here knows a
+configuration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import datasets as tv_datasets
+from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------- errors
+
+
+class InputError(ValueError):
+    """Something the user can put right: reported as one line on stderr with exit code 2."""
+
+
+def exit_with_error(program: str, error: BaseException) -> NoReturn:
+    """Print `program: error: …` as a single line on stderr and leave with exit code 2."""
+    message = " ".join(str(error).split())
+    print(f"{program}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ------------------------------------------------------------------------------------ randomness
+
+
+def derive_seed(seed: int, *keys: int) -> int:
+    """A 63-bit seed for the stream named by `keys` (purpose, epoch, step, …), all >= 0.
+
+    Streams of different keys are statistically independent (numpy's SeedSequence), so a run needs
+    no saved generator state: whoever knows (seed, epoch, step) can draw the same numbers again.
+    """
+    words = np.random.SeedSequence((seed, *keys)).generate_state(1, np.uint64)
+    return int(words[0] >> np.uint64(1))
+
+
+def generator(device: torch.device | str, seed: int, *keys: int) -> torch.Generator:
+    """A torch generator on `device` at the start of the stream (seed, *keys)."""
+    return torch.Generator(device=device).manual_seed(derive_seed(seed, *keys))
+
+
+# ----------------------------------------------------------------------------------------- files
+
+
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Replace `path` by `content` so that a crash at any moment leaves the old or the new file.
+
+    Raises InputError when the folder cannot be written or the disk is full; `path` is untouched
+    then.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        kept = "; the previous version is intact" if path.is_file() else ""
+        raise InputError(f"cannot write {path}: {error.strerror or error}{kept}") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` durable (a no-op where folders cannot be opened, as on Windows)."""
+    with contextlib.suppress(OSError, AttributeError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_jsonl(path: Path, rows: Sequence[dict]) -> None:
+    """Write `rows` as JSON lines, atomically."""
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def append_jsonl(path: Path, row: dict) -> None:
+    """Append one row to a JSON-lines file."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The rows of a JSON-lines file; none if it does not exist. A torn last line is left out."""
+    rows = []
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return rows
+    for line in text.splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Write `state` (tensors and plain types only) atomically. Raises InputError if it cannot."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(path, buffer.getbuffer())
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Read a checkpoint onto the CPU without running any code that it may hold.
+
+    Returns the dict that was saved. Raises InputError if the file is missing, damaged (the
+    checksums inside the zip file are verified), or holds anything but tensors and plain types.
+    """
+    path = Path(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise InputError(f"{path} is damaged (checksum of its part {damaged!r} is wrong)")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"no checkpoint at {path}") from None
+    except Exception as error:  # zipfile, pickle and torch raise many types for a bad file
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error)
+        raise InputError(f"{path} is not a readable checkpoint ({reason})") from error
+    if not isinstance(state, dict):
+        raise InputError(f"{path} holds a {type(state).__name__}, not a checkpoint")
+    return state
+
+
+# --------------------------------------------------------------------------------------- signals
+
+
+class StopRequest:
+    """Turns SIGINT, SIGTERM and SIGUSR1 (SLURM's advance notice) into a flag that a loop can read.
+
+    `with StopRequest() as stop:` — `stop.signal` is None until a signal arrives, then its number.
+    A second SIGINT ends the program at once. Outside the main thread it does nothing.
+    """
+
+    _NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for name in self._NAMES:
+            number = getattr(signal, name, None)
+            if number is not None:
+                with contextlib.suppress(ValueError):  # not in the main thread
+                    self._old[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: object) -> None:
+        if number == signal.SIGINT and self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+
+# --------------------------------------------------------------------------------------- devices
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` (CUDA if there is one, else the CPU) or a torch device string.
+
+    Raises InputError for a device that this machine or this build of torch does not have.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except Exception as error:  # RuntimeError, AssertionError, NotImplementedError by backend
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"--device {name} is not available here ({reason})") from error
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise InputError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
+    return device
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether `device` computes in bfloat16 in hardware (Ampere GPUs on, AVX512-BF16 or AMX)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+    return False
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The autocast region for `precision` "bfloat16", or a disabled one for "float32"."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+
+
+# ------------------------------------------------------------------------------------- data sets
+
+DATASETS = ("digits", "cifar10", "cifar100", "svhn", "fashion-mnist", "stl10", "folder")
+SPLITS = ("pretrain", "train", "test")
+
+IMAGE_SUFFIXES = frozenset(
+    [
+        ".jpg",
+        ".jpeg",
+        ".png",
+        ".bmp",
+        ".gif",
+        ".tif",
+        ".tiff",
+        ".webp",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".jp2",
+    ]
+)
+HELD_OUT = 0.2  # share of each class kept for testing where a data set has no split of its own
+MEMORY_SIDE = 128  # px: larger images are streamed from disk
+MEMORY_BYTES = 8 * 2**30  # bytes: sets that are larger as uint8 are streamed from disk
+
+
+@dataclass
+class ImageSet:
+    """Images of one size in memory.
+
+    images: uint8 (N, 3, H, W). labels: int64 (N,) or None. classes: name of each label.
+    """
+
+    images: Tensor
+    labels: Tensor | None = None
+    classes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device: torch.device) -> ImageSet:
+        labels = None if self.labels is None else self.labels.to(device)
+        return ImageSet(self.images.to(device), labels, self.classes)
+
+    def batches(
+        self, size: int, batch_size: int, device: torch.device, workers: int = 0
+    ) -> Iterator[Tensor]:
+        """In order, without augmentation: float32 (B, 3, size, size) in [0, 1] on `device`."""
+        del workers  # nothing to decode
+        for images in self.images.split(batch_size):
+            yield center_view(images.to(device), size)
+
+
+@dataclass
+class ImageFiles:
+    """Images of any size on disk, decoded when they are used.
+
+    root: the folder. paths: bytes array (N,) of file names below it, kept as one flat block so
+    that worker processes share it. labels: int64 (N,) or None. classes: name of each label.
+    """
+
+    root: Path
+    paths: np.ndarray
+    labels: Tensor | None = None
+    classes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def to(self, device: torch.device) -> ImageFiles:
+        labels = None if self.labels is None else self.labels.to(device)
+        return ImageFiles(self.root, self.paths, labels, self.classes)
+
+    def path(self, index: int) -> Path:
+        return self.root / os.fsdecode(self.paths[index])
+
+    def batches(
+        self, size: int, batch_size: int, device: torch.device, workers: int = 0
+    ) -> Iterator[Tensor]:
+        """In order, without augmentation: float32 (B, 3, size, size) in [0, 1] on `device`."""
+        keys = [(index, None) for index in range(len(self))]
+        chunks = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
+
+        for images in decoded_batches(self, chunks, partial(_center_uint8, size), workers):
+            yield images.to(device, non_blocking=True).float() / 255
+
+
+Images = ImageSet | ImageFiles
+
+
+def _center_uint8(size: int, image: Tensor, _: None) -> Tensor:
+    return to_uint8(center_view(image[None], size)[0])
+
+
+def center_view(images: Tensor, size: int) -> Tensor:
+    """Shorter side resized to `size` (antialiased bilinear), then the central square.
+
+    images: uint8 or float (N, 3, H, W). Returns float32 (N, 3, size, size) in [0, 1].
+    """
+    images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    if images.shape[-2:] != (size, size):
+        images = TF.center_crop(TF.resize(images, [size], antialias=True), [size, size])
+    return images.clamp(0, 1)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """float in [0, 1] -> uint8 in [0, 255], rounded to the nearest."""
+    return (images * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def load_images(dataset: str, split: str, data_dir: str | Path = "data") -> Images:
+    """One split of a data set.
+
+    dataset: one of DATASETS. split: "pretrain" (what is trained on without labels: the training
+    images, on STL-10 with the unlabelled ones), "train" (the labelled training images) or "test".
+    data_dir: where downloads go and are looked for; for "folder" the user's own folder.
+
+    Returns an ImageSet, or for folders of large or mixed sizes an ImageFiles. A folder without
+    test images gives an empty one for "test". Raises InputError for an unknown name, files that
+    are missing and cannot be downloaded, an empty or missing folder, or an unreadable image.
+    """
+    if dataset not in DATASETS:
+        raise InputError(f"unknown data set {dataset!r}; there are {', '.join(DATASETS)}")
+    if split not in SPLITS:
+        raise InputError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
+    if dataset == "digits":
+        return _load_digits(split)
+    if dataset == "folder":
+        return _load_folder(Path(data_dir), split)
+    return _load_torchvision(dataset, split, Path(data_dir))
+
+
+def class_balanced_order(labels: np.ndarray, seed: int = 0) -> list[np.ndarray]:
+    """For each class, in order of its number, the shuffled indices of its images."""
+    random = np.random.default_rng(seed)
+    return [random.permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
+
+
+def split_held_out(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A fixed split, the same share of every class: sorted indices for (training, testing)."""
+    test = np.concatenate(
+        [rows[: round(HELD_OUT * len(rows))] for rows in class_balanced_order(labels)]
+    )
+    return np.setdiff1d(np.arange(len(labels)), test), np.sort(test)
+
+
+def _load_digits(split: str) -> ImageSet:
+    """scikit-learn's 1,797 real scans of handwritten digits, 8 x 8 in 17 greys, to 16 px RGB."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    indices = np.arange(len(digits.target))
+    train, test = train_test_split(
+        indices, test_size=HELD_OUT, stratify=digits.target, random_state=0
+    )
+    rows = np.sort(test if split == "test" else train)
+    grey = torch.from_numpy(digits.images[rows]).float()[:, None] / digits.images.max()
+    grey = F.interpolate(grey, size=16, mode="bilinear")  # (N, 1, 16, 16)
+    labels = torch.from_numpy(digits.target[rows]).long()
+    return ImageSet(to_uint8(grey).repeat(1, 3, 1, 1), labels, tuple("0123456789"))
+
+
+def _load_torchvision(dataset: str, split: str, root: Path) -> ImageSet:
+    train = split != "test"
+    part = {"pretrain": "train+unlabeled", "train": "train", "test": "test"}[split]
+    makers: dict[str, Callable[[], Any]] = {
+        "cifar10": lambda: tv_datasets.CIFAR10(root, train=train, download=True),
+        "cifar100": lambda: tv_datasets.CIFAR100(root, train=train, download=True),
+        "svhn": lambda: tv_datasets.SVHN(root, "train" if train else "test", download=True),
+        "fashion-mnist": lambda: tv_datasets.FashionMNIST(root, train=train, download=True),
+        "stl10": lambda: tv_datasets.STL10(root, split=part, download=True),
+    }
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # "Files already downloaded and verified"
+            source = makers[dataset]()
+    except (OSError, RuntimeError, EOFError, ValueError) as error:  # URLError is an OSError
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{dataset} could not be read from or downloaded to {root.absolute()} ({reason}). "
+            f"Without a network, put {_expected_files(dataset)} there"
+        ) from error
+
+    images = torch.as_tensor(source.data)
+    if dataset in ("cifar10", "cifar100"):
+        images = images.permute(0, 3, 1, 2)  # (N, H, W, 3) -> (N, 3, H, W)
+    if dataset == "fashion-mnist":
+        images = images[:, None].repeat(1, 3, 1, 1)  # grey -> RGB
+    labels = torch.as_tensor(getattr(source, "targets", getattr(source, "labels", None))).long()
+    classes = tuple(getattr(source, "classes", None) or "0123456789")
+    if (labels < 0).any():  # STL-10 marks unlabelled images by -1
+        return ImageSet(images.contiguous(), None, classes)
+    return ImageSet(images.contiguous(), labels, classes)
+
+
+def _expected_files(dataset: str) -> str:
+    return {
+        "cifar10": f"{tv_datasets.CIFAR10.filename} or the folder cifar-10-batches-py",
+        "cifar100": f"{tv_datasets.CIFAR100.filename} or the folder cifar-100-python",
+        "svhn": "train_32x32.mat and test_32x32.mat",
+        "fashion-mnist": "FashionMNIST/raw with its four ubyte files",
+        "stl10": f"{tv_datasets.STL10.filename} or the folder stl10_binary",
+    }[dataset]
+
+
+# ---------------------------------------------------------------------- data sets: one's own images
+
+
+def list_images(root: Path) -> list[str]:
+    """Names, relative to `root` and sorted, of all image files below it, by their ending.
+
+    Linked folders are followed, each real folder once, so that a loop of links ends.
+    """
+    found: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            subfolders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in files:
+            if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
+                found.append(os.path.relpath(os.path.join(folder, name), root))
+    return sorted(found)
+
+
+def folder_labels(paths: Sequence[str]) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """Labels from the layout `<class>/<file>`, or None where the files are not laid out so.
+
+    paths: file names relative to the folder. There are labels if every file lies directly in one
+    of at least two subfolders. Returns (int64 (N,) or None, class names sorted).
+    """
+    if not paths or any(path.count(os.sep) != 1 for path in paths):
+        return None, ()
+    names = [path.split(os.sep)[0] for path in paths]
+    classes, labels = np.unique(names, return_inverse=True)
+    if len(classes) < 2:
+        return None, ()
+    return labels.astype(np.int64), tuple(str(name) for name in classes)
+
+
+def _load_folder(root: Path, split: str) -> Images:
+    """`root/train/…` with `root/test` or `root/val`, `root/<class>/…`, or any tree of images."""
+    if not root.is_dir():
+        raise InputError(f"--data-dir {root} is not a folder")
+    if (root / "train").is_dir():
+        paths = list_images(root / "train")
+        labels, classes = folder_labels(paths)
+        if split == "test":
+            test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+            train_classes, paths = classes, list_images(test) if test else []
+            labels, classes = folder_labels(paths)
+            if labels is not None and train_classes:  # number the classes as in train/
+                unknown = sorted(set(classes) - set(train_classes))
+                if unknown:
+                    raise InputError(f"{test} has classes that {root / 'train'} lacks: {unknown}")
+                labels = np.array([train_classes.index(name) for name in classes])[labels]
+                classes = train_classes
+            return _read_folder(test or root, paths, labels, classes)
+        folder = root / "train"
+    else:
+        folder, paths = root, list_images(root)
+        labels, classes = folder_labels(paths)
+        rows = np.arange(len(paths))
+        if labels is not None:
+            rows = split_held_out(labels)[split == "test"]
+            labels = labels[rows]
+        elif split == "test":
+            rows = rows[:0]
+        if not paths:
+            raise InputError(f"no images in {folder} (looked for {_suffixes()})")
+        return _read_folder(folder, [paths[i] for i in rows], labels, classes)
+    if not paths:
+        raise InputError(f"no images in {folder} (looked for {_suffixes()})")
+    return _read_folder(folder, paths, labels, classes)
+
+
+def _suffixes() -> str:
+    return " ".join(sorted(IMAGE_SUFFIXES))
+
+
+def _read_folder(
+    root: Path, paths: list[str], labels: np.ndarray | None, classes: tuple[str, ...]
+) -> Images:
+    """In memory if all images are small and of one size, otherwise to be streamed."""
+    targets = None if labels is None else torch.from_numpy(labels)
+    if not paths:
+        return ImageSet(torch.empty(0, 3, 1, 1, dtype=torch.uint8), None, classes)
+    if not _fits_in_memory(root, paths):
+        names = np.array([os.fsencode(path) for path in paths])
+        return ImageFiles(root, names, targets, classes)
+    with ThreadPoolExecutor() as pool:  # PIL decodes without holding Python's lock
+        decoded = pool.map(lambda path: read_image(root / path), paths)
+        bar = tqdm(decoded, f"reading {root}", len(paths), unit="img", leave=False, disable=None)
+        images = torch.stack(list(bar))
+    return ImageSet(images, targets, classes)
+
+
+def _fits_in_memory(root: Path, paths: list[str]) -> bool:
+    """Whether all images have one small size: reads headers, and stops at the first that differs.
+
+    The size is the stored one; an EXIF rotation of square images does not change it, and others
+    that are rotated make the set one of mixed sizes.
+    """
+    common = None
+    for path in paths:
+        size = image_size(root / path)
+        common = common or size
+        if size != common or max(size) > MEMORY_SIDE:
+            return False
+    return common is not None and 3 * common[0] * common[1] * len(paths) <= MEMORY_BYTES
+
+
+_UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+_ORIENTATION = 0x0112  # EXIF tag
+_TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(height, width) in pixels as displayed, from the header alone. InputError if unreadable."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            if image.getexif().get(_ORIENTATION) in _TRANSPOSED:
+                width, height = height, width
+    except _UNREADABLE as error:
+        raise InputError(f"cannot read the image {path} ({error})") from error
+    return height, width
+
+
+def read_image(path: Path) -> Tensor:
+    """Decode any image file to uint8 RGB (3, H, W).
+
+    EXIF orientation is applied, transparency is put on white, 16-bit grey is scaled to 8 bits,
+    of an animation the first frame is taken. Raises InputError naming the file if it cannot be
+    read.
+    """
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)  # noqa: PLW2901
+            if image.mode.startswith("I"):  # 16 bits in one channel; convert() would cut off at 255
+                grey = np.asarray(image, dtype=np.float32) * (255 / 65535)
+                image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))  # noqa: PLW2901
+            if image.has_transparency_data:
+                rgba = image.convert("RGBA")
+                white = Image.new("RGBA", rgba.size, "white")
+                image = Image.alpha_composite(white, rgba)  # noqa: PLW2901
+            pixels = np.array(image.convert("RGB"))
+    except _UNREADABLE as error:
+        raise InputError(f"cannot read the image {path} ({error})") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+class _Decoded(Dataset):
+    """Item (index, argument) -> transform(decoded image, argument), or the reason why not."""
+
+    def __init__(self, files: ImageFiles, transform: Callable[[Tensor, Any], Tensor]) -> None:
+        self.files, self.transform = files, transform
+
+    def __getitem__(self, key: tuple[int, Any]) -> Tensor | str:
+        index, argument = key
+        try:
+            return self.transform(read_image(self.files.path(index)), argument)
+        except InputError as error:
+            return str(error)  # an exception would arrive wrapped in a traceback
+
+
+def _stack_or_raise(items: list[Tensor | str]) -> Tensor | str:
+    errors = [item for item in items if isinstance(item, str)]
+    return errors[0] if errors else torch.stack(items)
+
+
+def decoded_batches(
+    files: ImageFiles,
+    batches: Sequence[Sequence[tuple[int, Any]]],
+    transform: Callable[[Tensor, Any], Tensor],
+    workers: int,
+) -> Iterator[Tensor]:
+    """Decode and transform files in worker processes, batch by batch, in order.
+
+    batches: for each batch the items (index into files, argument for the transform). transform:
+    (uint8 (3, H, W), argument) -> tensor, all of one shape; must pickle. workers: processes, 0 for
+    none. Yields the stacked tensors. Raises InputError naming the first file that cannot be read.
+    """
+    loader = DataLoader(
+        _Decoded(files, transform),
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_stack_or_raise,
+        pin_memory=torch.cuda.is_available(),
+    )
+    for batch in loader:
+        if isinstance(batch, str):
+            raise InputError(batch)
+        yield batch
+
+
+# ------------------------------------------------------------------------------------- embedding
+
+
+@torch.no_grad()
+def embed(
+    encoder: Callable[[Tensor], Tensor],
+    data: Images,
+    size: int,
+    device: torch.device,
+    precision: str = "float32",
+    batch_size: int = 512,
+    workers: int = 0,
+) -> Tensor:
+    """Features of every image, in order, without augmentation: float32 (N, D) on `device`.
+
+    encoder: float (B, 3, size, size) in [0, 1] -> (B, D). A module is put in eval mode (BatchNorm
+    uses its running statistics and does not move) and back.
+    """
+    was_training = isinstance(encoder, nn.Module) and encoder.training
+    if was_training:
+        encoder.eval()
+    try:
+        features = []
+        for images in data.batches(size, batch_size, device, workers):
+            images = images.contiguous(memory_format=torch.channels_last)  # noqa: PLW2901
+            with autocast(device, precision):
+                features.append(encoder(images).float())
+        return torch.cat(features)
+    finally:
+        if was_training:
+            encoder.train()
+
+
+def flat_pixels(images: Tensor, side: int = 32) -> Tensor:
+    """Raw pixels as features: (B, 3, S, S) -> (B, 3·min(S, side)²), averaged down if larger."""
+    if images.shape[-1] > side:
+        images = F.interpolate(images, size=side, mode="bilinear", antialias=True)
+    return images.flatten(1)
+
+
+# ------------------------------------------------------------------- classifiers on embeddings
+
+_KNN_BYTES = 256 * 2**20  # bytes: the block of similarities that is held at a time
+
+
+@torch.no_grad()
+def knn_predict(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    num_classes: int,
+    k: int = 10,
+    temperature: float | None = None,
+) -> Tensor:
+    """k-nearest-neighbour classes by cosine similarity: int64 (M,).
+
+    train_features (N, D), train_labels int64 (N,), test_features (M, D), any float dtype. Each of
+    the k neighbours has one vote; with a temperature, exp(cos / temperature) votes (Wu et al.
+    2018). A tie goes to the smaller class number. k is cut to N.
+    """
+    bank = F.normalize(train_features.float(), dim=1)
+    queries = F.normalize(test_features.float(), dim=1)
+    k = min(k, len(bank))
+    rows = max(1, _KNN_BYTES // (4 * len(bank)))
+    predictions = []
+    for block in queries.split(rows):
+        similarity, neighbours = (block @ bank.T).topk(k, dim=1)  # (rows, k)
+        if temperature is None:
+            weights = torch.ones_like(similarity)
+        else:  # the largest is subtracted so that exp cannot overflow
+            weights = ((similarity - similarity[:, :1]) / temperature).exp()
+        votes = weights.new_zeros(len(block), num_classes)
+        votes.scatter_add_(1, train_labels[neighbours], weights)
+        predictions.append(votes.argmax(1))
+    return torch.cat(predictions)
+
+
+def fit_logistic_regression(
+    features: Tensor, labels: Tensor, num_classes: int, inverse_strength: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Multinomial logistic regression to convergence, by L-BFGS on the features' device.
+
+    Minimises  inverse_strength · Σ_i cross-entropy_i + ½‖W‖²  (scikit-learn's C; the intercept is
+    not penalised). features: float (N, D). labels: int64 (N,). Computed in float64 where the
+    device has it. Returns weight (D, K) and bias (K,) in the features' dtype.
+    """
+    dtype = torch.float32 if features.device.type == "mps" else torch.float64
+    x = features.to(dtype)
+    weight = x.new_zeros(x.shape[1], num_classes, requires_grad=True)
+    bias = x.new_zeros(num_classes, requires_grad=True)
+    decay = 1 / (2 * inverse_strength * len(x))
+    solver = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=2000,
+        tolerance_grad=1e-6,
+        tolerance_change=1e-12,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+    )
+
+    def objective() -> Tensor:
+        solver.zero_grad()
+        with torch.enable_grad():
+            loss = F.cross_entropy(x @ weight + bias, labels) + decay * weight.square().sum()
+            loss.backward()
+        return loss
+
+    solver.step(objective)
+    return weight.detach().to(features.dtype), bias.detach().to(features.dtype)
+
+
+def linear_accuracy(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    num_classes: int,
+    inverse_strength: float = 1.0,
+) -> float:
+    """Test accuracy in [0, 1] of logistic regression on frozen features."""
+    weight, bias = fit_logistic_regression(
+        train_features, train_labels, num_classes, inverse_strength
+    )
+    return accuracy((test_features @ weight + bias).argmax(1), test_labels)
+
+
+def accuracy(predicted: Tensor, labels: Tensor) -> float:
+    """Share of equal entries, in [0, 1]."""
+    return (predicted == labels).float().mean().item()
+
+
+# -------------------------------------------------------------------------------------- progress
+
+
+class Progress:
+    """A tqdm bar on a terminal; elsewhere plain lines, at most one every few seconds.
+
+    `total` counts steps, `done` of which lie behind already.
+    """
+
+    SECONDS_BETWEEN_LINES = 5.0
+
+    def __init__(self, total: int, done: int, unit: str) -> None:
+        self.on_terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=done, unit=unit, disable=not self.on_terminal)
+        self._next_line = 0.0
+
+    def advance(self) -> None:
+        self.bar.update()
+
+    def show(self, values: dict[str, str], line: str, last: bool = False) -> None:
+        """Show `values` beside the bar, or print `line` where there is no terminal."""
+        if self.on_terminal:
+            self.bar.set_postfix(values, refresh=False)
+        elif last or time.monotonic() >= self._next_line:
+            print(line, flush=True)
+            self._next_line = time.monotonic() + self.SECONDS_BETWEEN_LINES
+
+    def close(self) -> None:
+        self.bar.close()
