@@ -152,9 +152,9 @@ class Config:
 RECIPES: dict[str, dict[str, Any]] = {
     # 1,437 scans of digits: no flip (another glyph), no hue or grey (they have no colour)
     "digits": dict(
-        arch="resnet10", width=0.25, batch_size=256, epochs=60, temperature=0.2,
-        crop_min=0.3, flip=0.0, rotation=15.0, color_strength=0.5, saturation=0.0, hue=0.0,
-        gray_p=0.0, optimizer="adamw", lr=2e-3, lr_scaling="none", warmup_epochs=5.0,
+        arch="resnet10", width=0.25, batch_size=256, epochs=90, temperature=0.3,
+        crop_min=0.1, flip=0.0, rotation=15.0, color_strength=0.5, saturation=0.0, hue=0.0,
+        gray_p=0.0, optimizer="adamw", lr=4e-3, lr_scaling="none", warmup_epochs=5.0,
         weight_decay=1e-4,
     ),
     # the strongest public recipe for CIFAR-10 with a ResNet-18 (dkobak/simclr-cifar10)
@@ -1003,7 +1003,7 @@ def pretrain(
             return model
         say(f"continuing {config.folder} after {position.epoch} of {config.epochs} epochs")
 
-    config.folder.mkdir(parents=True, exist_ok=True)
+    utils.make_folder(config.figure_folder)
     utils.write_json(config.folder / "config.json", dataclasses.asdict(config))
     log_file = config.folder / "log.jsonl"
     log = [row for row in utils.read_jsonl(log_file) if row["epoch"] <= position.epoch]
@@ -1201,6 +1201,7 @@ def evaluate(model: SimCLR, data: Data, config: Config, device: torch.device) ->
         x, x_test = (features(encoder, part, config, device) for part in (data.train, data.test))
         predicted = utils.knn_predict(x, y, x_test, classes, KNN_NEIGHBOURS)
         results["knn"][name] = utils.accuracy(predicted, y_test)
+        x, x_test = utils.standardize(x, x_test)  # the l2 penalty means the same for all three
         few = []
         for draw in range(LABEL_DRAWS):
             seed = utils.derive_seed(config.seed, LABELS, draw)
@@ -1384,7 +1385,7 @@ def finished_summary(config: Config) -> dict | None:
     try:
         summary = json.loads((config.folder / "summary.json").read_text(encoding="utf-8"))
         differ = differences(summary["config"], config)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{config.folder / 'summary.json'} is damaged ({error})") from error

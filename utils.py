@@ -100,6 +100,17 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def make_folder(folder: Path) -> None:
+    """Make `folder` and its parents. Raises InputError if that fails or it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
+    if not writable:
+        raise InputError(f"cannot write to {folder}: permission denied")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
@@ -762,6 +773,18 @@ def linear_accuracy(
         train_features, train_labels, num_classes, inverse_strength
     )
     return accuracy((test_features @ weight + bias).argmax(1), test_labels)
+
+
+def standardize(train_features: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Each feature to mean 0 and variance 1 over the training rows; the others alike.
+
+    So that a classifier's l2 penalty means the same for representations of different scale. A
+    feature that is constant in training becomes 0 there.
+    """
+    mean = train_features.mean(0)
+    std = train_features.std(0, correction=0)
+    std = torch.where(std > 1e-6 * std.max(), std, torch.inf)
+    return tuple((x - mean) / std for x in (train_features, *others))
 
 
 def accuracy(predicted: Tensor, labels: Tensor) -> float:

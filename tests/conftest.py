@@ -1,0 +1,63 @@
+"""Small things that several tests need. No test downloads anything."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+TINY = dict(  # a run of seconds
+    dataset="digits", width=0.125, epochs=4, batch_size=300, warmup_epochs=1.0, knn_every=2,
+    device="cpu",
+)  # fmt: skip
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request):
+    """Every device there is: a test that takes it also runs on a GPU where one is."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def images():
+    """float32 (16, 3, 24, 20) in [0, 1]: noise on smooth colours, with pure black, white, grey."""
+    random = torch.Generator().manual_seed(0)
+    smooth = torch.rand(16, 3, 3, 3, generator=random)
+    x = torch.nn.functional.interpolate(smooth, size=(24, 20), mode="bilinear")
+    x = (x + 0.2 * torch.randn(x.shape, generator=random)).clamp(0, 1)
+    x[0], x[1], x[2] = 0.0, 1.0, 0.5
+    return x
+
+
+@pytest.fixture
+def tiny_config(tmp_path):
+    """Makes a configuration whose files go to a temporary folder."""
+    import simclr
+
+    def make(**overrides):
+        places = dict(checkpoints=str(tmp_path / "checkpoints"), figures=str(tmp_path / "figures"))
+        return simclr.make_config(**{**TINY, **places, **overrides})
+
+    return make
+
+
+@pytest.fixture
+def write_image():
+    """Writes a noisy image file of a given size and mode, making its folders."""
+
+    def write(path, size=(12, 12), mode="RGB", seed=0, **options):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        channels = {"L": (), "RGB": (3,), "RGBA": (4,), "CMYK": (4,)}[mode]
+        random = np.random.default_rng(seed)
+        pixels = random.integers(0, 256, (size[1], size[0], *channels), dtype=np.uint8)
+        Image.fromarray(pixels, mode=mode if mode == "CMYK" else None).save(path, **options)
+        return path
+
+    return write

@@ -1,0 +1,239 @@
+"""Augmentation (Section 3): every step against torchvision, and what must be random."""
+
+import colorsys
+import itertools
+import math
+
+import pytest
+import torch
+from scipy import stats
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
+
+import simclr
+from simclr import Augment, RandomResizedCrop
+
+ADJUST = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)
+
+
+def jitter_one(images, kind, factor):
+    """color_jitter with one of its three blends and the others left out."""
+    factors = torch.ones(len(images), 3)
+    factors[:, kind] = factor
+    return simclr.color_jitter(images, factors, torch.arange(3).repeat(len(images), 1))
+
+
+@pytest.mark.parametrize("size", [8, 20, 24, 40])
+@pytest.mark.parametrize("box", [(0, 0, 24, 20), (3, 5, 11, 13), (20, 2, 4, 18), (23, 19, 1, 1)])
+def test_crop_equals_torchvision(images, size, box):
+    ours = simclr.resized_crop(images, torch.tensor(box).repeat(len(images), 1), size)
+    theirs = TF.resized_crop(images, *box, [size, size], antialias=True)
+    assert (ours - theirs).abs().max() <= 1e-4
+
+
+def test_crop_takes_each_images_own_box(images):
+    boxes = torch.tensor([[i % 8, i % 5, 6 + i % 10, 4 + i % 12] for i in range(len(images))])
+    ours = simclr.resized_crop(images, boxes, 16)
+    for image, box, crop in zip(images, boxes.tolist(), ours, strict=True):
+        theirs = TF.resized_crop(image, *box, [16, 16], antialias=True)
+        assert (crop - theirs).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (24, 60), (9, 100)])
+def test_crop_boxes_are_distributed_as_torchvisions(shape):
+    n, scale = 4000, (0.08, 1.0)
+    u = torch.rand(n, RandomResizedCrop.draws, generator=torch.Generator().manual_seed(1))
+    ours = RandomResizedCrop(16, scale).boxes(u, *shape)
+    torch.manual_seed(2)
+    crop = v2.RandomResizedCrop(16, scale)
+    image = torch.zeros(3, *shape)
+    draws = [crop.make_params([image]) for _ in range(n)]
+    for i, key in enumerate(("top", "left", "height", "width")):
+        theirs = [int(d[key]) for d in draws]
+        assert stats.ks_2samp(ours[:, i].tolist(), theirs).pvalue > 1e-3, key
+
+
+def test_crop_boxes_lie_inside_for_the_extremes_of_u():
+    for value in (0.0, 1 - 2**-24):
+        u = torch.full((1, RandomResizedCrop.draws), value)
+        for shape in [(8, 8), (32, 32), (10, 300), (1, 1)]:
+            top, left, height, width = RandomResizedCrop(8, (0.08, 1.0)).boxes(u, *shape)[0]
+            assert 0 <= top <= shape[0] - height
+            assert 0 <= left <= shape[1] - width
+            assert height >= 1
+            assert width >= 1
+
+
+@pytest.mark.parametrize("angle", [-90.0, -15.0, 0.0, 7.3, 45.0])
+def test_rotation_equals_torchvision(images, angle):
+    ours = simclr.rotate(images, torch.full((len(images),), angle))
+    theirs = TF.rotate(images, angle, interpolation=TF.InterpolationMode.BILINEAR)
+    assert (ours - theirs).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2], ids=["brightness", "contrast", "saturation"])
+@pytest.mark.parametrize("factor", [0.0, 0.2, 1.0, 1.8])
+def test_blends_equal_torchvision(images, kind, factor):
+    theirs = ADJUST[kind](images, factor)
+    assert (jitter_one(images, kind, factor) - theirs).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("turns", [-0.5, -0.2, 0.0, 0.1, 0.5])
+def test_hue_equals_torchvision(images, turns):
+    ours = simclr.adjust_hue(images, torch.full((len(images),), turns))
+    assert (ours - TF.adjust_hue(images, turns)).abs().max() <= 2e-3
+
+
+def test_hue_equals_pythons_colorsys():
+    colors = torch.tensor(list(itertools.product([0.0, 0.25, 0.6, 1.0], repeat=3)))  # (64, 3)
+    ours = simclr.adjust_hue(colors.view(64, 3, 1, 1), torch.full((64,), 0.17)).view(64, 3)
+    for color, shifted in zip(colors.tolist(), ours.tolist(), strict=True):
+        h, s, v = colorsys.rgb_to_hsv(*color)
+        assert shifted == pytest.approx(colorsys.hsv_to_rgb((h + 0.17) % 1, s, v), abs=1e-5)
+
+
+@pytest.mark.parametrize("hue_place", [0, 1, 2, 3])
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_jitter_in_any_order_equals_torchvision(images, order, hue_place):
+    factors = torch.tensor([0.6, 1.5, 1.7])
+    n = len(images)
+    ours = simclr.color_jitter(
+        images, factors.repeat(n, 1), torch.tensor(order).repeat(n, 1), torch.full((n,), 0.13),
+        hue_place,
+    )  # fmt: skip
+    steps = [lambda x, k=k: ADJUST[k](x, factors[k].item()) for k in order]
+    steps.insert(hue_place, lambda x: TF.adjust_hue(x, 0.13))
+    theirs = images
+    for step in steps:
+        theirs = step(theirs)
+    assert (ours - theirs).abs().max() <= 2e-3
+
+
+def test_grayscale_equals_torchvision(images):
+    theirs = TF.rgb_to_grayscale(images, num_output_channels=3)
+    assert (simclr.luma(images) - theirs).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("kernel", [3, 7, 23])
+def test_blur_equals_torchvision(images, sigma, kernel):
+    if kernel // 2 >= min(images.shape[-2:]):
+        images = images.repeat(1, 1, 2, 2)
+    ours = simclr.gaussian_blur(images, torch.full((len(images),), sigma), kernel)
+    theirs = TF.gaussian_blur(images, [kernel, kernel], [sigma, sigma])
+    assert (ours - theirs).abs().max() <= 1e-4
+
+
+def test_blur_kernel_is_a_tenth_of_the_side():
+    assert simclr.RandomBlur(0.5, 224).kernel in (21, 23)  # odd, next to 22.4
+    assert simclr.RandomBlur(0.5, 96).kernel in (9, 11)
+
+
+def test_augment_output(images, device):
+    augment = Augment(16)
+    for x in (images, (images * 255).to(torch.uint8)):
+        views = augment(x.to(device))
+        assert views.shape == (len(images), 3, 16, 16)
+        assert views.dtype == torch.float32
+        assert views.device.type == device.type
+        assert views.min() >= 0
+        assert views.max() <= 1
+
+
+def test_same_randomness_same_views_on_every_device(images, device):
+    augment = Augment(16, rotation=10.0)
+    u = augment.draw(len(images), torch.Generator().manual_seed(3))
+    here, there = augment(images, u), augment(images.to(device), u.to(device))
+    assert (here - there.cpu()).abs().max() <= 1e-4
+
+
+def test_every_image_gets_its_own_randomness():
+    """One image repeated: all views differ, in each step alone and in all together."""
+    image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)).repeat(64, 1, 1, 1)
+    everything = Augment(16, rotation=10.0, blur_p=1.0)
+    for steps in [everything.steps, *([s] for s in everything.steps)]:
+        augment = Augment(16)
+        augment.steps = steps
+        distinct = torch.unique(augment(image).flatten(1), dim=0)
+        coin = isinstance(steps[0], simclr.RandomFlip | simclr.RandomGrayscale)
+        # a jitter that is left out (p = 0.8), or a crop of the same box, may repeat
+        assert len(distinct) == 2 if coin and len(steps) == 1 else len(distinct) > 40, steps
+
+
+def test_a_view_depends_on_its_own_row_of_u_and_on_nothing_else(images):
+    augment = Augment(16, jitter=(0.8, 0.8, 0.8, 0.0), rotation=10.0)
+    u = augment.draw(len(images), torch.Generator().manual_seed(4))
+    together = augment(images, u)
+    alone = torch.cat([augment(x[None], v[None]) for x, v in zip(images, u, strict=True)])
+    assert (together - alone).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("p", [0.2, 0.5, 0.8])
+def test_probabilities(p):
+    n = 4000
+    image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)).repeat(n, 1, 1, 1)
+    steps = [
+        simclr.RandomFlip(p),
+        simclr.RandomGrayscale(p),
+        simclr.RandomBlur(p, 32),
+        simclr.ColorJitter(p, 0.4, 0.4, 0.4, 0.1),
+    ]
+    for step in steps:
+        u = torch.rand(n, step.draws, generator=torch.Generator().manual_seed(5))
+        if isinstance(step, simclr.RandomBlur):
+            u[:, 1] = 0.5  # a sigma that is large enough to see
+        changed = ((step(image, u) - image).abs().amax((1, 2, 3)) > 1e-4).float().mean().item()
+        assert abs(changed - p) < 4 * math.sqrt(p * (1 - p) / n), type(step).__name__
+
+
+def test_jitter_factors_span_the_papers_range():
+    """On a grey image brightness is the only change: s = 1 gives factors 0.2 to 1.8."""
+    n = 4000
+    step = simclr.ColorJitter(1.0, 0.8, 0.0, 0.0, 0.0)
+    u = torch.rand(n, step.draws, generator=torch.Generator().manual_seed(6))
+    values = step(torch.full((n, 3, 2, 2), 0.5), u)[:, 0, 0, 0] / 0.5
+    assert stats.kstest(values.tolist(), stats.uniform(0.2, 1.6).cdf).pvalue > 1e-3
+
+
+def test_hue_has_each_place_in_a_quarter_of_the_images(monkeypatch):
+    seen = []
+    real = simclr.color_jitter
+
+    def spy(images, factors, order, hue, place):
+        seen.append((place, len(images), order))
+        return real(images, factors, order, hue, place)
+
+    monkeypatch.setattr(simclr, "color_jitter", spy)
+    step = simclr.ColorJitter(1.0, 0.4, 0.4, 0.4, 0.1)
+    u = torch.rand(4096, step.draws, generator=torch.Generator().manual_seed(7))
+    step(torch.rand(4096, 3, 2, 2), u)
+    assert [(place, n) for place, n, _ in seen] == [(k, 1024) for k in range(4)]
+    codes = torch.cat([order for _, _, order in seen]) @ torch.tensor([9, 3, 1])
+    _, counts = codes.unique(return_counts=True)
+    assert len(counts) == 6  # all orders of the other three …
+    assert stats.chisquare(counts.tolist()).pvalue > 1e-3  # … equally often
+
+
+def test_ablation_can_filter_the_list_of_steps(images):
+    augment = Augment(16)
+    augment.steps = [s for s in augment.steps if isinstance(s, RandomResizedCrop)]
+    u = augment.draw(len(images))
+    boxes = augment.steps[0].boxes(u, 24, 20)
+    assert torch.equal(augment(images, u), simclr.resized_crop(images, boxes, 16).clamp(0, 1))
+
+
+def test_digits_recipe_neither_flips_nor_shifts_colours():
+    config = simclr.make_config(dataset="digits", image_size=16)
+    kinds = [type(step) for step in simclr.make_augment(config).steps]
+    assert simclr.RandomFlip not in kinds
+    gray = torch.rand(64, 1, 16, 16).repeat(1, 3, 1, 1)
+    views = simclr.make_augment(config)(gray)
+    assert (views - views[:, :1]).abs().max() < 1e-5
+
+
+def test_compiles_without_graph_breaks(images):
+    augment = Augment(16, rotation=10.0)
+    u = augment.draw(len(images))
+    explained = torch._dynamo.explain(augment._apply)(images, u, 0)
+    assert explained.graph_count == 1
+    assert explained.graph_break_count == 0

@@ -1,0 +1,182 @@
+"""The command line: what is printed, and that bad input is one line and exit code 2."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import simclr
+import utils
+from conftest import ROOT
+
+TINY_FLAGS = ["--width", "0.125", "--epochs", "2", "--batch-size", "300", "--warmup-epochs", "1"]
+
+
+def fails(capsys, tmp_path, *argv):
+    """Runs simclr.py in this process; returns its one line of error."""
+    with pytest.raises(SystemExit) as left:
+        simclr.main([*argv, "--checkpoints", str(tmp_path / "c"), "--figures", str(tmp_path / "f")])
+    assert left.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("simclr.py: error: ")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "c").exists()
+    assert not (tmp_path / "f").exists()
+    return err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--dataset imagenette", "invalid choice: 'imagenette'"),
+        ("--recipe best", "unknown recipe 'best'"),
+        ("--arch vgg", "invalid choice: 'vgg'"),
+        ("--batch-size 1", "--batch-size must be at least 2"),
+        ("--batch-size many", "invalid int value: 'many'"),
+        ("--temperature 0", "--temperature must be positive, got 0.0"),
+        ("--temperature nan", "--temperature must be a finite number, got nan"),
+        ("--lr inf", "--lr must be a finite number"),
+        ("--lr -1", "--lr must be positive"),
+        ("--epochs 0", "--epochs must be at least 1"),
+        ("--image-size 7", "--image-size must be 0 or 8 to 4096"),
+        ("--width 0", "--width must be in (0, 16]"),
+        ("--crop-min 0", "--crop-min must be in (0, 1]"),
+        ("--crop-min 1.5", "--crop-min must be in (0, 1]"),
+        ("--flip 2", "--flip must be a probability"),
+        ("--hue 0.9 --color-strength 1", "--hue must be 0 to 0.5"),
+        ("--rotation -1", "--rotation must be in [0, 180]"),
+        ("--momentum 1", "--momentum must be in [0, 1)"),
+        ("--weight-decay -1", "--weight-decay must be 0 or more"),
+        ("--warmup-epochs 100", "--warmup-epochs must be at most epochs=90"),
+        ("--head-dim 0", "--head-dim must be 1 or more"),
+        ("--seed -1", "--seed must be 0 or more"),
+        ("--workers -2", "--workers must be -1 or more"),
+        ("--save-every 0", "--save-every must be at least 1"),
+        ("--run ../../etc", "--run must be a plain name"),
+        ("--run /tmp/x", "--run must be a plain name"),
+        ("--epoch 3", "unrecognized arguments: --epoch 3"),
+        ("surplus", "unrecognized arguments: surplus"),
+        ("--device warp", "--device warp is not available here"),
+        ("--device meta", "--device meta: expected auto"),
+        ("--dataset folder --data-dir nowhere", "--data-dir nowhere is not a folder"),
+    ],
+)
+def test_bad_input_is_one_line(capsys, tmp_path, argv, message):
+    assert message in fails(capsys, tmp_path, *argv.split())
+
+
+@pytest.mark.skipif(simclr.torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_cuda(capsys, tmp_path):
+    assert "--device cuda is not available here" in fails(capsys, tmp_path, "--device", "cuda")
+
+
+def test_folders_that_cannot_be_learned_from(capsys, tmp_path, write_image):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    folder = ("--dataset", "folder", "--data-dir", str(photos))
+    assert "no images in" in fails(capsys, tmp_path, *folder)
+    write_image(photos / "a.png")
+    assert "need at least 2 images to contrast, got 1" in fails(capsys, tmp_path, *folder)
+    write_image(photos / "b.png", size=(5, 5))
+    write_image(photos / "a.png", size=(5, 5))
+    assert "the images are only 5 px" in fails(capsys, tmp_path, *folder)
+    (photos / "b.png").write_text("text")
+    assert "b.png" in fails(capsys, tmp_path, *folder)
+
+
+@pytest.mark.parametrize("blocked", ["--checkpoints", "--figures"])
+def test_output_that_cannot_be_written(capsys, tmp_path, blocked):
+    places = {"--checkpoints": tmp_path / "c", "--figures": tmp_path / "f"}
+    places[blocked].write_text("a file where the folder should be")
+    with pytest.raises(SystemExit) as left:
+        simclr.main([*TINY_FLAGS, *(str(x) for pair in places.items() for x in pair)])
+    assert left.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "cannot write" in err
+
+
+def test_help_teaches_every_flag_and_recipe(capsys):
+    with pytest.raises(SystemExit) as left:
+        simclr.main(["--help"])
+    assert left.value.code == 0
+    text = capsys.readouterr().out
+    for field in simclr.dataclasses.fields(simclr.Config):
+        assert simclr.flag(field.name) in text
+    for recipe in simclr.RECIPES:
+        assert recipe in text
+
+
+def test_flags_override_the_recipe_and_the_recipe_the_defaults():
+    config, overwrite = simclr.parse_command_line(
+        ["--dataset", "cifar100", "--temperature", "0.9", "--overwrite", "--no-decay-all"]
+    )
+    assert overwrite
+    assert config.recipe == "cifar10"
+    assert config.arch == "resnet18"  # from the recipe
+    assert config.jitter_p == 0.8  # from the defaults
+    assert config.temperature == 0.9
+    assert config.decay_all is False
+    assert config.run == "cifar100_resnet18"
+
+
+@pytest.mark.parametrize("name", list(simclr.RECIPES))
+def test_every_recipe_is_valid(name):
+    config = simclr.make_config(recipe=name, dataset="cifar10")
+    assert config.recipe == name
+    simclr.make_augment(simclr.dataclasses.replace(config, image_size=32))
+
+
+def command(tmp_path, *argv):
+    places = ["--checkpoints", str(tmp_path / "c"), "--figures", str(tmp_path / "f")]
+    return [sys.executable, str(ROOT / "simclr.py"), *TINY_FLAGS, *places, *argv]
+
+
+def test_the_command_runs_from_anywhere(tmp_path):
+    done = subprocess.run(
+        command(tmp_path), cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "raw pixels" in done.stdout
+    assert "temperature=0.3" in done.stdout  # the resolved configuration
+    summary = json.loads((tmp_path / "c" / "digits_resnet10" / "summary.json").read_text())
+    assert summary["knn"]["simclr"] > 0.5
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_a_signal_saves_and_says_how_to_continue(tmp_path, number):
+    log = tmp_path / "c" / "digits_resnet10" / "log.jsonl"
+    process = subprocess.Popen(
+        command(tmp_path, "--epochs", "10000"), cwd=tmp_path, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while len(utils.read_jsonl(log)) < 2:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "stopped and saved; continue with: python" in err
+    assert "Traceback" not in err
+    state = utils.load_checkpoint(log.parent / "last.pt")
+    assert state["position"]["epoch"] >= 2
+
+
+def test_importing_does_nothing(tmp_path):
+    code = (
+        "import random, torch; states = random.getstate(), torch.get_rng_state();"
+        "import simclr, utils; assert random.getstate() == states[0];"
+        "assert torch.equal(torch.get_rng_state(), states[1])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, check=False,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not done.stdout
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,123 @@
+"""NT-Xent (Eq. 1) against a double loop, closed forms and its symmetries."""
+
+import math
+
+import pytest
+import torch
+
+from simclr import contrastive_accuracy, nt_xent
+
+
+def nt_xent_by_loops(z1, z2, tau):
+    """Eq. 1 as it stands in the paper, in float64: views 2k - 1 and 2k belong together."""
+    n = len(z1)
+    z = [row.double() for pair in zip(z1, z2, strict=True) for row in pair]  # (2N) interleaved
+
+    def s(i, j):
+        return (z[i] @ z[j] / (z[i].norm() * z[j].norm())).item()
+
+    def ell(i, j):
+        others = sum(math.exp(s(i, k) / tau) for k in range(2 * n) if k != i)
+        return -math.log(math.exp(s(i, j) / tau) / others)
+
+    return sum(ell(2 * k, 2 * k + 1) + ell(2 * k + 1, 2 * k) for k in range(n)) / (2 * n)
+
+
+@pytest.fixture
+def z1(device):
+    return torch.randn(7, 5, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+@pytest.fixture
+def z2(device):
+    return torch.randn(7, 5, generator=torch.Generator().manual_seed(1)).to(device)
+
+
+@pytest.mark.parametrize("tau", [0.05, 0.1, 0.5, 1.0, 10.0])
+def test_equals_the_double_loop(z1, z2, tau):
+    expected = nt_xent_by_loops(z1.cpu(), z2.cpu(), tau)
+    assert nt_xent(z1.double(), z2.double(), tau).item() == pytest.approx(expected, rel=1e-12)
+    assert nt_xent(z1, z2, tau).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("n", [2, 3, 64])
+def test_equal_rows_give_ln_of_2n_minus_1(n, device):
+    z = torch.ones(n, 4, device=device)
+    assert nt_xent(z, z, 0.5).item() == pytest.approx(math.log(2 * n - 1), rel=1e-6)
+
+
+def test_orthogonal_pairs_have_a_closed_form(device):
+    z = torch.eye(8, device=device)
+    expected = -math.log(math.exp(2) / (math.exp(2) + 14))  # cos 1 at the partner, 0 elsewhere
+    assert nt_xent(z, z, 0.5).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_views_may_be_swapped_and_pairs_permuted(z1, z2):
+    loss = nt_xent(z1, z2, 0.3)
+    order = torch.tensor([3, 1, 6, 0, 2, 5, 4], device=z1.device)
+    assert torch.isclose(nt_xent(z2, z1, 0.3), loss)
+    assert torch.isclose(nt_xent(z1[order], z2[order], 0.3), loss)
+    assert not torch.isclose(nt_xent(z1[order], z2, 0.3), loss)  # pairs torn apart
+
+
+def test_lengths_do_not_matter(z1, z2):
+    assert torch.isclose(nt_xent(3 * z1, 0.01 * z2, 0.3), nt_xent(z1, z2, 0.3))
+
+
+def test_gradient_by_finite_differences():
+    z1 = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    z2 = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda a, b: nt_xent(a, b, 0.2), (z1, z2))
+
+
+def test_float32_inside_autocast(z1, z2):
+    with torch.autocast(z1.device.type, dtype=torch.bfloat16):
+        inside = nt_xent(z1, z2, 0.1)
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, nt_xent(z1, z2, 0.1))
+    low = nt_xent(z1.bfloat16(), z2.bfloat16(), 0.1)
+    assert torch.equal(low, nt_xent(z1.bfloat16().float(), z2.bfloat16().float(), 0.1))
+
+
+@pytest.mark.parametrize("tau", [1e-3, 1e-2, 100.0])
+def test_finite_at_extreme_temperatures(z1, z2, tau):
+    z1.requires_grad_()
+    loss = nt_xent(z1, z2, tau)
+    loss.backward()
+    assert loss.isfinite()
+    assert z1.grad.isfinite().all()
+
+
+def test_zero_embeddings_are_finite(device):
+    z = torch.zeros(4, 3, device=device, requires_grad=True)
+    loss = nt_xent(z, z, 0.1)
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(7))
+    assert z.grad.isfinite().all()
+
+
+def test_descending_the_loss_brings_partners_together(z1, z2):
+    z1.requires_grad_()
+    z2.requires_grad_()
+    solver = torch.optim.SGD([z1, z2], lr=1.0)
+    before = contrastive_accuracy(z1, z2)
+    for _ in range(100):
+        solver.zero_grad()
+        nt_xent(z1, z2, 0.2).backward()
+        solver.step()
+    assert before < 0.5
+    assert contrastive_accuracy(z1, z2) == 1.0
+
+
+def test_contrastive_accuracy_by_counting():
+    z1 = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    z2 = torch.tensor([[0.9, 0.1], [-1.0, 0.2], [-1.0, 0.1]])
+    # a1 and a2 find each other; b1 = (0, 1) finds b2 (cos .196); c1 finds c2 (.9950, b2 has .981);
+    # but b2 and c2 are nearest to each other (.9952): wrong
+    assert contrastive_accuracy(z1, z2).item() == pytest.approx(4 / 6)
+
+
+@pytest.mark.parametrize("shapes", [((4, 3), (5, 3)), ((4, 3), (4, 2)), ((4,), (4,))])
+def test_bad_shapes_are_named(shapes):
+    with pytest.raises(ValueError, match=r"need two \(N, D\)"):
+        nt_xent(torch.ones(shapes[0]), torch.ones(shapes[1]), 0.5)

@@ -1,0 +1,88 @@
+"""Encoder and projection head (Section 4) against torchvision."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import simclr
+from simclr import ARCHITECTURES, Encoder, SimCLR, make_config
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
+def test_width_1_is_torchvisions(arch):
+    theirs = getattr(torchvision.models, arch)()
+    theirs.fc = nn.Identity()
+    ours = Encoder(arch)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x = torch.rand(2, 3, 64, 64)
+    assert torch.equal(ours.eval()(x), theirs.eval()(x))
+    assert ours.feature_dim == theirs(x).shape[1]
+
+
+def test_small_stem_changes_the_stem_alone():
+    theirs = torchvision.models.resnet18()
+    theirs.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
+    theirs.maxpool = nn.Identity()
+    theirs.fc = nn.Identity()
+    ours = Encoder("resnet18", stem="small")
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(ours.eval()(x), theirs.eval()(x))
+
+
+@pytest.mark.parametrize("arch", list(ARCHITECTURES))
+@pytest.mark.parametrize("width", [0.25, 2.0])
+def test_width_multiplies_every_channel_count(arch, width):
+    block = ARCHITECTURES[arch][0]
+    with torch.device("meta"):
+        encoder = Encoder(arch, width, "small")
+        for name, parameter in Encoder(arch, 1.0, "small").named_parameters():
+            scaled = encoder.get_parameter(name)
+            assert scaled.shape[0] == width * parameter.shape[0], name
+            if parameter.ndim == 4 and name != "conv1.weight":
+                assert scaled.shape[1] == width * parameter.shape[1], name
+    assert encoder.feature_dim == 512 * block.expansion * width
+
+
+@pytest.mark.parametrize("size", [8, 16, 32])
+def test_forward_shapes(size):
+    config = make_config(dataset="digits", image_size=size, head_dim=24)
+    h, z = SimCLR(config)(torch.rand(4, 3, size, size))
+    assert h.shape == (4, 128)  # 512 / 4
+    assert z.shape == (4, 24)
+
+
+def test_imagenet_stem_is_chosen_above_64_px():
+    small = SimCLR(make_config(dataset="digits", image_size=64)).encoder
+    large = SimCLR(make_config(dataset="digits", image_size=65)).encoder
+    forced = SimCLR(make_config(dataset="digits", image_size=96, stem="small")).encoder
+    kernels = [encoder.conv1.kernel_size for encoder in (small, large, forced)]
+    assert kernels == [(3, 3), (7, 7), (3, 3)]
+
+
+def test_projection_heads():
+    h = torch.randn(6, 10)
+    assert simclr.make_projector("none", 10, 7, 5, False)(h) is h
+    linear = simclr.make_projector("linear", 10, 7, 5, False)
+    assert torch.allclose(linear(h), h @ linear.weight.T)
+    mlp = simclr.make_projector("nonlinear", 10, 7, 5, False)
+    by_hand = (h @ mlp[0].weight.T + mlp[0].bias).relu() @ mlp[2].weight.T + mlp[2].bias
+    assert torch.allclose(mlp(h), by_hand, atol=1e-6)
+    kinds = [type(layer) for layer in simclr.make_projector("nonlinear", 10, 7, 5, True)]
+    assert kinds == [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]
+
+
+def test_weights_depend_on_the_seed_and_leave_the_global_generator_alone():
+    def weights(seed):
+        config = make_config(dataset="digits", image_size=16, seed=seed)
+        return simclr.make_model(config).state_dict()
+
+    torch.manual_seed(1)
+    first = weights(0)
+    after = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(after, torch.rand(1))
+    assert all(torch.equal(a, b) for a, b in zip(first.values(), weights(0).values(), strict=True))
+    assert not torch.equal(first["encoder.conv1.weight"], weights(1)["encoder.conv1.weight"])

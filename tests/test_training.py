@@ -1,0 +1,421 @@
+"""The training loop: Algorithm 1, batches, exact resume, and a run's files."""
+
+import json
+import math
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import simclr
+import utils
+from simclr import Position, SimCLR
+from utils import ImageFiles, ImageSet, InputError
+
+CPU = torch.device("cpu")
+TIMES = ("seconds", "views_per_second")
+
+
+def run(config, **options):
+    return simclr.run(config, **options)
+
+
+def weights(config):
+    return utils.load_checkpoint(config.folder / "last.pt")["model"]
+
+
+def log(config):
+    rows = utils.read_jsonl(config.folder / "log.jsonl")
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+def assert_equal_runs(a, b):
+    assert log(a) == log(b)
+    for (name, left), right in zip(weights(a).items(), weights(b).values(), strict=True):
+        assert torch.equal(left, right), name
+    left, right = (json.loads((c.folder / "summary.json").read_text()) for c in (a, b))
+    for key in ("loss", "knn", "linear_10", "linear_all"):
+        assert left[key] == right[key]
+
+
+def interrupt_after(monkeypatch, steps):
+    """Sends this process SIGTERM after so many steps; the count goes on from run to run."""
+    count = [0]
+    real = utils.Progress.advance
+
+    def advance(self):
+        real(self)
+        count[0] += 1
+        if count[0] == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(utils.Progress, "advance", advance)
+
+
+# ------------------------------------------------------------------------------------ Algorithm 1
+
+
+def test_an_epoch_equals_algorithm_1_by_hand(tiny_config, device):
+    """Three steps of the loop against a plain writing of it with torch's own SGD."""
+    config = tiny_config(
+        dataset="digits", image_size=16, optimizer="sgd", lr=0.1, lr_scaling="none",
+        weight_decay=0.01, precision="float32", batch_size=8, temperature=0.5,
+    )  # fmt: skip
+    random = torch.Generator().manual_seed(0)
+    batches = [torch.rand(16, 3, 16, 16, generator=random).to(device) for _ in range(3)]
+    rates = [0.1, 0.2, 0.05]
+
+    ours = simclr.make_model(config).to(device)
+    position = Position()
+    simclr.train_epoch(
+        ours, simclr.make_optimizer(config, ours), batches, lambda step: rates[step],
+        lambda a, b: simclr.nt_xent(a, b, 0.5), "float32", position, lambda: False,
+    )  # fmt: skip
+
+    theirs = simclr.make_model(config).to(device).train()
+    decayed = [p for p in theirs.parameters() if p.ndim > 1]
+    others = [p for p in theirs.parameters() if p.ndim <= 1]
+    solver = torch.optim.SGD(
+        [{"params": decayed, "weight_decay": 0.01}, {"params": others}], lr=0, momentum=0.9
+    )
+    losses = []
+    for views, rate in zip(batches, rates, strict=True):
+        for group in solver.param_groups:
+            group["lr"] = rate
+        z = F.normalize(theirs.projector(theirs.encoder(views)), dim=1)
+        similarity = (z @ z.T / 0.5).exp()
+        similarity = similarity - similarity.diag().diag()
+        positive = torch.cat([similarity.diag(8), similarity.diag(-8)])
+        loss = -(positive / similarity.sum(1)).log().mean()
+        solver.zero_grad()
+        loss.backward()
+        solver.step()
+        losses.append(loss.item())
+
+    assert position.step == 3
+    assert position.loss_sum == pytest.approx(sum(losses), rel=1e-4)
+    for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        assert torch.allclose(a.float(), b.float(), atol=2e-4), name
+
+
+def test_both_views_share_one_batchnorm_pass(tiny_config):
+    """The running mean after a step is that of all 2N views together."""
+    config = tiny_config(image_size=16, precision="float32")
+    model = simclr.make_model(config)
+    views = torch.cat([torch.zeros(8, 3, 16, 16), torch.rand(8, 3, 16, 16)])
+    with torch.no_grad():
+        mean = model.encoder.conv1(views).mean((0, 2, 3))
+    solver = simclr.make_optimizer(config, model)
+    simclr.train_epoch(
+        model, solver, [views], lambda _: 0.0, lambda a, b: simclr.nt_xent(a, b, 0.5), "float32",
+        Position(), lambda: False,
+    )  # fmt: skip
+    assert torch.allclose(model.encoder.bn1.running_mean, 0.1 * mean, atol=1e-6)
+    assert model.encoder.bn1.num_batches_tracked == 1
+
+
+# ---------------------------------------------------------------------------------------- batches
+
+
+def numbered(n):
+    """Images whose brightness tells their index."""
+    grey = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1)
+    return ImageSet(grey.expand(n, 3, 16, 16).contiguous())
+
+
+def plain_augment(config):
+    """The crop alone: it does not change an image of one colour."""
+    augment = simclr.make_augment(config)
+    augment.steps = augment.steps[:1]
+    return augment
+
+
+@pytest.mark.parametrize(("n", "batch", "expected"), [(10, 4, 2), (8, 4, 2), (3, 4, 1), (2, 2, 1)])
+def test_an_epoch_sees_each_image_once_and_drops_a_smaller_last_batch(
+    tiny_config, n, batch, expected
+):
+    config = tiny_config(image_size=16, batch_size=batch)
+    batches = list(
+        simclr.view_batches(config, numbered(n), plain_augment(config), CPU, epoch=0, start=0)
+    )
+    assert len(batches) == expected
+    seen = []
+    for views in batches:
+        indices = (views[:, 0, 0, 0] * 255).round().int()
+        first, second = indices.chunk(2)
+        assert torch.equal(first, second)  # row i and row N + i are one image
+        seen += first.tolist()
+    assert len(set(seen)) == len(seen) == expected * min(n, batch)
+
+
+def test_order_and_views_follow_from_seed_epoch_and_step(tiny_config):
+    config = tiny_config(image_size=16, batch_size=5)
+    data, augment = utils.load_images("digits", "test"), simclr.make_augment(config)
+    data.images = data.images[:20]
+
+    def batches(epoch, start=0, **overrides):
+        changed = tiny_config(image_size=16, batch_size=5, **overrides)
+        return list(simclr.view_batches(changed, data, augment, CPU, epoch, start))
+
+    first = batches(0)
+    assert all(torch.equal(a, b) for a, b in zip(first, batches(0), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first[2:], batches(0, start=2), strict=True))
+    assert not torch.equal(first[0], batches(1)[0])
+    assert not torch.equal(first[0], batches(0, seed=1)[0])
+    one, two = first[0].chunk(2)
+    assert ((one - two).abs().amax((1, 2, 3)) > 0).all()  # two views, not one twice
+
+
+def test_streamed_batches_do_not_depend_on_the_workers(tiny_config, tmp_path, write_image):
+    for i in range(9):
+        write_image(tmp_path / f"{i}.png", size=(30 + i, 40), seed=i)
+    data = utils.load_images("folder", "pretrain", tmp_path)
+    assert isinstance(data, ImageFiles)
+
+    def batches(workers, start=0):
+        config = tiny_config(image_size=16, batch_size=4, workers=workers)
+        augment = simclr.make_augment(config)
+        return list(simclr.view_batches(config, data, augment, CPU, 0, start))
+
+    alone, two = batches(0), batches(2)
+    assert len(alone) == 2
+    assert alone[0].shape == (8, 3, 16, 16)
+    assert all(torch.equal(a, b) for a, b in zip(alone, two, strict=True))
+    assert torch.equal(alone[1], batches(1, start=1)[0])
+
+
+def test_streamed_views_equal_views_from_memory(tiny_config, tmp_path, write_image):
+    """The crop made by a worker is the crop made on the device, up to 8-bit rounding."""
+    for i in range(4):
+        write_image(tmp_path / f"{i}.png", size=(20, 20), seed=i)
+    memory = utils.load_images("folder", "pretrain", tmp_path)
+    names = np.array([f"{i}.png".encode() for i in range(4)])
+    streamed = ImageFiles(tmp_path, names)
+    config = tiny_config(image_size=16, batch_size=4, workers=0, rotation=0.0)
+    augment = plain_augment(config)
+    (a,) = simclr.view_batches(config, memory, augment, CPU, 0, 0)
+    (b,) = simclr.view_batches(config, streamed, augment, CPU, 0, 0)
+    assert (a - b).abs().max() <= 1.5 / 255
+
+
+# ---------------------------------------------------------------------------- runs and their files
+
+
+def test_a_run_writes_its_files(tiny_config, capsys):
+    config = tiny_config()
+    summary = run(config)
+    assert sorted(p.name for p in config.folder.iterdir()) == [
+        "config.json", "last.pt", "log.jsonl", "summary.json",
+    ]  # fmt: skip
+    rows = utils.read_jsonl(config.folder / "log.jsonl")
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+    assert [("knn" in row) for row in rows] == [False, True, False, True]
+    assert all(0 < row["loss"] < math.log(600) * 1.2 for row in rows)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    saved = json.loads((config.folder / "config.json").read_text())
+    assert saved["image_size"] == 16
+    assert saved["stem"] == "small"
+    assert summary == json.loads((config.folder / "summary.json").read_text())
+    for key in ("knn", "linear_10", "linear_all"):
+        assert set(summary[key]) == {"pixels", "untrained", "simclr"}
+        assert all(0.3 < value <= 1 for value in summary[key].values())
+    assert summary["knn"]["simclr"] == rows[-1]["knn"]
+    assert summary["views_per_second"] > 0
+    assert summary["seconds"] >= summary["training_seconds"] > 0
+    encoder = SimCLR(simclr.Config(**summary["config"])).encoder
+    assert summary["parameters"] == sum(p.numel() for p in encoder.parameters())
+    with Image.open(config.figure_folder / "loss_plot.png") as picture:
+        assert picture.width > 800
+    assert "SimCLR h" in capsys.readouterr().out
+
+
+def test_two_runs_are_bit_identical_and_a_seed_changes_them(tiny_config):
+    a, b, c = tiny_config(run="a"), tiny_config(run="b"), tiny_config(run="c", seed=1)
+    for config in (a, b, c):
+        run(config)
+    assert_equal_runs(a, b)
+    assert log(a) != log(c)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lars", "sgd"])
+def test_interrupted_and_continued_is_bit_identical(tiny_config, monkeypatch, optimizer):
+    """Stopped in the middle of epoch 2 (of 4 steps each) and at the end of epoch 3."""
+    settings = dict(optimizer=optimizer, lr=1e-3, lr_scaling="none")
+    whole = tiny_config(run="whole", **settings)
+    run(whole)
+    pieces = tiny_config(run="pieces", **settings)
+    for steps in (6, 6):
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, steps)
+            with pytest.raises(simclr.Interrupted) as stopped:
+                run(pieces)
+        assert stopped.value.signal == signal.SIGTERM
+        assert not (pieces.folder / "summary.json").exists()
+    position = utils.load_checkpoint(pieces.folder / "last.pt")["position"]
+    assert (position["epoch"], position["step"]) == (3, 0)
+    run(pieces)
+    assert_equal_runs(whole, pieces)
+
+
+def test_resuming_from_an_older_checkpoint_is_bit_identical(tiny_config, monkeypatch):
+    """The log is ahead of the checkpoint, as after a kill: its rows are written again."""
+    whole, killed = tiny_config(run="whole"), tiny_config(run="killed", save_every=2)
+    run(whole)
+    with monkeypatch.context() as patch:
+
+        def die(self, *_args, **_options):
+            if len(utils.read_jsonl(killed.folder / "log.jsonl")) == 3:
+                raise RuntimeError("killed")
+
+        patch.setattr(utils.Progress, "show", die)
+        with pytest.raises(RuntimeError, match="killed"):
+            run(killed)
+    assert len(log(killed)) == 3
+    assert utils.load_checkpoint(killed.folder / "last.pt")["position"]["epoch"] == 2
+    run(killed)
+    assert_equal_runs(whole, killed)
+
+
+def test_a_finished_run_is_left_alone_and_overwrite_starts_anew(tiny_config, capsys):
+    config = tiny_config(epochs=1)
+    first = run(config)
+    stamp = (config.folder / "last.pt").stat().st_mtime_ns
+    assert run(config) == first
+    assert "is finished" in capsys.readouterr().out
+    assert (config.folder / "last.pt").stat().st_mtime_ns == stamp
+    again = run(config, overwrite=True)
+    assert (config.folder / "last.pt").stat().st_mtime_ns != stamp
+    assert again["loss"] == first["loss"]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_configuration_of_the_same_name_is_refused(tiny_config, finished):
+    config = tiny_config(epochs=1)
+    run(config)
+    if not finished:
+        (config.folder / "summary.json").unlink()
+    before = (config.folder / "last.pt").read_bytes()
+    with pytest.raises(InputError, match=r"--temperature \(0\.3 there, 0\.7 now\)"):
+        run(tiny_config(epochs=1, temperature=0.7))
+    assert (config.folder / "last.pt").read_bytes() == before
+    run(tiny_config(epochs=1, workers=0))  # not part of what the run is
+
+
+def test_resuming_with_other_images_is_refused(tiny_config, tmp_path, write_image, monkeypatch):
+    for i in range(6):
+        write_image(tmp_path / "photos" / f"{i}.png", seed=i)
+    options = dict(dataset="folder", recipe="digits", data_dir=str(tmp_path / "photos"), epochs=3)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        with pytest.raises(simclr.Interrupted):
+            run(tiny_config(**options))
+    write_image(tmp_path / "photos" / "new.png")
+    with pytest.raises(InputError, match=r"number of images \(6 there, 7 now\)"):
+        run(tiny_config(**options))
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_very_small_data_sets(tiny_config, tmp_path, write_image, n):
+    for i in range(n):
+        write_image(tmp_path / "photos" / f"{i}.png", seed=i)
+    options = dict(dataset="folder", recipe="digits", data_dir=str(tmp_path / "photos"))
+    summary = run(tiny_config(**options, batch_size=2 if n == 5 else 256, epochs=2))
+    assert math.isfinite(summary["loss"])
+    assert "knn" not in summary  # no labels, so nothing to judge by
+
+
+def test_labelled_folder_of_photographs(tiny_config, tmp_path, write_image):
+    """Sizes that vary: streamed, cropped to --image-size, evaluated on val/."""
+    for split, n in (("train", 6), ("val", 2)):
+        for kind in ("a", "b"):
+            for i in range(n):
+                path = tmp_path / "photos" / split / kind / f"{i}.jpg"
+                write_image(path, size=(90 + i, 70), seed=i)
+    summary = run(
+        tiny_config(
+            dataset="folder",
+            data_dir=str(tmp_path / "photos"),
+            arch="resnet10",
+            image_size=72,
+            epochs=1,
+            batch_size=4,
+            warmup_epochs=0.0,
+            workers=1,
+        )
+    )
+    assert summary["config"]["stem"] == "imagenet"
+    assert set(summary["knn"]) == {"pixels", "untrained", "simclr"}
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
+    tiny_config, monkeypatch
+):
+    config = tiny_config()
+    real, calls = simclr.nt_xent, [0]
+
+    def explode(z1, z2, temperature):
+        calls[0] += 1
+        return real(z1, z2, temperature) * (float("nan") if calls[0] > 6 else 1.0)
+
+    monkeypatch.setattr(simclr, "nt_xent", explode)
+    with pytest.raises(InputError, match=r"not finite in epoch 2 .* lower --lr"):
+        run(config)
+    state = utils.load_checkpoint(config.folder / "last.pt")
+    assert state["position"]["epoch"] == 1
+    assert all(v.isfinite().all() for v in state["model"].values())
+    assert len(log(config)) == 1
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint(tiny_config, monkeypatch):
+    config = tiny_config()
+    writes = [0]
+    real = os.fsync
+
+    def fsync(descriptor):
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        if "last.pt" in name:
+            writes[0] += 1
+            if writes[0] == 3:
+                raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(InputError, match=r"last\.pt: No space left.*previous version is intact"):
+        run(config)
+    assert utils.load_checkpoint(config.folder / "last.pt")["position"]["epoch"] == 2
+    assert not [p for p in config.folder.iterdir() if p.suffix == ".tmp"]
+
+
+def test_a_damaged_checkpoint_is_refused(tiny_config):
+    config = tiny_config(epochs=1)
+    run(config)
+    (config.folder / "summary.json").unlink()
+    content = bytearray((config.folder / "last.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (config.folder / "last.pt").write_bytes(content)
+    with pytest.raises(InputError, match="damaged"):
+        run(config)
+    (config.folder / "last.pt").write_bytes(content[:-100])
+    with pytest.raises(InputError, match="not a readable checkpoint"):
+        run(config)
+
+
+def test_the_figure_shows_what_was_logged():
+    rows = [
+        {"epoch": e, "loss": 5 / e, "contrastive_accuracy": e / 20, "lr": 0.1 / e}
+        for e in range(1, 11)
+    ]
+    rows[4]["knn"], rows[9]["knn"] = 0.5, 0.75
+    figure = simclr.draw_training(rows, chance=6.2)
+    loss, guess, knn, rate = figure.axes
+    assert loss.lines[0].get_ydata().tolist() == [5 / e for e in range(1, 11)]
+    assert loss.lines[1].get_ydata()[0] == 6.2
+    assert guess.lines[0].get_ydata()[-1] == 50
+    assert knn.lines[0].get_xdata().tolist() == [5, 10]
+    assert knn.lines[0].get_ydata().tolist() == [50, 75]
+    assert rate.lines[0].get_ydata()[0] == 0.1
+    assert all(axis.get_title() for axis in figure.axes)
