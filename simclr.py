@@ -32,7 +32,6 @@ import dataclasses
 import io
 import json
 import math
-import os
 import shlex
 import sys
 import textwrap
@@ -51,18 +50,9 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.transforms.v2 import functional as TF
 
 import utils
-from utils import Images, ImageSet, InputError
+from utils import Images, ImageSet, InputError, flag, setting
 
 # --------------------------------------------------------------------------------- configuration
-
-
-def _field(default: Any, help: str, choices: Sequence[str] = (), identity: bool = True) -> Any:
-    """A dataclass field with what the command line and the checkpoint need to know of it.
-
-    identity: whether a run with another value is another run (False for where and how it runs).
-    """
-    metadata = {"help": help, "choices": tuple(choices), "identity": identity}
-    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -73,70 +63,70 @@ class Config:
     some for a data set, and flags override the recipe. make_config() does that and checks.
     """
 
-    recipe: str = _field("", "named settings (default: the one for the data set)")
+    recipe: str = setting("", "named settings (default: the one for the data set)")
     # data
-    dataset: str = _field("digits", "what to pre-train on", utils.DATASETS)
-    data_dir: str = _field(
+    dataset: str = setting("digits", "what to pre-train on", utils.DATASETS)
+    data_dir: str = setting(
         "data", "where data sets are kept and downloaded to; with 'folder' your images",
         identity=False,
     )  # fmt: skip
-    image_size: int = _field(
+    image_size: int = setting(
         0, "side in px that the encoder sees; 0: the images' own, or 224 if they vary"
     )
     # augmentation (Section 3 and Appendix A)
-    crop_min: float = _field(0.08, "smallest area of a random crop, as a share of the image")
-    flip: float = _field(0.5, "probability of a horizontal flip")
-    rotation: float = _field(0.0, "largest random rotation, in degrees")
-    jitter_p: float = _field(0.8, "probability of colour jitter")
-    color_strength: float = _field(1.0, "s: multiplies the four strengths below")
-    brightness: float = _field(0.8, "strength of brightness jitter at s = 1")
-    contrast: float = _field(0.8, "strength of contrast jitter at s = 1")
-    saturation: float = _field(0.8, "strength of saturation jitter at s = 1")
-    hue: float = _field(0.2, "strength of hue jitter at s = 1, in turns of the colour circle")
-    gray_p: float = _field(0.2, "probability of dropping the colour")
-    blur_p: float = _field(0.0, "probability of Gaussian blur, sigma 0.1 to 2 px")
+    crop_min: float = setting(0.08, "smallest area of a random crop, as a share of the image")
+    flip: float = setting(0.5, "probability of a horizontal flip")
+    rotation: float = setting(0.0, "largest random rotation, in degrees")
+    jitter_p: float = setting(0.8, "probability of colour jitter")
+    color_strength: float = setting(1.0, "s: multiplies the four strengths below")
+    brightness: float = setting(0.8, "strength of brightness jitter at s = 1")
+    contrast: float = setting(0.8, "strength of contrast jitter at s = 1")
+    saturation: float = setting(0.8, "strength of saturation jitter at s = 1")
+    hue: float = setting(0.2, "strength of hue jitter at s = 1, in turns of the colour circle")
+    gray_p: float = setting(0.2, "probability of dropping the colour")
+    blur_p: float = setting(0.0, "probability of Gaussian blur, sigma 0.1 to 2 px")
     # model (Section 4)
-    arch: str = _field(
+    arch: str = setting(
         "resnet50",
         "encoder",
         ("resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
     )
-    width: float = _field(1.0, "multiplies the encoder's channels (the paper's 1x, 2x, 4x)")
-    stem: str = _field(
+    width: float = setting(1.0, "multiplies the encoder's channels (the paper's 1x, 2x, 4x)")
+    stem: str = setting(
         "auto", "small: 3x3 without max-pool, for images up to 64 px; imagenet: 7x7 and max-pool",
         ("auto", "small", "imagenet"),
     )  # fmt: skip
-    projection: str = _field("nonlinear", "projection head g", ("nonlinear", "linear", "none"))
-    head_hidden: int = _field(0, "width of the head's hidden layer; 0: as wide as h")
-    head_dim: int = _field(128, "width of z")
-    head_bn: bool = _field(False, "BatchNorm in the head's hidden layer")
+    projection: str = setting("nonlinear", "projection head g", ("nonlinear", "linear", "none"))
+    head_hidden: int = setting(0, "width of the head's hidden layer; 0: as wide as h")
+    head_dim: int = setting(128, "width of z")
+    head_bn: bool = setting(False, "BatchNorm in the head's hidden layer")
     # loss and optimiser (Section 2)
-    temperature: float = _field(0.1, "tau of NT-Xent")
-    batch_size: int = _field(256, "N, images per step; each gives two views")
-    epochs: int = _field(100, "passes over the data")
-    optimizer: str = _field("lars", "update rule", ("lars", "sgd", "adamw"))
-    lr: float = _field(0.3, "learning rate before scaling with the batch size")
-    lr_scaling: str = _field(
+    temperature: float = setting(0.1, "tau of NT-Xent")
+    batch_size: int = setting(256, "N, images per step; each gives two views")
+    epochs: int = setting(100, "passes over the data")
+    optimizer: str = setting("lars", "update rule", ("lars", "sgd", "adamw"))
+    lr: float = setting(0.3, "learning rate before scaling with the batch size")
+    lr_scaling: str = setting(
         "linear", "peak rate: lr*N/256, lr*sqrt(N), or lr itself", ("linear", "sqrt", "none")
     )
-    warmup_epochs: float = _field(10.0, "epochs of linear warm-up before the cosine decay")
-    momentum: float = _field(0.9, "momentum of LARS and SGD")
-    weight_decay: float = _field(1e-6, "weight decay")
-    decay_all: bool = _field(False, "decay biases and BatchNorm as well")
+    warmup_epochs: float = setting(10.0, "epochs of linear warm-up before the cosine decay")
+    momentum: float = setting(0.9, "momentum of LARS and SGD")
+    weight_decay: float = setting(1e-6, "weight decay")
+    decay_all: bool = setting(False, "decay biases and BatchNorm as well")
     # the run
-    seed: int = _field(0, "seed of everything random")
-    precision: str = _field(
+    seed: int = setting(0, "seed of everything random")
+    precision: str = setting(
         "auto", "auto: bfloat16 where the hardware has it", ("auto", "bfloat16", "float32")
     )
-    knn_every: int = _field(10, "epochs between measurements of kNN accuracy; 0: only at the end")
-    device: str = _field("auto", "auto, cpu, cuda, cuda:N or mps", identity=False)
-    workers: int = _field(
+    knn_every: int = setting(10, "epochs between measurements of kNN accuracy; 0: only at the end")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", identity=False)
+    workers: int = setting(
         -1, "processes that decode streamed images; -1: one per core", identity=False
     )
-    save_every: int = _field(1, "epochs between checkpoints", identity=False)
-    run: str = _field("", "name of the run (default: <dataset>_<arch>)", identity=False)
-    checkpoints: str = _field("checkpoints", "folder of all runs' checkpoints", identity=False)
-    figures: str = _field("figures", "folder of all runs' figures", identity=False)
+    save_every: int = setting(1, "epochs between checkpoints", identity=False)
+    run: str = setting("", "name of the run (default: <dataset>_<arch>)", identity=False)
+    checkpoints: str = setting("checkpoints", "folder of all runs' checkpoints", identity=False)
+    figures: str = setting("figures", "folder of all runs' figures", identity=False)
 
     @property
     def folder(self) -> Path:
@@ -187,6 +177,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 DATASET_RECIPE = {name: name if name in RECIPES else "cifar10" for name in utils.DATASETS}
 
 
+SHORT_WARMUP = 0.1  # a recipe's warm-up is cut to this share of a run that is made shorter
+
+
 def make_config(**overrides: Any) -> Config:
     """Config of the recipe for the data set (or of recipe=…) with `overrides` on top, checked.
 
@@ -199,6 +192,8 @@ def make_config(**overrides: Any) -> Config:
     if recipe not in RECIPES:
         raise InputError(f"unknown recipe {recipe!r}; there are {', '.join(RECIPES)}")
     config = Config(**{**RECIPES[recipe], **overrides, "recipe": recipe})
+    if "warmup_epochs" not in overrides:
+        config.warmup_epochs = min(config.warmup_epochs, SHORT_WARMUP * config.epochs)
     config.run = config.run or f"{config.dataset}_{config.arch}"
     check_config(config)
     return config
@@ -242,11 +237,6 @@ def check_config(config: Config) -> None:
     need(bool(plain) and "\0" not in config.run, "run", "a plain name, below the folder of runs")
 
 
-def flag(name: str) -> str:
-    """The command-line flag of a Config field."""
-    return "--" + name.replace("_", "-")
-
-
 def resolve(config: Config, data: Images, device: torch.device) -> Config:
     """Replace what was left to be chosen (0, "auto") by what fits the data and the device."""
     size, precision, stem = config.image_size, config.precision, config.stem
@@ -286,7 +276,7 @@ CROP_TRIES = 10  # as torchvision: crops that stick out are drawn again, at last
 BLUR_SIGMA = (0.1, 2.0)  # px
 BLUR_KERNEL = 0.1  # kernel size as a share of the image's side
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as torchvision
-PIECE_BYTES = 2**20  # bytes of float32 images that are augmented together on a CPU: its cache
+PIECE_BYTES = 2**21  # bytes of float32 images that are augmented together on a CPU: its cache
 
 
 def lerp(low: float, high: float, u: Tensor) -> Tensor:
@@ -476,8 +466,9 @@ def adjust_hue(images: Tensor, turns: Tensor) -> Tensor:
         (green - blue) * inverse,
         torch.where(high == green, 2 + (blue - red) * inverse, 4 + (red - green) * inverse),
     )
-    n = torch.tensor([5.0, 3.0, 1.0], device=images.device).view(1, 3, 1, 1)
-    k = (sixths + column(6 * turns) + n).remainder(6)  # (N, 3, H, W)
+    n = 5 - 2 * torch.arange(3, device=images.device).view(1, 3, 1, 1)
+    position = (sixths + n) / 6 + column(turns)  # (N, 3, H, W) in turns
+    k = 6 * (position - position.floor())  # remainder() takes three times as long on a CPU
     return high - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
@@ -848,7 +839,6 @@ class Position:
     loss_sum: float = 0.0  # over those steps
     accuracy_sum: float = 0.0
     seconds: float = 0.0  # of training in the epoch under way
-    total_seconds: float = 0.0  # of training in complete epochs
 
 
 def batch_count(config: Config, n: int) -> tuple[int, int]:
@@ -902,7 +892,7 @@ def crop_two_views(crop: RandomResizedCrop, image: Tensor, u: Tensor) -> Tensor:
 
 
 def worker_count(config: Config) -> int:
-    return config.workers if config.workers >= 0 else len(os.sched_getaffinity(0))
+    return config.workers if config.workers >= 0 else utils.cpu_cores()
 
 
 def train_epoch(
@@ -914,17 +904,17 @@ def train_epoch(
     precision: str,
     position: Position,
     after_step: Callable[[], bool],
-) -> bool:
+) -> None:
     """Algorithm 1 over the batches of an epoch. Updates model, optimizer and position.
 
-    rate: learning rate of a step of this epoch. loss_function: (z1, z2) -> scalar. after_step: is
-    called after each step; True asks to stop. Returns whether the epoch was completed.
+    batches: float32 (2N, 3, S, S), both views of N images. rate: learning rate of a step of this
+    epoch. loss_function: (z1, z2), each (N, D) -> scalar. after_step: is called after each step;
+    True asks to stop.
     """
     model.train()
     started = time.perf_counter()
     device = next(model.parameters()).device
     sums = torch.tensor([position.loss_sum, position.accuracy_sum], device=device)
-    completed = True
     for views in batches:  # (2N, 3, S, S)
         for group in optimizer.param_groups:
             group["lr"] = rate(position.step)
@@ -939,11 +929,9 @@ def train_epoch(
         sums += torch.stack([loss.detach(), contrastive_accuracy(z1, z2)])
         position.step += 1
         if after_step():
-            completed = False
             break
     position.loss_sum, position.accuracy_sum = sums.tolist()  # the only wait for the device
     position.seconds += time.perf_counter() - started
-    return completed
 
 
 class Interrupted(Exception):
@@ -983,96 +971,163 @@ def load_data(config: Config, device: torch.device) -> Data:
     return Data(pretrain, train, test)
 
 
-def pretrain(
-    config: Config, data: Data, device: torch.device, say: Callable[[str], None] = print
-) -> SimCLR:
-    """Train, or continue, the run that `config` (resolved) describes, to its last epoch.
+class Pretraining:
+    """One run: model, optimiser, how far they have come, and the files that keep them.
 
-    Writes config.json, last.pt, log.jsonl and the figure as it goes. Raises InputError if the
-    folder holds a run of another configuration or cannot be written, or the loss is not finite;
-    Interrupted if a signal asked to stop.
+    An ablation that changes the loss or the views overrides `loss` or `batches`.
     """
-    model = make_model(config).to(device, memory_format=torch.channels_last)
-    optimizer = make_optimizer(config, model)
-    position = Position()
-    checkpoint = config.folder / "last.pt"
-    if checkpoint.exists():
-        state = utils.load_checkpoint(checkpoint)
-        position = restore(state, config, model, optimizer, len(data.pretrain))
-        if position.epoch >= config.epochs:
-            return model
-        say(f"continuing {config.folder} after {position.epoch} of {config.epochs} epochs")
 
-    utils.make_folder(config.figure_folder)
-    utils.write_json(config.folder / "config.json", dataclasses.asdict(config))
-    log_file = config.folder / "log.jsonl"
-    log = [row for row in utils.read_jsonl(log_file) if row["epoch"] <= position.epoch]
-    utils.write_jsonl(log_file, log)
+    def __init__(self, config: Config, data: Data, device: torch.device) -> None:
+        self.config, self.data, self.device = config, data, device
+        self.model = make_model(config).to(device, memory_format=torch.channels_last)
+        self.optimizer = make_optimizer(config, self.model)
+        self.augment = make_augment(config)
+        self.position = Position()
+        self.log: list[dict] = []
+        self.batch_size, self.steps = batch_count(config, len(data.pretrain))  # steps per epoch
+        self.checkpoint = config.folder / "last.pt"
+        self.log_file = config.folder / "log.jsonl"
 
-    augment = make_augment(config)
-    size, steps = batch_count(config, len(data.pretrain))
-    total, warmup = config.epochs * steps, round(config.warmup_epochs * steps)
-    peak = peak_learning_rate(config)
-    loss_function = partial(nt_xent, temperature=config.temperature)
-    figure = FigureKeeper(config, chance=math.log(2 * size - 1))
-    progress = utils.Progress(total, position.epoch * steps + position.step, unit="step")
+    def loss(self, z1: Tensor, z2: Tensor) -> Tensor:
+        return nt_xent(z1, z2, self.config.temperature)
 
-    def save() -> None:
-        utils.save_checkpoint(
-            checkpoint, snapshot(config, model, optimizer, position, len(data.pretrain))
-        )
+    def batches(self) -> Iterator[Tensor]:
+        """What is left of the epoch under way: float32 (2N, 3, S, S) each."""
+        epoch, step = self.position.epoch, self.position.step
+        data = self.data.pretrain
+        return view_batches(self.config, data, self.augment, self.device, epoch, step)
 
-    with utils.StopRequest() as stop:
+    def rate(self, step: int) -> float:
+        """Learning rate of a step of the epoch under way."""
+        total = self.config.epochs * self.steps
+        warmup = round(self.config.warmup_epochs * self.steps)
+        step += self.position.epoch * self.steps
+        return learning_rate(step, total, warmup, peak_learning_rate(self.config))
 
-        def after_step() -> bool:
-            progress.advance()
-            return bool(stop)
+    @property
+    def complete(self) -> bool:
+        return self.position.epoch >= self.config.epochs
 
-        while position.epoch < config.epochs:
-            epoch = position.epoch
+    def resume(self) -> bool:
+        """Take up the run's checkpoint. Returns whether there is one.
 
-            def rate(step: int, epoch: int = epoch) -> float:
-                return learning_rate(epoch * steps + step, total, warmup, peak)
+        Raises InputError if it is damaged or of another configuration, naming what differs.
+        """
+        if not self.checkpoint.exists():
+            return False
+        state = utils.load_checkpoint(self.checkpoint)
+        try:
+            check_same_run(state, self.config, len(self.data.pretrain))
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.position = Position(**state["position"])
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise InputError(
+                f"{self.checkpoint} is not a checkpoint of this run: {error}"
+            ) from error
+        # the log may be ahead of the checkpoint: those epochs are done, and logged, again
+        rows = utils.read_jsonl(self.log_file)
+        self.log = [row for row in rows if row["epoch"] <= self.position.epoch]
+        return True
 
-            batches = view_batches(config, data.pretrain, augment, device, epoch, position.step)
-            completed = train_epoch(
-                model, optimizer, batches, rate, loss_function, config.precision, position,
-                after_step,
-            )  # fmt: skip
-            if not math.isfinite(position.loss_sum):
-                raise InputError(
-                    f"the loss is not finite in epoch {epoch + 1} (of {config.epochs}); the last "
-                    f"good checkpoint is kept. Try a lower {flag('lr')}, a longer "
-                    f"{flag('warmup_epochs')}, a higher {flag('temperature')}, or "
-                    f"{flag('precision')} float32"
-                )
-            if not completed and position.step < steps:
-                save()
-                raise Interrupted(stop.signal)
+    def save(self) -> None:
+        """Plain types and tensors only, so that torch.load(weights_only=True) can read it."""
+        state = {
+            "format": CHECKPOINT_FORMAT,
+            "config": dataclasses.asdict(self.config),
+            "position": dataclasses.asdict(self.position),
+            "images": len(self.data.pretrain),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        utils.save_checkpoint(self.checkpoint, state)
 
-            row = {
-                "epoch": epoch + 1,
-                "loss": position.loss_sum / steps,
-                "contrastive_accuracy": position.accuracy_sum / steps,
-                "lr": rate(steps - 1),
-                "views_per_second": round(2 * size * steps / position.seconds, 1),
-                "seconds": round(position.seconds, 3),
-            }
-            position = Position(epoch + 1, total_seconds=position.total_seconds + position.seconds)
-            last = position.epoch == config.epochs
-            due = config.knn_every and position.epoch % config.knn_every == 0
-            if data.labelled and (due or last):
-                row["knn"] = knn_accuracy(model.encoder, data, config, device)
-            log.append(row)
-            utils.append_jsonl(log_file, row)
-            if last or stop or position.epoch % config.save_every == 0:
-                save()
-            figure.update(log, last)
-            progress.show(*describe(row, log, config), last=last)
-            if stop and not last:
-                raise Interrupted(stop.signal)
-    progress.close()
-    return model
+    def train(self) -> None:
+        """To the last epoch, writing config.json, last.pt, log.jsonl and the figure on the way.
+
+        Raises InputError if a file cannot be written or the loss is not finite, Interrupted if a
+        signal asked to stop, after saving.
+        """
+        utils.make_folder(self.config.figure_folder)
+        utils.write_json(self.config.folder / "config.json", dataclasses.asdict(self.config))
+        utils.write_jsonl(self.log_file, self.log)
+        figure = FigureKeeper(self.config, chance=math.log(2 * self.batch_size - 1))
+        total, done = self.config.epochs * self.steps, self.position.epoch * self.steps
+        with (
+            utils.StopRequest() as stop,
+            utils.Progress(total, done + self.position.step, unit="step") as progress,
+        ):
+
+            def after_step() -> bool:
+                progress.advance()
+                return bool(stop)
+
+            while not self.complete:
+                train_epoch(
+                    self.model, self.optimizer, self.batches(), self.rate, self.loss,
+                    self.config.precision, self.position, after_step,
+                )  # fmt: skip
+                self.check_finite()
+                if self.position.step < self.steps:
+                    self.save()
+                    raise Interrupted(stop.signal)
+                row = self.finish_epoch()
+                if self.complete or stop or self.position.epoch % self.config.save_every == 0:
+                    self.save()
+                figure.update(self.log, force=self.complete)
+                progress.show(*describe(row, self.log, self.config), last=self.complete)
+                if stop and not self.complete:
+                    raise Interrupted(stop.signal)
+
+    def check_finite(self) -> None:
+        if not math.isfinite(self.position.loss_sum):
+            raise InputError(
+                f"the loss is not finite in epoch {self.position.epoch + 1} (of "
+                f"{self.config.epochs}); the last good checkpoint is kept. Try a lower "
+                f"{flag('lr')}, a longer {flag('warmup_epochs')}, a higher {flag('temperature')}, "
+                f"or {flag('precision')} float32"
+            )
+
+    def finish_epoch(self) -> dict:
+        """Move to the next epoch; measure kNN if it is due. Returns the row that was logged."""
+        position, views = self.position, 2 * self.batch_size * self.steps
+        row = {
+            "epoch": position.epoch + 1,
+            "loss": position.loss_sum / self.steps,
+            "contrastive_accuracy": position.accuracy_sum / self.steps,
+            "lr": self.rate(self.steps - 1),
+            "views_per_second": round(views / position.seconds, 1),
+            "seconds": round(position.seconds, 3),
+        }
+        self.position = Position(position.epoch + 1)
+        every = self.config.knn_every
+        due = self.complete or (every and self.position.epoch % every == 0)
+        if due and self.data.labelled:
+            row["knn"] = knn_accuracy(self.model.encoder, self.data, self.config, self.device)
+        self.log.append(row)
+        utils.append_jsonl(self.log_file, row)
+        return row
+
+
+def pretrain(
+    config: Config,
+    data: Data,
+    device: torch.device,
+    say: Callable[[str], None] = print,
+    make_run: type[Pretraining] = Pretraining,
+) -> SimCLR:
+    """Train, or continue, the run that `config` (resolved) describes. Returns the trained model.
+
+    say: is told if a run is continued. make_run: Pretraining or a variant of it.
+    """
+    run = make_run(config, data, device)
+    if run.resume() and not run.complete:
+        say(f"continuing {config.folder} after {run.position.epoch} of {config.epochs} epochs")
+    if not run.complete:
+        run.train()
+    return run.model
 
 
 def describe(row: dict, log: list[dict], config: Config) -> tuple[dict[str, str], str]:
@@ -1090,51 +1145,25 @@ def describe(row: dict, log: list[dict], config: Config) -> tuple[dict[str, str]
     return values, line
 
 
-def snapshot(
-    config: Config,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    position: Position,
-    images: int,
-) -> dict:
-    """The checkpoint: plain types and tensors, readable with torch.load(weights_only=True)."""
-    return {
-        "format": CHECKPOINT_FORMAT,
-        "config": dataclasses.asdict(config),
-        "position": dataclasses.asdict(position),
-        "images": images,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-    }
-
-
 CHECKPOINT_FORMAT = 1
 
 
-def restore(
-    state: dict,
-    config: Config,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    images: int,
-) -> Position:
-    """Load a checkpoint of this run. InputError if it is of another one, naming what differs."""
+def check_same_run(state: dict, config: Config, images: int) -> None:
+    """Raise InputError if a checkpoint is not one of `config` on so many images."""
+    where = config.folder
     if state.get("format") != CHECKPOINT_FORMAT:
         raise InputError(
-            f"{config.folder} has a checkpoint of format {state.get('format')!r}; this version "
-            f"reads format {CHECKPOINT_FORMAT}"
+            f"{where} has a checkpoint of format {state.get('format')!r}; this version reads "
+            f"format {CHECKPOINT_FORMAT}"
         )
     differ = differences(state["config"], config)
     if state["images"] != images:
         differ.append(f"number of images ({state['images']} there, {images} now)")
     if differ:
         raise InputError(
-            f"{config.folder} holds a run with another configuration: {', '.join(differ)}. "
+            f"{where} holds a run with another configuration: {', '.join(differ)}. "
             "Choose another name with --run, or --overwrite it"
         )
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return Position(**state["position"])
 
 
 def differences(saved: dict, config: Config) -> list[str]:
@@ -1307,55 +1336,24 @@ FIELD_GROUPS = {  # the first field of each group in --help
 OWN_FILES = ("config.json", "last.pt", "log.jsonl", "summary.json")
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
-
-    def error(self, message: str) -> Any:
-        utils.exit_with_error(self.prog, InputError(f"{message} (see --help)"))
-
-
-def add_config_flags(parser: argparse.ArgumentParser) -> None:
-    """A flag for each field of Config; those not given stay out of the namespace."""
-    group = parser.add_argument_group()
-    types = {"int": int, "float": float, "str": str}
-    for field in dataclasses.fields(Config):
-        if field.name in FIELD_GROUPS:
-            group = parser.add_argument_group(FIELD_GROUPS[field.name])
-        text = field.metadata["help"]
-        if field.default != "":
-            text += f" [{field.default}]"
-        text = text.replace("%", "%%")
-        if field.type == "bool":
-            group.add_argument(
-                flag(field.name), action=argparse.BooleanOptionalAction,
-                default=argparse.SUPPRESS, help=text,
-            )  # fmt: skip
-            continue
-        choices = field.metadata["choices"]
-        group.add_argument(
-            flag(field.name),
-            type=types[field.type],
-            choices=choices or None,
-            metavar=None if choices else field.type.upper(),
-            default=argparse.SUPPRESS,
-            help=text,
-        )
-
-
 def describe_recipes() -> str:
     """The recipes for --help, a paragraph each."""
-    paragraphs = ["recipes (defaults above are overridden by the recipe, both by flags):"]
+    paragraphs = ["recipes (they override the defaults above, and flags override them):"]
     for name, overrides in RECIPES.items():
-        flags = " ".join(f"{flag(key)} {value}" for key, value in overrides.items())
-        paragraphs.append(textwrap.fill(flags, 96, initial_indent=f"  {name}: ",
-                                        subsequent_indent="      "))  # fmt: skip
+        flags = " ".join(
+            flag(key) if value is True else f"{flag(key)} {value}"
+            for key, value in overrides.items()
+        )
+        text = textwrap.fill(flags, 90, break_on_hyphens=False)
+        paragraphs.append(f"  {name}:\n{textwrap.indent(text, '      ')}")
     return "\n".join(paragraphs)
 
 
 def parse_command_line(argv: Sequence[str] | None = None) -> tuple[Config, bool]:
     """The configuration and whether an earlier run of the same name is to be replaced."""
-    parser = OneLineParser(
+    parser = utils.OneLineParser(
         prog="simclr.py",
+        usage="python simclr.py [--dataset NAME] [--recipe NAME] [--flag value ...]",
         description=__doc__,
         epilog=describe_recipes(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -1364,7 +1362,7 @@ def parse_command_line(argv: Sequence[str] | None = None) -> tuple[Config, bool]
     parser.add_argument(
         "--overwrite", action="store_true", help="start anew, replacing a run of the same name"
     )
-    add_config_flags(parser)
+    utils.add_flags(parser, Config, FIELD_GROUPS)
     options = vars(parser.parse_args(argv))
     overwrite = options.pop("overwrite")
     return make_config(**options), overwrite

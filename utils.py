@@ -1,13 +1,15 @@
 """What the scripts share and what has no SimCLR in it.
 
-Reading order: errors · randomness · files · signals · devices · data sets · embedding ·
-classifiers on embeddings. Everything takes tensors, modules and paths; nothing here knows a
-configuration.
+Reading order: errors · command lines · randomness · files · signals · devices · data sets ·
+embedding · classifiers on embeddings · progress. Everything takes tensors, modules and paths;
+nothing here knows a configuration.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -44,6 +46,55 @@ def exit_with_error(program: str, error: BaseException) -> NoReturn:
     message = " ".join(str(error).split())
     print(f"{program}: error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+# ---------------------------------------------------------------------------------- command lines
+
+
+def setting(default: Any, help: str, choices: Sequence[str] = (), identity: bool = True) -> Any:
+    """A dataclass field that is also a command-line flag.
+
+    identity: whether a run with another value is another run (False for where and how it runs).
+    """
+    metadata = {"help": help, "choices": tuple(choices), "identity": identity}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        exit_with_error(self.prog, InputError(f"{message} (see --help)"))
+
+
+def add_flags(parser: argparse.ArgumentParser, options: type, groups: dict[str, str]) -> None:
+    """A flag for each field of the dataclass `options`, made by setting().
+
+    Flags that are not given stay out of the namespace. groups: the first field of each group in
+    --help -> its title.
+    """
+    group: Any = parser
+    types = {"int": int, "float": float, "str": str}
+    for field in dataclasses.fields(options):
+        if field.name in groups:
+            group = parser.add_argument_group(groups[field.name])
+        text = field.metadata["help"]
+        if field.default != "":
+            text += f" [{field.default}]"
+        common: dict[str, Any] = dict(default=argparse.SUPPRESS, help=text.replace("%", "%%"))
+        choices = field.metadata["choices"]
+        if field.type == "bool":
+            common["action"] = argparse.BooleanOptionalAction
+        elif choices:
+            common["choices"] = choices
+        else:
+            common |= dict(type=types[field.type], metavar=field.type.upper())
+        group.add_argument(flag(field.name), **common)
 
 
 # ------------------------------------------------------------------------------------ randomness
@@ -233,6 +284,11 @@ def choose_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda", "mps"):
         raise InputError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
     return device
+
+
+def cpu_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
@@ -727,24 +783,27 @@ def knn_predict(
 
 
 def fit_logistic_regression(
-    features: Tensor, labels: Tensor, num_classes: int, inverse_strength: float = 1.0
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    inverse_strength: float = 1.0,
+    tolerance: float = 1e-4,
 ) -> tuple[Tensor, Tensor]:
-    """Multinomial logistic regression to convergence, by L-BFGS on the features' device.
+    """Multinomial logistic regression by L-BFGS, on the features' device and in their dtype.
 
     Minimises  inverse_strength · Σ_i cross-entropy_i + ½‖W‖²  (scikit-learn's C; the intercept is
-    not penalised). features: float (N, D). labels: int64 (N,). Computed in float64 where the
-    device has it. Returns weight (D, K) and bias (K,) in the features' dtype.
+    not penalised) until no entry of the gradient, divided by inverse_strength · N, exceeds the
+    tolerance (scikit-learn's tol). features: float (N, D). labels: int64 (N,). Returns weight
+    (D, K) and bias (K,).
     """
-    dtype = torch.float32 if features.device.type == "mps" else torch.float64
-    x = features.to(dtype)
-    weight = x.new_zeros(x.shape[1], num_classes, requires_grad=True)
-    bias = x.new_zeros(num_classes, requires_grad=True)
-    decay = 1 / (2 * inverse_strength * len(x))
+    weight = features.new_zeros(features.shape[1], num_classes, requires_grad=True)
+    bias = features.new_zeros(num_classes, requires_grad=True)
+    decay = 1 / (2 * inverse_strength * len(features))
     solver = torch.optim.LBFGS(
         [weight, bias],
         max_iter=2000,
-        tolerance_grad=1e-6,
-        tolerance_change=1e-12,
+        tolerance_grad=tolerance,
+        tolerance_change=0,
         history_size=20,
         line_search_fn="strong_wolfe",
     )
@@ -752,12 +811,13 @@ def fit_logistic_regression(
     def objective() -> Tensor:
         solver.zero_grad()
         with torch.enable_grad():
-            loss = F.cross_entropy(x @ weight + bias, labels) + decay * weight.square().sum()
+            loss = F.cross_entropy(features @ weight + bias, labels)
+            loss = loss + decay * weight.square().sum()
             loss.backward()
         return loss
 
     solver.step(objective)
-    return weight.detach().to(features.dtype), bias.detach().to(features.dtype)
+    return weight.detach(), bias.detach()
 
 
 def linear_accuracy(
@@ -819,5 +879,8 @@ class Progress:
             print(line, flush=True)
             self._next_line = time.monotonic() + self.SECONDS_BETWEEN_LINES
 
-    def close(self) -> None:
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.bar.close()

@@ -123,6 +123,13 @@ def test_flags_override_the_recipe_and_the_recipe_the_defaults():
     assert config.run == "cifar100_resnet18"
 
 
+def test_a_shorter_run_gets_a_shorter_warm_up_unless_it_is_given():
+    assert simclr.make_config(recipe="cifar10-paper").warmup_epochs == 10  # of 1000
+    assert simclr.make_config(recipe="cifar10-paper", epochs=5).warmup_epochs == 0.5
+    config = simclr.make_config(recipe="cifar10-paper", epochs=5, warmup_epochs=3.0)
+    assert config.warmup_epochs == 3
+
+
 @pytest.mark.parametrize("name", list(simclr.RECIPES))
 def test_every_recipe_is_valid(name):
     config = simclr.make_config(recipe=name, dataset="cifar10")

@@ -404,6 +404,18 @@ def test_a_damaged_checkpoint_is_refused(tiny_config):
         run(config)
 
 
+@pytest.mark.parametrize("part", ["config", "position", "images", "model", "optimizer"])
+def test_a_checkpoint_with_a_strange_part_is_refused(tiny_config, part):
+    config = tiny_config(epochs=1)
+    run(config)
+    (config.folder / "summary.json").unlink()
+    state = utils.load_checkpoint(config.folder / "last.pt")
+    for strange in ({**state, part: {"surplus": 1}}, {k: v for k, v in state.items() if k != part}):
+        utils.save_checkpoint(config.folder / "last.pt", strange)
+        with pytest.raises(InputError):
+            run(config)
+
+
 def test_the_figure_shows_what_was_logged():
     rows = [
         {"epoch": e, "loss": 5 / e, "contrastive_accuracy": e / 20, "lr": 0.1 / e}
