@@ -1105,7 +1105,9 @@ class Pretraining:
         every = self.config.knn_every
         due = self.complete or (every and self.position.epoch % every == 0)
         if due and self.data.labelled:
+            started = time.perf_counter()
             row["knn"] = knn_accuracy(self.model.encoder, self.data, self.config, self.device)
+            row["knn_seconds"] = round(time.perf_counter() - started, 3)
         self.log.append(row)
         utils.append_jsonl(self.log_file, row)
         return row
@@ -1397,7 +1399,6 @@ def finished_summary(config: Config) -> dict | None:
 
 def run(config: Config, overwrite: bool = False) -> dict:
     """Pre-train and evaluate: what `python simclr.py` does. Returns the summary."""
-    started = time.perf_counter()
     device = utils.choose_device(config.device)
     data = load_data(config, device)
     config = resolve(config, data.pretrain, device)
@@ -1417,26 +1418,29 @@ def run(config: Config, overwrite: bool = False) -> dict:
     )
 
     model = pretrain(config, data, device)
+    started = time.perf_counter()
+    results = evaluate(model, data, config, device) if data.labelled else {}
     log = utils.read_jsonl(config.folder / "log.jsonl")
-    training_seconds = sum(row["seconds"] for row in log)
+    training = sum(row["seconds"] for row in log)
+    monitoring = sum(row.get("knn_seconds", 0) for row in log)
     size, steps = batch_count(config, len(data.pretrain))
     summary = {
         "config": dataclasses.asdict(config),
         "parameters": sum(p.numel() for p in model.encoder.parameters()),
         "loss": log[-1]["loss"],
-        "views_per_second": 2 * size * steps * config.epochs / training_seconds,
-        "training_seconds": training_seconds,
+        **results,
+        "views_per_second": 2 * size * steps * config.epochs / training,
+        "training_seconds": training,
+        "seconds": training + monitoring + time.perf_counter() - started,
     }
-    if data.labelled:
-        summary |= evaluate(model, data, config, device)
+    utils.write_json(config.folder / "summary.json", summary)
+    if results:
         print("\n" + table(summary, len(data.test)))
     else:
         print("\nNo labelled test images, so the representation was not evaluated")
-    summary["seconds"] = time.perf_counter() - started
-    utils.write_json(config.folder / "summary.json", summary)
     print(
-        f"\n{training_seconds:.0f} s of training, {summary['views_per_second']:,.0f} views/s; "
-        f"{summary['seconds']:.0f} s in all\n"
+        f"\n{training:.0f} s of training, {summary['views_per_second']:,.0f} views/s; "
+        f"{summary['seconds']:.0f} s with the evaluation\n"
         f"curves        {config.figure_folder / 'loss_plot.png'}\n"
         f"weights, log  {config.folder}\n"
         f"{NEXT_STEPS}"

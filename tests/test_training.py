@@ -17,7 +17,7 @@ from simclr import Position, SimCLR
 from utils import ImageFiles, ImageSet, InputError
 
 CPU = torch.device("cpu")
-TIMES = ("seconds", "views_per_second")
+TIMES = ("seconds", "knn_seconds", "views_per_second")
 
 
 def run(config, **options):
