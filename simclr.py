@@ -42,6 +42,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -872,21 +873,22 @@ def view_batches(
             yield augment(torch.cat([images, images]), randomness(step, device))
         return
 
-    draws = [randomness(step, "cpu") for step in range(start, steps)]
-    items = [
-        [(int(row), u[i::size]) for i, row in enumerate(rows)]
-        for rows, u in zip(batches, draws, strict=True)
-    ]
-    crop = partial(crop_two_views, augment.steps[0])
-    crops = utils.decoded_batches(data, items, crop, worker_count(config))
-    for pairs, u in zip(crops, draws, strict=True):  # (N, 2, 3, S, S)
+    crop: RandomResizedCrop = augment.steps[0]  # made by the workers, the rest on the device
+
+    def items() -> Iterator[list[tuple[int, np.ndarray]]]:
+        for step, rows in enumerate(batches.tolist(), start):
+            u = randomness(step, "cpu")[:, : crop.draws].unflatten(0, (2, size)).numpy()
+            yield [(row, u[:, i]) for i, row in enumerate(rows)]
+
+    crops = utils.decoded_batches(data, items(), partial(two_crops, crop), worker_count(config))
+    for step, pairs in enumerate(crops, start):  # uint8 (N, 2, 3, S, S)
         views = pairs.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
-        yield augment(views, u.to(device, non_blocking=True), first=1)
+        yield augment(views, randomness(step, "cpu").to(device, non_blocking=True), first=1)
 
 
-def crop_two_views(crop: RandomResizedCrop, image: Tensor, u: Tensor) -> Tensor:
+def two_crops(crop: RandomResizedCrop, image: Tensor, u: np.ndarray) -> Tensor:
     """Both crops of one decoded image: uint8 (3, H, W), u (2, draws) -> uint8 (2, 3, S, S)."""
-    boxes = crop.boxes(u[:, : crop.draws], *image.shape[-2:]).tolist()
+    boxes = crop.boxes(torch.from_numpy(u), *image.shape[-2:]).tolist()
     size = [crop.size, crop.size]
     return torch.stack([TF.resized_crop(image, *box, size, antialias=True) for box in boxes])
 

@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -682,7 +682,7 @@ def _stack_or_raise(items: list[Tensor | str]) -> Tensor | str:
 
 def decoded_batches(
     files: ImageFiles,
-    batches: Sequence[Sequence[tuple[int, Any]]],
+    batches: Iterable[Sequence[tuple[int, Any]]],
     transform: Callable[[Tensor, Any], Tensor],
     workers: int,
 ) -> Iterator[Tensor]:
@@ -803,12 +803,12 @@ def fit_logistic_regression(
     mean = features.mean(0)
     centred = features - mean
     decay = 1 / (2 * inverse_strength * len(features))
-    variances, axes = torch.linalg.eigh(centred.T @ centred / len(features))  # (D,), (D, D)
-    scale = (variances.clamp(min=0) / num_classes + 2 * decay).rsqrt()  # (D,)
-    basis = axes * scale  # (D, D): W = basis @ coordinates, ‖W‖ = ‖scale · coordinates‖
-    inputs = centred @ basis  # (N, D)
+    variances, axes = principal_axes(centred)  # (R,), (D, R)
+    scale = (variances / num_classes + 2 * decay).rsqrt()  # (R,)
+    basis = axes * scale  # (D, R): W = basis @ coordinates, ‖W‖ = ‖scale · coordinates‖
+    inputs = centred @ basis  # (N, R)
 
-    coordinates = features.new_zeros(features.shape[1], num_classes, requires_grad=True)
+    coordinates = features.new_zeros(len(scale), num_classes, requires_grad=True)
     bias = features.new_zeros(num_classes, requires_grad=True)
     solver = torch.optim.LBFGS(
         [coordinates, bias],
@@ -830,6 +830,16 @@ def fit_logistic_regression(
     solver.step(objective)
     weight = basis @ coordinates.detach()
     return weight, bias.detach() - mean @ weight
+
+
+def principal_axes(centred: Tensor) -> tuple[Tensor, Tensor]:
+    """Variances (R,) and orthonormal axes (D, R) of rows (N, D) of mean 0, R = min(N, D)."""
+    n, dim = centred.shape
+    if n < dim:
+        _, singular, axes = torch.linalg.svd(centred, full_matrices=False)
+        return singular.square() / n, axes.mT
+    variances, axes = torch.linalg.eigh(centred.mT @ centred / n)
+    return variances.clamp(min=0), axes
 
 
 def linear_accuracy(

@@ -66,6 +66,14 @@ def test_logistic_regression_equals_scikit_learn(clusters, device, c):
     assert (predicted.argmax(1) == theirs.predict(x_test)).all()
 
 
+def test_logistic_regression_with_fewer_rows_than_features(device):
+    random = torch.Generator().manual_seed(0)
+    x, y = torch.randn(30, 100, generator=random).double(), torch.arange(30) % 3
+    theirs = LogisticRegression(tol=1e-10, max_iter=5000).fit(x, y)
+    weight, _ = utils.fit_logistic_regression(x.to(device), y.to(device), 3, tolerance=1e-9)
+    assert np.abs(weight.T.cpu().numpy() - theirs.coef_).max() < 1e-4 * np.abs(theirs.coef_).max()
+
+
 def test_standardize_equals_scikit_learn(clusters):
     x, _, x_test, _ = clusters
     x, x_test = x.clone(), x_test.clone()
