@@ -1055,7 +1055,7 @@ class Pretraining:
         utils.make_folder(self.config.figure_folder)
         utils.write_json(self.config.folder / "config.json", dataclasses.asdict(self.config))
         utils.write_jsonl(self.log_file, self.log)
-        figure = FigureKeeper(self.config, chance=math.log(2 * self.batch_size - 1))
+        figure = FigureKeeper(self.config, self.batch_size)
         total, done = self.config.epochs * self.steps, self.position.epoch * self.steps
         with (
             utils.StopRequest() as stop,
@@ -1263,10 +1263,13 @@ def table(results: dict[str, dict], images: int) -> str:
     return "\n".join(lines)
 
 
-def draw_training(log: Sequence[dict], chance: float) -> Any:
+def draw_training(
+    log: Sequence[dict], chance: float, baselines: dict[str, float] | None = None
+) -> Any:
     """The training curves as a matplotlib Figure: loss, contrastive accuracy, kNN, learning rate.
 
     log: rows of log.jsonl. chance: ln(2N - 1), the loss when all projections are equal.
+    baselines: kNN accuracy in [0, 1] of "pixels" and "untrained", when they have been measured.
     """
     from matplotlib.figure import Figure  # late: half a second that not every import needs
     from matplotlib.ticker import MaxNLocator
@@ -1295,6 +1298,10 @@ def draw_training(log: Sequence[dict], chance: float) -> Any:
         color="C2", marker="o", markersize=3,
     )  # fmt: skip
     knn.set(title="kNN accuracy of h (k = 10, cosine)", ylabel="% of test images", xlabel="epoch")
+    for (key, value), style in zip((baselines or {}).items(), ("--", ":"), strict=False):
+        knn.axhline(100 * value, color="0.4", linestyle=style, label=REPRESENTATIONS[key])
+    if baselines:
+        knn.legend(fontsize=8, loc="best")
     if not measured:
         knn.text(0.5, 0.5, "not measured", ha="center", transform=knn.transAxes, color="0.4")
 
@@ -1313,16 +1320,22 @@ class FigureKeeper:
 
     SHARE = 0.01  # of the run's time, at most
 
-    def __init__(self, config: Config, chance: float) -> None:
-        self.path, self.chance = config.figure_folder / "loss_plot.png", chance
+    def __init__(self, config: Config, batch_size: int) -> None:
+        self.path = config.figure_folder / "loss_plot.png"
+        self.chance = math.log(2 * batch_size - 1)
         self._next = time.perf_counter()
 
-    def update(self, log: Sequence[dict], force: bool = False) -> None:
+    def update(
+        self,
+        log: Sequence[dict],
+        force: bool = False,
+        baselines: dict[str, float] | None = None,
+    ) -> None:
         started = time.perf_counter()
         if started < self._next and not force:
             return
         picture = io.BytesIO()
-        draw_training(log, self.chance).savefig(picture, format="png", dpi=150)
+        draw_training(log, self.chance, baselines).savefig(picture, format="png", dpi=150)
         utils.write_atomically(self.path, picture.getbuffer())
         now = time.perf_counter()
         self._next = now + (now - started) / self.SHARE
@@ -1437,6 +1450,8 @@ def run(config: Config, overwrite: bool = False) -> dict:
     }
     utils.write_json(config.folder / "summary.json", summary)
     if results:
+        baselines = {key: results["knn"][key] for key in ("pixels", "untrained")}
+        FigureKeeper(config, size).update(log, force=True, baselines=baselines)
         print("\n" + table(summary, len(data.test)))
     else:
         print("\nNo labelled test images, so the representation was not evaluated")

@@ -422,12 +422,14 @@ def test_the_figure_shows_what_was_logged():
         for e in range(1, 11)
     ]
     rows[4]["knn"], rows[9]["knn"] = 0.5, 0.75
-    figure = simclr.draw_training(rows, chance=6.2)
+    baselines = {"pixels": 0.4, "untrained": 0.3}
+    figure = simclr.draw_training(rows, chance=6.2, baselines=baselines)
     loss, guess, knn, rate = figure.axes
     assert loss.lines[0].get_ydata().tolist() == [5 / e for e in range(1, 11)]
     assert loss.lines[1].get_ydata()[0] == 6.2
     assert guess.lines[0].get_ydata()[-1] == 50
     assert knn.lines[0].get_xdata().tolist() == [5, 10]
     assert knn.lines[0].get_ydata().tolist() == [50, 75]
+    assert [knn.lines[i].get_ydata()[0] for i in (1, 2)] == [40, 30]
     assert rate.lines[0].get_ydata()[0] == 0.1
     assert all(axis.get_title() for axis in figure.axes)
