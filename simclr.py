@@ -1404,7 +1404,7 @@ def finished_summary(config: Config) -> dict | None:
         differ = differences(summary["config"], config)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{config.folder / 'summary.json'} is damaged ({error})") from error
     if differ:
         raise InputError(
