@@ -28,6 +28,7 @@ interrupted: all randomness derives from (seed, epoch, step).
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import io
 import json
@@ -864,32 +865,50 @@ def view_batches(
     size, steps = batch_count(config, len(data))
     order = torch.randperm(len(data), generator=utils.generator("cpu", config.seed, SHUFFLE, epoch))
     batches = order[: size * steps].view(steps, size)[start:]
+    keys = ((config.seed, VIEWS, epoch, step) for step in range(start, steps))
+    yield from augmented_batches(data, batches, keys, augment, 2, device, worker_count(config))
 
-    def randomness(step: int, where: torch.device | str) -> Tensor:
-        source = utils.generator(where, config.seed, VIEWS, epoch, step)
-        return augment.draw(2 * size, source)  # (2N, draws)
 
+def augmented_batches(
+    data: Images,
+    batches: Tensor,
+    keys: Iterable[tuple[int, ...]],
+    augment: Augment,
+    views: int,
+    device: torch.device,
+    workers: int,
+) -> Iterator[Tensor]:
+    """Augmented views of given images: float32 (views·N, 3, S, S) on `device`, a batch each.
+
+    batches: int64 (steps, N), rows of `data`. keys: for each batch the stream of randomness that
+    its views follow from (utils.generator). Rows i, N + i, 2N + i … are the views of one image.
+    workers: processes that decode, where `data` is streamed.
+    """
+    draws = views * batches.shape[1]
     if isinstance(data, ImageSet):
-        for step, rows in enumerate(batches.to(device), start):
+        for rows, key in zip(batches.to(device), keys, strict=True):
             images = data.images[rows]
-            yield augment(torch.cat([images, images]), randomness(step, device))
+            u = augment.draw(draws, utils.generator(device, *key))  # (views·N, draws of a view)
+            yield augment(torch.cat([images] * views), u)
         return
 
     crop: RandomResizedCrop = augment.steps[0]  # made by the workers, the rest on the device
+    randomness: collections.deque[Tensor] = collections.deque()  # of the batches under way
 
     def items() -> Iterator[list[tuple[int, np.ndarray]]]:
-        for step, rows in enumerate(batches.tolist(), start):
-            u = randomness(step, "cpu")[:, : crop.draws].unflatten(0, (2, size)).numpy()
+        for rows, key in zip(batches.tolist(), keys, strict=True):
+            randomness.append(augment.draw(draws, utils.generator("cpu", *key)))
+            u = randomness[-1][:, : crop.draws].unflatten(0, (views, -1)).numpy()
             yield [(row, u[:, i]) for i, row in enumerate(rows)]
 
-    crops = utils.decoded_batches(data, items(), partial(two_crops, crop), worker_count(config))
-    for step, pairs in enumerate(crops, start):  # uint8 (N, 2, 3, S, S)
-        views = pairs.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
-        yield augment(views, randomness(step, "cpu").to(device, non_blocking=True), first=1)
+    for crops in utils.decoded_batches(data, items(), partial(random_crops, crop), workers):
+        # uint8 (N, views, 3, S, S)
+        images = crops.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
+        yield augment(images, randomness.popleft().to(device, non_blocking=True), first=1)
 
 
-def two_crops(crop: RandomResizedCrop, image: Tensor, u: np.ndarray) -> Tensor:
-    """Both crops of one decoded image: uint8 (3, H, W), u (2, draws) -> uint8 (2, 3, S, S)."""
+def random_crops(crop: RandomResizedCrop, image: Tensor, u: np.ndarray) -> Tensor:
+    """The crops of one decoded image: uint8 (3, H, W), u (V, draws) -> uint8 (V, 3, S, S)."""
     boxes = crop.boxes(torch.from_numpy(u), *image.shape[-2:]).tolist()
     size = [crop.size, crop.size]
     return torch.stack([TF.resized_crop(image, *box, size, antialias=True) for box in boxes])
@@ -1154,14 +1173,19 @@ def describe(row: dict, log: list[dict], config: Config) -> tuple[dict[str, str]
 CHECKPOINT_FORMAT = 1
 
 
-def check_same_run(state: dict, config: Config, images: int) -> None:
-    """Raise InputError if a checkpoint is not one of `config` on so many images."""
-    where = config.folder
+def check_format(state: dict, where: Path) -> None:
+    """Raise InputError if this version does not read the checkpoint."""
     if state.get("format") != CHECKPOINT_FORMAT:
         raise InputError(
             f"{where} has a checkpoint of format {state.get('format')!r}; this version reads "
             f"format {CHECKPOINT_FORMAT}"
         )
+
+
+def check_same_run(state: dict, config: Config, images: int) -> None:
+    """Raise InputError if a checkpoint is not one of `config` on so many images."""
+    where = config.folder
+    check_format(state, where)
     differ = differences(state["config"], config)
     if state["images"] != images:
         differ.append(f"number of images ({state['images']} there, {images} now)")
@@ -1184,16 +1208,89 @@ def differences(saved: dict, config: Config) -> list[str]:
     ]
 
 
+def find_checkpoint(where: str, checkpoints: str | Path = "checkpoints") -> Path:
+    """The checkpoint file that `where` names: a file, a run's folder, a run's name, or "".
+
+    "" is the run under `checkpoints` that was saved last, those of ablations apart. Raises
+    InputError, naming the runs that there are, if there is none.
+    """
+    root = Path(checkpoints)
+    found = [file for file in root.rglob("last.pt") if file.relative_to(root).parts[0] != ABLATIONS]
+    if not where:
+        if not found:
+            raise InputError(f"no run under {root} yet; python simclr.py makes one")
+        return max(found, key=lambda file: file.stat().st_mtime)
+    for path in (Path(where), Path(where) / "last.pt", root / where / "last.pt"):
+        if path.is_file():
+            return path
+    names = sorted(str(file.parent.relative_to(root)) for file in found)
+    raise InputError(
+        f"{where} is neither a checkpoint nor a run under {root} (there: "
+        f"{', '.join(names) or 'none'})"
+    )
+
+
+ABLATIONS = "ablation"  # the folder of ablation_SimCLR.py's runs
+
+
+@dataclass
+class TrainedRun:
+    """What a checkpoint of a run holds: the model is frozen and in eval mode, on the CPU."""
+
+    config: Config
+    model: SimCLR
+    epoch: int  # epochs that are complete
+
+
+def load_run(file: Path) -> TrainedRun:
+    """Read a checkpoint that simclr.py wrote. No code in it is executed.
+
+    Raises InputError if it is damaged, of another format, or its weights are not exactly those of
+    the model that its configuration describes.
+    """
+    state = utils.load_checkpoint(file)
+    check_format(state, file)
+    try:
+        config = Config(**state["config"])
+        check_config(config)
+        model = make_model(config)
+        model.load_state_dict(state["model"])
+        epoch = int(state["position"]["epoch"])
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise InputError(f"{file} is not a checkpoint of a run: {error}") from error
+    return TrainedRun(config, model.eval().requires_grad_(False), epoch)
+
+
 # ------------------------------------------------------------------------------ what was learned
 
 KNN_NEIGHBOURS = 10
 LABELS_PER_CLASS = 10
 LABEL_DRAWS = 5
+FINAL_TABLE = ("pixels", "untrained", "simclr")
 REPRESENTATIONS = {
     "pixels": "raw pixels",
     "untrained": "untrained encoder",
     "simclr": "SimCLR h",
+    "projection": "SimCLR z",
 }
+
+
+def encoders(
+    model: SimCLR, config: Config, device: torch.device
+) -> dict[str, Callable[[Tensor], Tensor]]:
+    """What is compared, by the keys of REPRESENTATIONS: (B, 3, S, S) in [0, 1] -> (B, D) each.
+
+    model: is on `device`. The untrained encoder is the one that the run began with.
+    """
+    untrained = make_model(config).to(device, memory_format=torch.channels_last)
+    return {
+        "pixels": utils.flat_pixels,
+        "untrained": untrained.encoder,
+        "simclr": model.encoder,
+        "projection": nn.Sequential(model.encoder, model.projector),
+    }
 
 
 def features(
@@ -1222,17 +1319,13 @@ def evaluate(model: SimCLR, data: Data, config: Config, device: torch.device) ->
     Returns knn, linear_10 (mean over draws of 10 labels per class), linear_10_std and linear_all,
     each with keys pixels, untrained, simclr.
     """
-    untrained = make_model(config).to(device, memory_format=torch.channels_last)
-    encoders = {
-        "pixels": utils.flat_pixels,
-        "untrained": untrained.encoder,
-        "simclr": model.encoder,
-    }
     results: dict[str, dict] = {
         key: {} for key in ("knn", "linear_10", "linear_10_std", "linear_all")
     }
     y, y_test, classes = data.train.labels, data.test.labels, len(data.train.classes)
-    for name, encoder in encoders.items():
+    compared = encoders(model, config, device)
+    for name in FINAL_TABLE:
+        encoder = compared[name]
         x, x_test = (features(encoder, part, config, device) for part in (data.train, data.test))
         predicted = utils.knn_predict(x, y, x_test, classes, KNN_NEIGHBOURS)
         results["knn"][name] = utils.accuracy(predicted, y_test)
@@ -1256,7 +1349,8 @@ def table(results: dict[str, dict], images: int) -> str:
         f"{f'{images:,} test images':22} {'kNN (k=10)':>11} "
         f"{'10 labels a class':>19} {'all labels':>11}"
     ]
-    for key, name in REPRESENTATIONS.items():
+    for key in FINAL_TABLE:
+        name = REPRESENTATIONS[key]
         few = f"{100 * results['linear_10'][key]:.1f} ± {100 * results['linear_10_std'][key]:.1f} %"
         lines.append(
             f"{name:22} {100 * results['knn'][key]:9.1f} % {few:>19} "

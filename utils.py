@@ -79,13 +79,14 @@ def add_flags(parser: argparse.ArgumentParser, options: type, groups: dict[str, 
     --help -> its title.
     """
     group: Any = parser
-    types = {"int": int, "float": float, "str": str}
+    types = {"int": int, "float": float, "str": str, "tuple[str, ...]": str}
     for field in dataclasses.fields(options):
         if field.name in groups:
             group = parser.add_argument_group(groups[field.name])
-        text = field.metadata["help"]
-        if field.default != "":
-            text += f" [{field.default}]"
+        text, default = field.metadata["help"], field.default
+        several = isinstance(default, tuple)
+        if default not in ("", ()):
+            text += f" [{' '.join(default) if several else default}]"
         common: dict[str, Any] = dict(default=argparse.SUPPRESS, help=text.replace("%", "%%"))
         choices = field.metadata["choices"]
         if field.type == "bool":
@@ -93,7 +94,10 @@ def add_flags(parser: argparse.ArgumentParser, options: type, groups: dict[str, 
         elif choices:
             common["choices"] = choices
         else:
-            common |= dict(type=types[field.type], metavar=field.type.upper())
+            kind = types[field.type]
+            common |= dict(type=kind, metavar=kind.__name__.upper())
+        if several:
+            common["nargs"] = "+"
         group.add_argument(flag(field.name), **common)
 
 
@@ -751,6 +755,37 @@ _KNN_BYTES = 256 * 2**20  # bytes: the block of similarities that is held at a t
 
 
 @torch.no_grad()
+def nearest_neighbours(
+    train_features: Tensor, test_features: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """The k training rows of largest cosine similarity to each test row, the nearest first.
+
+    train_features (N, D), test_features (M, D), any float dtype. k is cut to N. Returns similarity
+    float32 (M, k) in [-1, 1] and rows int64 (M, k). Beside the features it holds their normalised
+    copies and a block of similarities of 256 MiB.
+    """
+    bank = F.normalize(train_features.float(), dim=1)
+    queries = F.normalize(test_features.float(), dim=1)
+    rows = max(1, _KNN_BYTES // (4 * len(bank)))
+    blocks = [(q @ bank.T).topk(min(k, len(bank)), dim=1) for q in queries.split(rows)]
+    return torch.cat([b.values for b in blocks]), torch.cat([b.indices for b in blocks])
+
+
+def knn_vote(
+    similarity: Tensor, neighbour_labels: Tensor, num_classes: int, temperature: float | None = None
+) -> Tensor:
+    """The class that most neighbours have: int64 (M,). A tie goes to the smaller class number.
+
+    similarity (M, k), the largest first; neighbour_labels int64 (M, k). Each neighbour has one
+    vote; with a temperature, exp(similarity / temperature) votes (Wu et al. 2018).
+    """
+    weights = torch.ones_like(similarity)
+    if temperature is not None:  # the largest is subtracted so that exp cannot overflow
+        weights = ((similarity - similarity[:, :1]) / temperature).exp()
+    votes = weights.new_zeros(len(similarity), num_classes)
+    return votes.scatter_add_(1, neighbour_labels, weights).argmax(1)
+
+
 def knn_predict(
     train_features: Tensor,
     train_labels: Tensor,
@@ -761,25 +796,11 @@ def knn_predict(
 ) -> Tensor:
     """k-nearest-neighbour classes by cosine similarity: int64 (M,).
 
-    train_features (N, D), train_labels int64 (N,), test_features (M, D), any float dtype. Each of
-    the k neighbours has one vote; with a temperature, exp(cos / temperature) votes (Wu et al.
-    2018). A tie goes to the smaller class number. k is cut to N.
+    train_features (N, D), train_labels int64 (N,), test_features (M, D). See nearest_neighbours()
+    and knn_vote().
     """
-    bank = F.normalize(train_features.float(), dim=1)
-    queries = F.normalize(test_features.float(), dim=1)
-    k = min(k, len(bank))
-    rows = max(1, _KNN_BYTES // (4 * len(bank)))
-    predictions = []
-    for block in queries.split(rows):
-        similarity, neighbours = (block @ bank.T).topk(k, dim=1)  # (rows, k)
-        if temperature is None:
-            weights = torch.ones_like(similarity)
-        else:  # the largest is subtracted so that exp cannot overflow
-            weights = ((similarity - similarity[:, :1]) / temperature).exp()
-        votes = weights.new_zeros(len(block), num_classes)
-        votes.scatter_add_(1, train_labels[neighbours], weights)
-        predictions.append(votes.argmax(1))
-    return torch.cat(predictions)
+    similarity, neighbours = nearest_neighbours(train_features, test_features, k)
+    return knn_vote(similarity, train_labels[neighbours], num_classes, temperature)
 
 
 def fit_logistic_regression(
