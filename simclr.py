@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import copy
 import dataclasses
 import io
 import json
@@ -1435,6 +1436,132 @@ class FigureKeeper:
         utils.write_atomically(self.path, picture.getbuffer())
         now = time.perf_counter()
         self._next = now + (now - started) / self.SHARE
+
+
+# ------------------------------------------------------------- learning from labels (Appendix B.5)
+
+
+def geometric_augment(config: Config) -> Augment:
+    """Crops, flips and rotations of the recipe without its colours (B.5: crops and flips)."""
+    return make_augment(dataclasses.replace(config, jitter_p=0.0, gray_p=0.0, blur_p=0.0))
+
+
+def labelled_batches(
+    data: Images,
+    rows: Tensor,
+    augment: Augment,
+    batch_size: int,
+    steps: int,
+    key: tuple[int, ...],
+    device: torch.device,
+    workers: int = 0,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`steps` batches of augmented images, float32 (B, 3, S, S), and their labels, int64 (B,).
+
+    rows: int64 (M,), which images of `data`; they are gone through in a new order each time, in
+    equal batches of at most batch_size. key: the stream that order and views follow from.
+    """
+    parts = math.ceil(len(rows) / batch_size)  # batches a pass
+    size = len(rows) // parts
+    orders = [
+        torch.randperm(len(rows), generator=utils.generator("cpu", *key, SHUFFLE, i))
+        for i in range(math.ceil(steps / parts))
+    ]
+    chosen = torch.stack([rows.cpu()[order[: size * parts]] for order in orders])
+    batches = chosen.view(-1, size)[:steps]  # (steps, B)
+    keys = ((*key, VIEWS, step) for step in range(steps))
+    images = augmented_batches(data, batches, keys, augment, 1, device, workers)
+    for x, chosen_rows in zip(images, batches.to(device), strict=True):
+        yield x.contiguous(memory_format=torch.channels_last), data.labels[chosen_rows]
+
+
+@dataclass
+class LabelTraining:
+    """How a network is trained on labels; the defaults are Appendix B.5's.
+
+    The paper's smallest label set gives 750 steps at its 60 epochs; a set so small that an epoch
+    is a step or two would be left untrained, hence min_steps.
+    """
+
+    epochs: int = 60
+    batch_size: int = 1024
+    lr: float = 0.05  # of a batch of 256
+    momentum: float = 0.9  # Nesterov's
+    weight_decay: float = 0.0
+    min_steps: int = 300
+
+    def steps(self, n: int) -> int:
+        """Steps for n labelled images."""
+        return max(self.min_steps, self.epochs * math.ceil(n / self.batch_size))
+
+
+def train_on_labels(
+    network: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    steps: int,
+    peak: float,
+    how: LabelTraining,
+    precision: str,
+    after_step: Callable[[], Any] = lambda: None,
+) -> None:
+    """SGD with Nesterov momentum on the cross-entropy of all of `network`, cosine decay.
+
+    network: (B, …) -> logits (B, K), in the mode in which it is given. batches: as many as steps
+    of (input, int64 labels (B,)). peak: the first learning rate.
+    """
+    device = next(network.parameters()).device
+    optimizer = torch.optim.SGD(
+        network.parameters(), peak, how.momentum, weight_decay=how.weight_decay, nesterov=True
+    )
+    for step, (inputs, labels) in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, 0, peak)
+        with utils.autocast(device, precision):
+            logits = network(inputs)
+        F.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        after_step()
+
+
+def fine_tune(
+    encoder: nn.Module,
+    data: Images,
+    rows: Tensor,
+    augment: Augment,
+    how: LabelTraining,
+    config: Config,
+    device: torch.device,
+    seed: int = 0,
+    after_step: Callable[[], Any] = lambda: None,
+) -> nn.Sequential:
+    """A copy of the encoder with a linear classifier on it, trained as a whole (Appendix B.5).
+
+    encoder: images -> features, in any state; it is left as it is, and an untrained one makes this
+    training from scratch. data: labelled; rows: int64 (M,), which of its images to learn from.
+    Returns images -> logits, in eval mode.
+    """
+    encoder = copy.deepcopy(encoder).requires_grad_(True).train()
+    with torch.no_grad():
+        probe = torch.zeros(1, 3, config.image_size, config.image_size, device=device)
+        dim = encoder.eval()(probe).shape[1]
+    network = nn.Sequential(encoder, zero_classifier(dim, len(data.classes))).to(device).train()
+    steps = how.steps(len(rows))
+    key = (config.seed, LABELS, seed)
+    batches = labelled_batches(
+        data, rows, augment, how.batch_size, steps, key, device, worker_count(config)
+    )
+    size = min(how.batch_size, len(rows))
+    train_on_labels(network, batches, steps, how.lr * size / 256, how, config.precision, after_step)
+    return network.eval()
+
+
+def zero_classifier(dim: int, classes: int) -> nn.Linear:
+    """A linear layer of zeros: all classes alike at first, and no dependence on a seed."""
+    layer = nn.Linear(dim, classes)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 # ------------------------------------------------------------------------------ the command line
