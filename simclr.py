@@ -1171,6 +1171,7 @@ def describe(row: dict, log: list[dict], config: Config) -> tuple[dict[str, str]
     return values, line
 
 
+CHECKPOINT = "last.pt"
 CHECKPOINT_FORMAT = 1
 
 
@@ -1479,8 +1480,9 @@ def labelled_batches(
 class LabelTraining:
     """How a network is trained on labels; the defaults are Appendix B.5's.
 
-    The paper's smallest label set gives 750 steps at its 60 epochs; a set so small that an epoch
-    is a step or two would be left untrained, hence min_steps.
+    The paper's smallest label set, 1 % of ImageNet, gives a dozen steps an epoch and 750 in all.
+    Sets that are much smaller would be left untrained after so many epochs of a step or two: their
+    batches are cut to a twelfth of them, but not below 64, and they get at least min_steps.
     """
 
     epochs: int = 60
@@ -1490,9 +1492,13 @@ class LabelTraining:
     weight_decay: float = 0.0
     min_steps: int = 300
 
+    def batch(self, n: int) -> int:
+        """Images a step for n labelled images."""
+        return min(n, self.batch_size, max(64, n // 12))
+
     def steps(self, n: int) -> int:
-        """Steps for n labelled images."""
-        return max(self.min_steps, self.epochs * math.ceil(n / self.batch_size))
+        """Steps in all for n labelled images."""
+        return max(self.min_steps, self.epochs * math.ceil(n / self.batch(n)))
 
 
 def train_on_labels(
@@ -1548,10 +1554,8 @@ def fine_tune(
     network = nn.Sequential(encoder, zero_classifier(dim, len(data.classes))).to(device).train()
     steps = how.steps(len(rows))
     key = (config.seed, LABELS, seed)
-    batches = labelled_batches(
-        data, rows, augment, how.batch_size, steps, key, device, worker_count(config)
-    )
-    size = min(how.batch_size, len(rows))
+    size = how.batch(len(rows))
+    batches = labelled_batches(data, rows, augment, size, steps, key, device, worker_count(config))
     train_on_labels(network, batches, steps, how.lr * size / 256, how, config.precision, after_step)
     return network.eval()
 

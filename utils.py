@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import os
 import signal
 import sys
@@ -354,6 +355,10 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.images)
 
+    def image(self, index: int) -> Tensor:
+        """One image: uint8 (3, H, W)."""
+        return self.images[index]
+
     def to(self, device: torch.device) -> ImageSet:
         labels = None if self.labels is None else self.labels.to(device)
         return ImageSet(self.images.to(device), labels, self.classes, self.paths)
@@ -373,22 +378,29 @@ class ImageFiles:
 
     root: the folder. paths: bytes array (N,) of file names below it, kept as one flat block so
     that worker processes share it. labels: int64 (N,) or None. classes: name of each label.
+    unreadable: a dict takes the files that batches() had to leave out, index -> reason; without
+    one such a file is an error.
     """
 
     root: Path
     paths: np.ndarray
     labels: Tensor | None = None
     classes: tuple[str, ...] = ()
+    unreadable: dict[int, str] | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def to(self, device: torch.device) -> ImageFiles:
         labels = None if self.labels is None else self.labels.to(device)
-        return ImageFiles(self.root, self.paths, labels, self.classes)
+        return dataclasses.replace(self, labels=labels)
 
     def path(self, index: int) -> Path:
         return self.root / os.fsdecode(self.paths[index])
+
+    def image(self, index: int) -> Tensor:
+        """One image, decoded now: uint8 (3, H, W). Raises InputError if it cannot be read."""
+        return read_image(self.path(index))
 
     def batches(
         self, size: int, batch_size: int, device: torch.device, workers: int = 0
@@ -675,17 +687,19 @@ class _Decoded(Dataset):
     def __init__(self, files: ImageFiles, transform: Callable[[Tensor, Any], Tensor]) -> None:
         self.files, self.transform = files, transform
 
-    def __getitem__(self, key: tuple[int, Any]) -> Tensor | str:
+    def __getitem__(self, key: tuple[int, Any]) -> Tensor | tuple[int, str]:
         index, argument = key
         try:
-            return self.transform(read_image(self.files.path(index)), argument)
+            return self.transform(self.files.image(index), argument)
         except InputError as error:
-            return str(error)  # an exception would arrive wrapped in a traceback
+            return index, str(error)  # an exception would arrive wrapped in a traceback
 
 
-def _stack_or_raise(items: list[Tensor | str]) -> Tensor | str:
-    errors = [item for item in items if isinstance(item, str)]
-    return errors[0] if errors else torch.stack(items)
+def _stack(items: list[Tensor | tuple[int, str]]) -> tuple[Tensor | None, dict[int, str]]:
+    """The images of a batch that could be read, and (index, reason) of those that could not."""
+    images = [item for item in items if isinstance(item, Tensor)]
+    unreadable = dict(item for item in items if not isinstance(item, Tensor))
+    return torch.stack(images) if images else None, unreadable
 
 
 def decoded_batches(
@@ -698,19 +712,23 @@ def decoded_batches(
 
     batches: for each batch the items (index into files, argument for the transform). transform:
     (uint8 (3, H, W), argument) -> tensor, all of one shape; must pickle. workers: processes, 0 for
-    none. Yields the stacked tensors. Raises InputError naming the first file that cannot be read.
+    none. Yields the stacked tensors. A file that cannot be read is left out and noted in
+    files.unreadable; where that is None, InputError is raised, naming it.
     """
     loader = DataLoader(
         _Decoded(files, transform),
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=_stack_or_raise,
+        collate_fn=_stack,
         pin_memory=torch.cuda.is_available(),
     )
-    for batch in loader:
-        if isinstance(batch, str):
-            raise InputError(batch)
-        yield batch
+    for images, unreadable in loader:
+        if unreadable and files.unreadable is None:
+            raise InputError(next(iter(unreadable.values())))
+        if unreadable:
+            files.unreadable.update(unreadable)
+        if images is not None:
+            yield images
 
 
 # ------------------------------------------------------------------------------------- embedding
@@ -725,25 +743,38 @@ def embed(
     precision: str = "float32",
     batch_size: int = 512,
     workers: int = 0,
+    title: str = "",
 ) -> Tensor:
     """Features of every image, in order, without augmentation: float32 (N, D) on `device`.
 
     encoder: float (B, 3, size, size) in [0, 1] -> (B, D). A module is put in eval mode (BatchNorm
-    uses its running statistics and does not move) and back.
+    uses its running statistics and does not move) and back. title: of a progress bar, if any.
+    Raises InputError if no image can be read.
     """
-    was_training = isinstance(encoder, nn.Module) and encoder.training
-    if was_training:
-        encoder.eval()
-    try:
-        features = []
-        for images in data.batches(size, batch_size, device, workers):
+    features = []
+    with evaluating(encoder):
+        batches = data.batches(size, batch_size, device, workers)
+        steps = math.ceil(len(data) / batch_size)
+        for images in tqdm(batches, title, steps, leave=False, disable=None if title else True):
             images = images.contiguous(memory_format=torch.channels_last)  # noqa: PLW2901
             with autocast(device, precision):
                 features.append(encoder(images).float())
-        return torch.cat(features)
+    if not features:
+        raise InputError("none of the images can be read")
+    return torch.cat(features)
+
+
+@contextlib.contextmanager
+def evaluating(encoder: Callable) -> Iterator[None]:
+    """Inside, a module is in eval mode; afterwards each of its parts is in the mode it was in."""
+    modes = [(m, m.training) for m in encoder.modules()] if isinstance(encoder, nn.Module) else []
+    for module, _ in modes:
+        module.training = False
+    try:
+        yield
     finally:
-        if was_training:
-            encoder.train()
+        for module, mode in modes:
+            module.training = mode
 
 
 def flat_pixels(images: Tensor, side: int = 32) -> Tensor:
@@ -987,12 +1018,9 @@ def frozen(module: nn.Module) -> Iterator[None]:
     Raises RuntimeError at the end if any parameter or buffer is not byte for byte what it was: an
     evaluation that moves what it evaluates is void.
     """
-    before, was_training = digest(module), module.training
-    module.eval()
-    try:
+    before = digest(module)
+    with evaluating(module):
         yield
-    finally:
-        module.train(was_training)
     if digest(module) != before:
         raise RuntimeError("the evaluation changed the encoder that it evaluates")
 
