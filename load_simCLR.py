@@ -300,7 +300,8 @@ def torchvision_names(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], in
     """
     first_stage = None
     if "0.weight" in tensors:
-        first_stage = next((i for i in SEQUENTIAL if f"{i}.0.conv1.weight" in tensors), None)
+        stages = [i for i in SEQUENTIAL if f"{i}.0.conv1.weight" in tensors]
+        first_stage = min(stages, default=None)
     named = {}
     for name, value in tensors.items():
         index, _, rest = name.partition(".")
@@ -323,9 +324,10 @@ def merge_split_statistics(named: dict[str, Tensor]) -> dict[str, Tensor]:
     """A BatchNorm that imitates k devices has k·C statistics; evaluating, it uses their mean."""
     merged = dict(named)
     for name, value in named.items():
-        channels = len(named.get(re.sub(r"running_(mean|var)$", "weight", name), value))
-        if "running_" in name and channels and len(value) > channels and not len(value) % channels:
-            merged[name] = value.view(-1, channels).mean(0)
+        if name.endswith(("running_mean", "running_var")) and value.ndim == 1:
+            scale = named.get(re.sub(r"running_\w+$", "weight", name), value)
+            if scale.ndim == 1 and len(value) > len(scale) > 0 == len(value) % len(scale):
+                merged[name] = value.view(-1, len(scale)).mean(0)
     return merged
 
 
@@ -669,8 +671,6 @@ def evaluate(source: Source, evaluation: Evaluation, options: Options) -> dict:
     Raises RuntimeError if an evaluation changed the encoder, which would make it void.
     """
     results = {"columns": [], "seconds": {}}
-    for amount in options.labels if "semi" in options.tasks else ():
-        evaluation.label_rows(amount, 0)  # too many labels are an error now, not after an hour
     with utils.frozen(
         nn.ModuleList(m for m in (source.encoder, source.projector) if m is not None)
     ):
@@ -755,26 +755,19 @@ def names_of(source: Source) -> dict[str, str]:
 
 def table(columns: Sequence[dict], names: dict[str, str], width: int = 100) -> str:
     """The results for people: a row a representation, a column a measurement, in lines of width."""
-    first = max(len(name) for name in names.values())
-    blocks: list[list[dict]] = [[]]
+    shown = [key for key in names if any(key in column["scores"] for column in columns)]
+    labels = ["", *(names[key] for key in shown)]
+    first = max(map(len, labels))
+    blocks: list[list[str]] = []  # lines of text each, to which columns are added while they fit
     for column in columns:
-        if first + sum(len(c["title"]) + 3 for c in [*blocks[-1], column]) > width and blocks[-1]:
-            blocks.append([])
-        blocks[-1].append(column)
-    lines = []
-    for block in blocks:
-        widths = [max(len(column["title"]), 12) for column in block]
-        titles = (f"{c['title']:>{w}}" for c, w in zip(block, widths, strict=True))
-        lines.append("   ".join([" " * first, *titles]))
-        for key, name in names.items():
-            if any(key in column["scores"] for column in columns):
-                cells = (
-                    f"{percent(c['scores'].get(key)):>{w}}"
-                    for c, w in zip(block, widths, strict=True)
-                )
-                lines.append("   ".join([f"{name:{first}}", *cells]))
-        lines.append("")
-    return "\n".join(lines[:-1])
+        cells = [column["title"], *(percent(column["scores"].get(key)) for key in shown)]
+        wide = max(map(len, cells)) + 3
+        if not blocks or len(blocks[-1][0]) + wide > width:
+            blocks.append([f"{label:{first}}" for label in labels])
+        blocks[-1] = [
+            line + f"{cell:>{wide}}" for line, cell in zip(blocks[-1], cells, strict=True)
+        ]
+    return "\n\n".join("\n".join(block) for block in blocks)
 
 
 def percent(scores: Sequence[float] | None) -> str:
@@ -1011,6 +1004,9 @@ def run_evaluation(source: Source, options: Options, device: torch.device) -> di
     suffix = f"-{config.dataset}" if transferred else ""
     figure_file = figure_file.with_name(f"evaluation{suffix}.png")
     result_file = source.beside(f"evaluation{suffix}.json")
+    evaluation = Evaluation(source, config, data, device, options.epochs)
+    for amount in options.labels if "semi" in options.tasks else ():
+        evaluation.label_rows(amount, 0)  # too many labels are an error now, not after an hour
     for file in (
         result_file,
         figure_file,
@@ -1023,7 +1019,6 @@ def run_evaluation(source: Source, options: Options, device: torch.device) -> di
         f"{len(data.train.classes)} classes, {config.image_size} px, on {device} in "
         f"{config.precision}\n"
     )
-    evaluation = Evaluation(source, config, data, device, options.epochs)
     header = {
         "checkpoint": str(source.file),
         "sha256": hashlib.sha256(source.file.read_bytes()).hexdigest(),

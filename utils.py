@@ -857,7 +857,8 @@ class LogisticRegression:
         centred = features - self.mean
         self.variances, self.axes = principal_axes(centred)  # (R,), (D, R)
         self.inputs = centred @ self.axes  # (N, R)
-        self.weight = features.new_zeros(len(self.variances), num_classes)  # of the inputs
+        # (K, R) as in nn.Linear: with (R, K) the gradient is a product that takes ten times as long
+        self.weight = features.new_zeros(num_classes, len(self.variances))
         self.bias = features.new_zeros(num_classes)
 
     def fit(self, l2: float, tolerance: float = 1e-4) -> tuple[Tensor, Tensor]:
@@ -866,8 +867,8 @@ class LogisticRegression:
         Ends when no entry of the gradient, in the solver's scale, exceeds the tolerance. Starts
         from the last solution, so going through many strengths costs little more than one.
         """
-        scale = (self.variances / len(self.bias) + l2).rsqrt()[:, None]  # (R, 1)
-        coordinates = (self.weight / scale).requires_grad_()  # (R, K)
+        scale = (self.variances / len(self.bias) + l2).rsqrt()  # (R,)
+        coordinates = (self.weight / scale).requires_grad_()  # (K, R)
         bias = self.bias.clone().requires_grad_()
         solver = torch.optim.LBFGS(
             [coordinates, bias],
@@ -882,14 +883,14 @@ class LogisticRegression:
             solver.zero_grad()
             with torch.enable_grad():
                 weight = scale * coordinates
-                loss = F.cross_entropy(torch.addmm(bias, self.inputs, weight), self.labels)
+                loss = F.cross_entropy(F.linear(self.inputs, weight, bias), self.labels)
                 loss = loss + 0.5 * l2 * weight.square().sum()
                 loss.backward()
             return loss
 
         solver.step(objective)
         self.weight, self.bias = scale * coordinates.detach(), bias.detach()
-        weight = self.axes @ self.weight
+        weight = self.axes @ self.weight.mT
         return weight, self.bias - self.mean @ weight
 
 
