@@ -45,6 +45,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torchvision
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -262,8 +263,9 @@ def import_encoder(state: dict, where: Path) -> Imported:
     }
     named, first_stage = torchvision_names(own)
     arch, width, stem = infer_architecture(named, where)
-    encoder = Encoder(arch, width, stem)
-    load_strictly(encoder, named, f"{where} (naming of {naming.origin}, {arch})")
+    encoder = load_strictly(
+        arch, width, stem, named, f"{where} (naming of {naming.origin}, {arch})"
+    )
     normalize = naming.normalize
     if stem == "small":
         encoder.conv1.padding = (naming.padding,) * 2
@@ -354,12 +356,15 @@ def infer_architecture(named: dict[str, Tensor], where: Path) -> tuple[str, floa
     )
 
 
-def load_strictly(encoder: Encoder, named: dict[str, Tensor], what: str) -> None:
-    """Load every tensor, or raise InputError that lists those missing, surplus or misshapen."""
-    expected = encoder.state_dict()
-    for name, value in expected.items():
+def load_strictly(
+    arch: str, width: float, stem: str, named: dict[str, Tensor], what: str
+) -> Encoder:
+    """The encoder with all of these tensors, or InputError that lists the missing and misshapen."""
+    with torch.device("meta"):  # shapes alone: a false file should not cost memory
+        expected = Encoder(arch, width, stem).state_dict()
+    for name in expected:
         if name.endswith("num_batches_tracked"):  # old files lack it, and it has no effect here
-            named.setdefault(name, value)
+            named.setdefault(name, torch.tensor(0))
     faults = [f"{name} is missing" for name in expected if name not in named]
     faults += [f"{name} is surplus" for name in named if name not in expected]
     faults += [
@@ -370,7 +375,9 @@ def load_strictly(encoder: Encoder, named: dict[str, Tensor], what: str) -> None
     if faults:
         more = f", and {len(faults) - MAX_LISTED} more" if len(faults) > MAX_LISTED else ""
         raise InputError(f"{what} does not fit: {'; '.join(faults[:MAX_LISTED])}{more}")
+    encoder = Encoder(arch, width, stem)
     encoder.load_state_dict(named)
+    return encoder
 
 
 class Normalized(nn.Module):
@@ -428,8 +435,11 @@ def load_source(file: Path, normalize: str = "auto") -> Source:
         source.description = f"{run.config.arch} at width {run.config.width:g}, epoch {run.epoch}"
     else:
         got = import_encoder(state, file)
-        exported = getattr(state, "_metadata", {}).get("", {}).get("normalize")
-        source = Source(file, got.encoder, got.encoder, exported or got.normalize, "", imported=got)
+        exported = getattr(state, "_metadata", {}).get("", {}).get(EXPORTED)
+        if exported:
+            got.encoder.conv1.padding = tuple(exported["padding"])
+            got.normalize = exported["normalize"]
+        source = Source(file, got.encoder, got.encoder, got.normalize, "", imported=got)
         origin = "written by --export" if exported else f"naming of {got.origin}"
         source.description = f"{got.arch} at width {got.width:g}, {got.stem} stem, {origin}"
     if normalize != "auto":
@@ -455,16 +465,36 @@ def load_encoder(
     return source.encoder.to(device)
 
 
-def export_encoder(source: Source, file: Path) -> None:
-    """Write the encoder as a state dict with torchvision's names, for torch.load and strict use.
+EXPORTED = "simclr"  # what load_state_dict ignores and load_source() reads, in the metadata
 
-    At width 1 torchvision.models.<arch>() loads it with only `fc` missing; a 3x3 stem needs
-    `model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False); model.maxpool = nn.Identity()`.
-    Raises InputError if the file cannot be written.
+
+def export_encoder(source: Source, file: Path) -> str:
+    """Write the encoder as a state dict with torchvision's names. Returns how to load it.
+
+    At width 1 torchvision.models.<arch>() takes it with only `fc` missing; a 3x3 stem needs two
+    lines before, which the returned text gives. Raises InputError if the file cannot be written, or
+    if torchvision's ResNet cannot compute the same (lightly's own ResNet has no ReLU in its stem).
     """
-    state = source.plain.state_dict()  # an OrderedDict with metadata that load_state_dict ignores
-    state._metadata[""]["normalize"] = source.normalize
+    encoder = source.plain
+    if isinstance(encoder.relu, nn.Identity):
+        raise InputError(f"{source.file}: a stem without ReLU does not exist in torchvision")
+    padding = encoder.conv1.padding
+    state = encoder.state_dict()  # an OrderedDict, saved with its metadata
+    state._metadata[""][EXPORTED] = {"normalize": source.normalize, "padding": list(padding)}
     utils.save_checkpoint(file, state)
+
+    channels, _, kernel, _ = encoder.conv1.weight.shape
+    arch = source.config.arch if source.config else source.imported.arch
+    if channels != 64 or not hasattr(torchvision.models, arch):
+        return f"load it with load_simCLR.load_encoder({str(file)!r})"
+    lines = [f"model = torchvision.models.{arch}()"]
+    if kernel == 3:
+        lines += [
+            f"model.conv1 = nn.Conv2d(3, 64, 3, padding={padding[0]}, bias=False)",
+            "model.maxpool = nn.Identity()",
+        ]
+    lines += [f"model.load_state_dict(torch.load({str(file)!r}), strict=False)  # fc is missing"]
+    return "load it with\n  " + "\n  ".join(lines)
 
 
 # -------------------------------------------------------------------------------------- evaluation
@@ -1112,8 +1142,8 @@ def run(where: str, options: Options) -> dict | None:
     device = utils.choose_device(options.device)
     source = load_source(simclr.find_checkpoint(where, options.checkpoints), options.normalize)
     if options.export:
-        export_encoder(source, Path(options.export))
-        print(f"{source.description}: {options.export}")
+        how = export_encoder(source, Path(options.export))
+        print(f"{source.description}\nexported to {options.export}; {how}")
     if options.embed or options.classify:
         use_on_new_images(source, options, device)
     if options.export or options.embed or options.classify:

@@ -465,7 +465,7 @@ def small_stem(network, padding=1):
 
 
 @pytest.mark.parametrize("stem", ["imagenet", "small"])
-def test_an_exported_encoder_is_torchvisions(tmp_path, stem):
+def test_an_exported_encoder_is_torchvisions(tmp_path, stem, capsys):
     config = simclr.make_config(
         dataset="digits", arch="resnet18", width=1.0, image_size=48, stem=stem, run="r",
         checkpoints=str(tmp_path), figures=str(tmp_path),
@@ -491,6 +491,10 @@ def test_an_exported_encoder_is_torchvisions(tmp_path, stem):
     again = load_source(tmp_path / "encoder.pt")  # and comes back, without a normalisation
     assert again.normalize == "none"
     assert torch.allclose(again.encoder(images), expected, atol=1e-5)
+
+    told = capsys.readouterr().out
+    assert "model = torchvision.models.resnet18()" in told
+    assert ("model.maxpool = nn.Identity()" in told) == (stem == "small")
 
     if stem == "imagenet":  # people fine-tune for detection too
         backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=5)
@@ -663,6 +667,23 @@ def test_importing_googles_simclr_in_torch(tmp_path, width):
         network = without_fc(torchvision.models.resnet50())
         state = renamed(network, "", simclr_v2, {"fc.weight": (10, 2048), "fc.bias": (10,)})
         check_import(tmp_path, network, {"resnet": state, "head": {}}, "none")
+
+
+def test_exporting_an_imported_encoder(tmp_path):
+    """Its padding and normalisation go with it; what torchvision cannot compute is refused."""
+    _, state, _ = FOREIGN["solo-learn, CIFAR"](without_fc(torchvision.models.resnet18()))
+    torch.save(state, tmp_path / "theirs.ckpt")
+    call(tmp_path / "theirs.ckpt", "--export", tmp_path / "ours.pt")
+    again = load_source(tmp_path / "ours.pt")
+    assert again.normalize == "cifar10"
+    assert again.plain.conv1.padding == (2, 2)
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(again.encoder(images), load_encoder(tmp_path / "theirs.ckpt")(images))
+    _, state, _ = FOREIGN["lightly, its own ResNet"](without_fc(torchvision.models.resnet18()))
+    torch.save(state, tmp_path / "lightly.ckpt")
+    with pytest.raises(InputError, match="a stem without ReLU"):
+        call(tmp_path / "lightly.ckpt", "--export", tmp_path / "no.pt")
+    assert not (tmp_path / "no.pt").exists()
 
 
 def test_importing_a_file_of_before_torch_1_6(tmp_path):
