@@ -34,6 +34,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import shlex
 import sys
 import textwrap
@@ -62,8 +63,9 @@ from utils import Images, ImageSet, InputError, flag, setting
 class Config:
     """One run: the command line, the checkpoint's record and the functions' argument in one.
 
-    The defaults are the paper's ImageNet settings where it has them; a recipe (RECIPES) overrides
-    some for a data set, and flags override the recipe. make_config() does that and checks.
+    The defaults are the paper's for ImageNet, but for the batch size (4096 there) and the blur
+    (p = 0.5 there, none for CIFAR-10). A recipe (RECIPES) overrides some for a data set, and flags
+    override the recipe; make_config() does that and checks.
     """
 
     recipe: str = setting("", "named settings (default: the one for the data set)")
@@ -175,6 +177,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         batch_size=4096, epochs=100, blur_p=0.5, image_size=224, head_hidden=2048
     ),
 }  # fmt: skip
+RECIPES["svhn"] = {**RECIPES["cifar10"], "flip": 0.0}  # house numbers: no flip, as for the digits
 
 # what fits the other data sets of load_images()
 DATASET_RECIPE = {name: name if name in RECIPES else "cifar10" for name in utils.DATASETS}
@@ -219,14 +222,15 @@ def check_config(config: Config) -> None:
         need(0 <= getattr(config, name) <= 1, name, "a probability in [0, 1]")
     for name in ("color_strength", "brightness", "contrast", "saturation", "weight_decay"):
         need(getattr(config, name) >= 0, name, "0 or more")
-    for name in ("warmup_epochs", "head_hidden", "knn_every", "seed"):
+    for name in ("warmup_epochs", "knn_every", "seed"):
         need(getattr(config, name) >= 0, name, "0 or more")
     need(config.image_size == 0 or 8 <= config.image_size <= 4096, "image_size", "0 or 8 to 4096")
     need(0 < config.crop_min <= 1, "crop_min", "in (0, 1]")
     need(0 <= config.rotation <= 180, "rotation", "in [0, 180] degrees")
     need(0 <= config.hue * config.color_strength <= 0.5, "hue", "0 to 0.5 turns after scaling by s")
     need(0 < config.width <= 16, "width", "in (0, 16]")
-    need(config.head_dim >= 1, "head_dim", "1 or more")
+    need(1 <= config.head_dim <= MAX_HEAD, "head_dim", f"1 to {MAX_HEAD}")
+    need(0 <= config.head_hidden <= MAX_HEAD, "head_hidden", f"0 to {MAX_HEAD}")
     need(config.temperature > 0, "temperature", "positive")
     need(config.batch_size >= 2, "batch_size", "at least 2 (NT-Xent needs negatives)")
     need(config.epochs >= 1, "epochs", "at least 1")
@@ -238,6 +242,8 @@ def check_config(config: Config) -> None:
     parts = Path(config.run).parts
     plain = parts and not Path(config.run).is_absolute() and ".." not in parts
     need(bool(plain) and "\0" not in config.run, "run", "a plain name, below the folder of runs")
+    short = all(len(os.fsencode(part)) <= MAX_NAME for part in parts)
+    need(short, "run", f"a name of at most {MAX_NAME} bytes")
 
 
 def resolve(config: Config, data: Images, device: torch.device) -> Config:
@@ -264,6 +270,8 @@ def resolve(config: Config, data: Images, device: torch.device) -> Config:
 STREAMED_SIZE = 224  # px: what images of varying sizes are cropped to
 SMALL_STEM_SIZE = 64  # px: up to here the 3x3 stem (Appendix B.9 has 32)
 MIN_SIZE = 8  # px
+MAX_HEAD = 65_536  # width of the head's layers: more is a slip of the keyboard
+MAX_NAME = 255  # bytes: what file systems take as the name of a folder
 
 # What each stream of random numbers is for: utils.derive_seed(config.seed, PURPOSE, …)
 WEIGHTS, SHUFFLE, VIEWS, LABELS = range(4)
@@ -393,9 +401,16 @@ def rotate(images: Tensor, degrees: Tensor) -> Tensor:
 
 
 class ColorJitter:
-    """Brightness, contrast, saturation and hue, each by a random factor, in random order."""
+    """Brightness, contrast and saturation in random order, then hue, each by a random factor.
 
-    draws = 9  # coin, three factors, hue, three for the order, one for the place of hue
+    Hue has a random place in the order, too, where others jitter; it comes last here because its
+    place changes next to nothing. A shift of the hue keeps the largest and the smallest channel of
+    each pixel, so it commutes with brightness exactly (clamping apart), and with contrast and
+    saturation up to the change of the pixel's luma. Being the dearest of the four, it is computed
+    once for all images and not once for each place.
+    """
+
+    draws = 8  # coin, three factors, hue, three for the order
 
     def __init__(
         self, p: float, brightness: float, contrast: float, saturation: float, hue: float
@@ -409,37 +424,23 @@ class ColorJitter:
             [lerp(max(0, 1 - s), 1 + s, u[:, 1 + i]) for i, s in enumerate(self.strengths)], 1
         )
         factors = torch.where(jittered, factors, 1.0)  # (N, 3); 1 changes nothing
-        order = u[:, 5:8].argsort(1)  # (N, 3)
-        if not self.hue:
-            return color_jitter(images, factors, order)
-
-        # Hue is the dear one. A random quarter of the images has it in each of the four places,
-        # so that it is computed once an image and not four times with three results unused.
-        hue = torch.where(jittered[:, 0], lerp(-self.hue, self.hue, u[:, 4]), 0.0)  # (N,)
-        out = torch.empty_like(images)
-        for place, rows in enumerate(u[:, 8].argsort().chunk(4)):
-            out[rows] = color_jitter(images[rows], factors[rows], order[rows], hue[rows], place)
-        return out
+        images = color_jitter(images, factors, order=u[:, 5:8].argsort(1))
+        if self.hue:
+            turns = torch.where(jittered[:, 0], lerp(-self.hue, self.hue, u[:, 4]), 0.0)  # (N,)
+            images = adjust_hue(images, turns)
+        return images
 
 
-def color_jitter(
-    images: Tensor, factors: Tensor, order: Tensor, hue: Tensor | None = None, hue_place: int = 0
-) -> Tensor:
-    """torchvision's adjust_brightness, -contrast, -saturation and -hue in a given order.
+def color_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
+    """torchvision's adjust_brightness, -contrast and -saturation in a given order.
 
-    images: float (N, 3, H, W) in [0, 1]. factors: (N, 3), the three blending factors, >= 0.
-    order: int64 (N, 3), a permutation of 0 1 2 a row, in which the image gets these. hue: (N,) in
-    [-0.5, 0.5] turns, applied after `hue_place` of the three.
+    images: float (N, 3, H, W) in [0, 1]. factors: (N, 3), >= 0, of the three. order: int64 (N, 3),
+    a permutation of 0 1 2 a row, in which the image gets them.
 
     All three blend the image with a grey one: out = f·x + (1 - f)·reference, clamped, where the
     reference is black, the image's mean luma, or each pixel's luma.
     """
-    for place in range(4):
-        if hue is not None and place == hue_place:
-            images = adjust_hue(images, hue)
-        if place == 3:
-            break
-        which = order[:, place]  # (N,)
+    for which in order.unbind(1):  # (N,)
         factor = column(factors.gather(1, which[:, None]))
         gray = luma(images)  # (N, 1, H, W)
         mean = gray.mean((-2, -1), keepdim=True)  # (N, 1, 1, 1)
@@ -811,13 +812,12 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=config.lr)
 
 
-def peak_learning_rate(config: Config) -> float:
-    """lr·N/256 ("linear"), lr·√N ("sqrt": Appendix B.1 has 0.075·√N), or lr ("none")."""
-    scale = {
-        "linear": config.batch_size / 256,
-        "sqrt": math.sqrt(config.batch_size),
-        "none": 1.0,
-    }
+def peak_learning_rate(config: Config, batch_size: int) -> float:
+    """lr·N/256 ("linear"), lr·√N ("sqrt": Appendix B.1 has 0.075·√N), or lr ("none").
+
+    batch_size: the N of a step, which is less than config.batch_size if there are fewer images.
+    """
+    scale = {"linear": batch_size / 256, "sqrt": math.sqrt(batch_size), "none": 1.0}
     return config.lr * scale[config.lr_scaling]
 
 
@@ -1026,7 +1026,8 @@ class Pretraining:
         total = self.config.epochs * self.steps
         warmup = round(self.config.warmup_epochs * self.steps)
         step += self.position.epoch * self.steps
-        return learning_rate(step, total, warmup, peak_learning_rate(self.config))
+        peak = peak_learning_rate(self.config, self.batch_size)
+        return learning_rate(step, total, warmup, peak)
 
     @property
     def complete(self) -> bool:
@@ -1384,7 +1385,8 @@ def draw_training(
         f"chance, ln(2N − 1) = {chance:.2f}", (0.98, chance), (0, -3), color="0.3", fontsize=8,
         xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", va="top",
     )  # fmt: skip
-    loss.set(title="NT-Xent loss", ylabel="nats", ylim=(0, chance * 1.05))
+    top = max([chance, *(row["loss"] for row in log)])  # a bad start may lie above chance
+    loss.set(title="NT-Xent loss", ylabel="nats", ylim=(0, top * 1.05))
 
     guess.plot(epochs, [100 * r["contrastive_accuracy"] for r in log], color="C1", marker=marker)
     guess.axhline(100 / math.exp(chance), color="0.4", linestyle="--", linewidth=1)
@@ -1582,7 +1584,10 @@ OWN_FILES = ("config.json", "last.pt", "log.jsonl", "summary.json")
 
 def describe_recipes() -> str:
     """The recipes for --help, a paragraph each."""
-    paragraphs = ["recipes (they override the defaults above, and flags override them):"]
+    paragraphs = [
+        "recipes (they override the defaults above, and flags override them; the warm-up of a\n"
+        f"recipe is cut to {SHORT_WARMUP:.0%} of the epochs of a run that is made shorter):"
+    ]
     for name, overrides in RECIPES.items():
         flags = " ".join(
             flag(key) if value is True else f"{flag(key)} {value}"

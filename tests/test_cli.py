@@ -51,12 +51,15 @@ def fails(capsys, tmp_path, *argv):
         ("--momentum 1", "--momentum must be in [0, 1)"),
         ("--weight-decay -1", "--weight-decay must be 0 or more"),
         ("--warmup-epochs 100", "--warmup-epochs must be at most epochs=90"),
-        ("--head-dim 0", "--head-dim must be 1 or more"),
+        ("--head-dim 0", "--head-dim must be 1 to 65536"),
+        ("--head-dim 100000000000", "--head-dim must be 1 to 65536"),
+        ("--head-hidden 70000", "--head-hidden must be 0 to 65536"),
         ("--seed -1", "--seed must be 0 or more"),
         ("--workers -2", "--workers must be -1 or more"),
         ("--save-every 0", "--save-every must be at least 1"),
         ("--run ../../etc", "--run must be a plain name"),
         ("--run /tmp/x", "--run must be a plain name"),
+        (f"--run {300 * 'a'}", "--run must be a name of at most 255 bytes"),
         ("--epoch 3", "unrecognized arguments: --epoch 3"),
         ("surplus", "unrecognized arguments: surplus"),
         ("--device warp", "--device warp is not available here"),
@@ -107,7 +110,8 @@ def test_help_teaches_every_flag_and_recipe(capsys):
     for field in simclr.dataclasses.fields(simclr.Config):
         assert simclr.flag(field.name) in text
     for recipe in simclr.RECIPES:
-        assert recipe in text
+        assert f"  {recipe}:" in text
+    assert "cut to 10% of the epochs" in text
 
 
 def test_flags_override_the_recipe_and_the_recipe_the_defaults():
@@ -135,6 +139,12 @@ def test_every_recipe_is_valid(name):
     config = simclr.make_config(recipe=name, dataset="cifar10")
     assert config.recipe == name
     simclr.make_augment(simclr.dataclasses.replace(config, image_size=32))
+
+
+def test_digits_of_any_kind_are_not_flipped():
+    assert simclr.make_config(dataset="digits").flip == 0
+    svhn = simclr.make_config(dataset="svhn")
+    assert (svhn.recipe, svhn.flip, svhn.arch) == ("svhn", 0, "resnet18")
 
 
 def command(tmp_path, *argv):
