@@ -15,6 +15,7 @@ import io
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -50,7 +51,31 @@ def exit_with_error(program: str, error: BaseException) -> NoReturn:
     raise SystemExit(2)
 
 
+@contextlib.contextmanager
+def quiet_without_reader() -> Iterator[None]:
+    """End as Unix tools do, without a word, when nobody reads on (`python simclr.py | head -1`)."""
+    try:
+        try:
+            yield
+        finally:
+            print(end="", flush=True)  # else it fails after the last line of Python
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + 13) from None  # as if by SIGPIPE
+
+
 # ---------------------------------------------------------------------------------- command lines
+
+
+def python_command(*arguments: str) -> str:
+    """A line for the shell that runs this interpreter, written as one would type it here."""
+    return shlex.join([from_here(sys.executable), *arguments])
+
+
+def from_here(path: str | Path) -> str:
+    """`path`, relative where it lies below the current folder."""
+    path, here = Path(path), Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def setting(default: Any, help: str, choices: Sequence[str] = (), identity: bool = True) -> Any:
@@ -141,10 +166,11 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         kept = "; the previous version is intact" if path.is_file() else ""
         raise InputError(f"cannot write {path}: {error.strerror or error}{kept}") from error
+    finally:
+        with contextlib.suppress(OSError):  # as a rule it has become `path`
+            temporary.unlink()
 
 
 def _sync_folder(folder: Path) -> None:
@@ -157,15 +183,22 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def make_folder(folder: Path) -> None:
-    """Make `folder` and its parents. Raises InputError if that fails or it cannot be written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
-    if not writable:
-        raise InputError(f"cannot write to {folder}: permission denied")
+def make_folders(*folders: Path) -> None:
+    """Make the folders and their parents. Raises InputError, having made none, if one cannot be."""
+    for folder in folders:
+        try:
+            above = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+            if not above.is_dir():
+                raise NotADirectoryError(f"{above} is not a folder")
+            if not os.access(above, os.W_OK | os.X_OK):
+                raise PermissionError(f"{above} is read-only")
+        except OSError as error:
+            raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -178,27 +211,21 @@ def write_jsonl(path: Path, rows: Sequence[dict]) -> None:
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def append_jsonl(path: Path, row: dict) -> None:
-    """Append one row to a JSON-lines file."""
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-
-
 def read_jsonl(path: Path) -> list[dict]:
-    """The rows of a JSON-lines file; none if it does not exist. A torn last line is left out."""
-    rows = []
+    """The rows of a JSON-lines file, up to a damaged or torn line; none if it does not exist."""
+    rows: list[dict] = []
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        lines = Path(path).read_bytes().splitlines()
     except FileNotFoundError:
         return rows
-    for line in text.splitlines():
+    for line in lines:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except ValueError:  # no JSON, or no text at all
             break
+        if not isinstance(row, dict):
+            break
+        rows.append(row)
     return rows
 
 
