@@ -21,8 +21,8 @@ training, Algorithm 1 · what was learned · the command line. Data sets, files 
 are in utils.py.
 
 A run keeps everything in checkpoints/<run>/ and draws figures/<run>/loss_plot.png. The same
-command again continues an interrupted run, and on the CPU ends bit for bit as if it had not been
-interrupted: all randomness derives from (seed, epoch, step).
+command again continues an interrupted run, and on the CPU, with as many threads, ends bit for bit
+as if it had not been interrupted: all randomness derives from (seed, epoch, step).
 """
 
 from __future__ import annotations
@@ -994,6 +994,23 @@ def load_data(config: Config, device: torch.device) -> Data:
     return Data(pretrain, train, test)
 
 
+def describe_data(data: Data) -> str:
+    """What was found: how many images and classes, or why there are no labels."""
+    text = f"{len(data.pretrain):,} images to learn from"
+    if data.train.labels is None:
+        return f"{text}; no labels: {utils.why_unlabelled(file_names(data.train))}"
+    text = f"{len(data.train.classes)} classes, {text}"
+    if len(data.test) and data.test.labels is None:
+        why = utils.why_unlabelled(file_names(data.test), data.train.classes)
+        return f"{text}, but no labels for the evaluation: {why}"
+    held_out = f"{len(data.test):,}" if len(data.test) else "none"
+    return f"{text}, {held_out} held out for the evaluation"
+
+
+def file_names(data: Images) -> list[str]:
+    return [] if data.paths is None else [os.fsdecode(path) for path in data.paths]
+
+
 class Pretraining:
     """One run: model, optimiser, how far they have come, and the files that keep them.
 
@@ -1732,8 +1749,9 @@ def run(config: Config, overwrite: bool = False) -> dict:
             print(table(summary, len(data.test)))
         return summary
     print(
-        f"\n{len(data.pretrain):,} images to learn from, on {device} in {config.precision}; "
-        f"files in {config.folder}, figure in {config.figure_folder}"
+        f"\n{describe_data(data)}\n"
+        f"on {device} in {config.precision}; files in {config.folder}, "
+        f"figure in {config.figure_folder}"
     )
 
     model = pretrain(config, data, device, overwrite=overwrite)
