@@ -191,7 +191,7 @@ def make_folders(*folders: Path) -> None:
             if not above.is_dir():
                 raise NotADirectoryError(f"{above} is not a folder")
             if not os.access(above, os.W_OK | os.X_OK):
-                raise PermissionError(f"{above} is read-only")
+                raise PermissionError(f"{above} is not writable")
         except OSError as error:
             raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
     for folder in folders:
