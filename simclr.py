@@ -1156,7 +1156,7 @@ class Pretraining:
             self.save()
         if error is None:
             raise Interrupted(stop.signal)
-        raise InputError(f"{error}; once it can be, the same command continues the run") from error
+        raise InputError(f"{error}; mend the file, and the run continues here") from error
 
     @torch.no_grad()
     def check_finite(self) -> None:
