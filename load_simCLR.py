@@ -1042,7 +1042,7 @@ def run_evaluation(source: Source, options: Options, device: torch.device) -> di
         figure_file,
         *([Path(options.predictions)] * bool(options.predictions)),
     ):
-        utils.make_folder(file.parent)  # what cannot be written is an error now
+        utils.make_folders(file.parent)  # what cannot be written is an error now
     print(
         f"{source.file}: {source.description}\nevaluated on {config.dataset}: "
         f"{len(data.train):,} training and {len(data.test):,} test images of "

@@ -21,8 +21,8 @@ training, Algorithm 1 · what was learned · the command line. Data sets, files 
 are in utils.py.
 
 A run keeps everything in checkpoints/<run>/ and draws figures/<run>/loss_plot.png. The same
-command again continues an interrupted run, and on the CPU ends bit for bit as if it had not been
-interrupted: all randomness derives from (seed, epoch, step).
+command again continues an interrupted run, and on the CPU, with as many threads, ends bit for bit
+as if it had not been interrupted: all randomness derives from (seed, epoch, step).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import dataclasses
 import io
 import json
 import math
-import shlex
+import os
 import sys
 import textwrap
 import time
@@ -42,7 +42,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -62,8 +62,9 @@ from utils import Images, ImageSet, InputError, flag, setting
 class Config:
     """One run: the command line, the checkpoint's record and the functions' argument in one.
 
-    The defaults are the paper's ImageNet settings where it has them; a recipe (RECIPES) overrides
-    some for a data set, and flags override the recipe. make_config() does that and checks.
+    The defaults are the paper's for ImageNet, but for the batch size (4096 there) and the blur
+    (p = 0.5 there, none for CIFAR-10). A recipe (RECIPES) overrides some for a data set, and flags
+    override the recipe; make_config() does that and checks.
     """
 
     recipe: str = setting("", "named settings (default: the one for the data set)")
@@ -175,6 +176,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         batch_size=4096, epochs=100, blur_p=0.5, image_size=224, head_hidden=2048
     ),
 }  # fmt: skip
+RECIPES["svhn"] = {**RECIPES["cifar10"], "flip": 0.0}  # house numbers: no flip, as for the digits
 
 # what fits the other data sets of load_images()
 DATASET_RECIPE = {name: name if name in RECIPES else "cifar10" for name in utils.DATASETS}
@@ -219,14 +221,15 @@ def check_config(config: Config) -> None:
         need(0 <= getattr(config, name) <= 1, name, "a probability in [0, 1]")
     for name in ("color_strength", "brightness", "contrast", "saturation", "weight_decay"):
         need(getattr(config, name) >= 0, name, "0 or more")
-    for name in ("warmup_epochs", "head_hidden", "knn_every", "seed"):
+    for name in ("warmup_epochs", "knn_every", "seed"):
         need(getattr(config, name) >= 0, name, "0 or more")
     need(config.image_size == 0 or 8 <= config.image_size <= 4096, "image_size", "0 or 8 to 4096")
     need(0 < config.crop_min <= 1, "crop_min", "in (0, 1]")
     need(0 <= config.rotation <= 180, "rotation", "in [0, 180] degrees")
     need(0 <= config.hue * config.color_strength <= 0.5, "hue", "0 to 0.5 turns after scaling by s")
     need(0 < config.width <= 16, "width", "in (0, 16]")
-    need(config.head_dim >= 1, "head_dim", "1 or more")
+    need(1 <= config.head_dim <= MAX_HEAD, "head_dim", f"1 to {MAX_HEAD}")
+    need(0 <= config.head_hidden <= MAX_HEAD, "head_hidden", f"0 to {MAX_HEAD}")
     need(config.temperature > 0, "temperature", "positive")
     need(config.batch_size >= 2, "batch_size", "at least 2 (NT-Xent needs negatives)")
     need(config.epochs >= 1, "epochs", "at least 1")
@@ -238,6 +241,8 @@ def check_config(config: Config) -> None:
     parts = Path(config.run).parts
     plain = parts and not Path(config.run).is_absolute() and ".." not in parts
     need(bool(plain) and "\0" not in config.run, "run", "a plain name, below the folder of runs")
+    short = all(len(os.fsencode(part)) <= MAX_NAME for part in parts)
+    need(short, "run", f"a name of at most {MAX_NAME} bytes")
 
 
 def resolve(config: Config, data: Images, device: torch.device) -> Config:
@@ -264,6 +269,8 @@ def resolve(config: Config, data: Images, device: torch.device) -> Config:
 STREAMED_SIZE = 224  # px: what images of varying sizes are cropped to
 SMALL_STEM_SIZE = 64  # px: up to here the 3x3 stem (Appendix B.9 has 32)
 MIN_SIZE = 8  # px
+MAX_HEAD = 65_536  # width of the head's layers: more is a slip of the keyboard
+MAX_NAME = 255  # bytes: what file systems take as the name of a folder
 
 # What each stream of random numbers is for: utils.derive_seed(config.seed, PURPOSE, …)
 WEIGHTS, SHUFFLE, VIEWS, LABELS = range(4)
@@ -393,9 +400,16 @@ def rotate(images: Tensor, degrees: Tensor) -> Tensor:
 
 
 class ColorJitter:
-    """Brightness, contrast, saturation and hue, each by a random factor, in random order."""
+    """Brightness, contrast and saturation in random order, then hue, each by a random factor.
 
-    draws = 9  # coin, three factors, hue, three for the order, one for the place of hue
+    Hue has a random place in the order, too, where others jitter; it comes last here because its
+    place changes next to nothing. A shift of the hue keeps the largest and the smallest channel of
+    each pixel, so it commutes with brightness exactly (clamping apart), and with contrast and
+    saturation up to the change of the pixel's luma. Being the dearest of the four, it is computed
+    once for all images and not once for each place.
+    """
+
+    draws = 8  # coin, three factors, hue, three for the order
 
     def __init__(
         self, p: float, brightness: float, contrast: float, saturation: float, hue: float
@@ -409,37 +423,23 @@ class ColorJitter:
             [lerp(max(0, 1 - s), 1 + s, u[:, 1 + i]) for i, s in enumerate(self.strengths)], 1
         )
         factors = torch.where(jittered, factors, 1.0)  # (N, 3); 1 changes nothing
-        order = u[:, 5:8].argsort(1)  # (N, 3)
-        if not self.hue:
-            return color_jitter(images, factors, order)
-
-        # Hue is the dear one. A random quarter of the images has it in each of the four places,
-        # so that it is computed once an image and not four times with three results unused.
-        hue = torch.where(jittered[:, 0], lerp(-self.hue, self.hue, u[:, 4]), 0.0)  # (N,)
-        out = torch.empty_like(images)
-        for place, rows in enumerate(u[:, 8].argsort().chunk(4)):
-            out[rows] = color_jitter(images[rows], factors[rows], order[rows], hue[rows], place)
-        return out
+        images = color_jitter(images, factors, order=u[:, 5:8].argsort(1))
+        if self.hue:
+            turns = torch.where(jittered[:, 0], lerp(-self.hue, self.hue, u[:, 4]), 0.0)  # (N,)
+            images = adjust_hue(images, turns)
+        return images
 
 
-def color_jitter(
-    images: Tensor, factors: Tensor, order: Tensor, hue: Tensor | None = None, hue_place: int = 0
-) -> Tensor:
-    """torchvision's adjust_brightness, -contrast, -saturation and -hue in a given order.
+def color_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
+    """torchvision's adjust_brightness, -contrast and -saturation in a given order.
 
-    images: float (N, 3, H, W) in [0, 1]. factors: (N, 3), the three blending factors, >= 0.
-    order: int64 (N, 3), a permutation of 0 1 2 a row, in which the image gets these. hue: (N,) in
-    [-0.5, 0.5] turns, applied after `hue_place` of the three.
+    images: float (N, 3, H, W) in [0, 1]. factors: (N, 3), >= 0, of the three. order: int64 (N, 3),
+    a permutation of 0 1 2 a row, in which the image gets them.
 
     All three blend the image with a grey one: out = f·x + (1 - f)·reference, clamped, where the
     reference is black, the image's mean luma, or each pixel's luma.
     """
-    for place in range(4):
-        if hue is not None and place == hue_place:
-            images = adjust_hue(images, hue)
-        if place == 3:
-            break
-        which = order[:, place]  # (N,)
+    for which in order.unbind(1):  # (N,)
         factor = column(factors.gather(1, which[:, None]))
         gray = luma(images)  # (N, 1, H, W)
         mean = gray.mean((-2, -1), keepdim=True)  # (N, 1, 1, 1)
@@ -811,13 +811,12 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=config.lr)
 
 
-def peak_learning_rate(config: Config) -> float:
-    """lr·N/256 ("linear"), lr·√N ("sqrt": Appendix B.1 has 0.075·√N), or lr ("none")."""
-    scale = {
-        "linear": config.batch_size / 256,
-        "sqrt": math.sqrt(config.batch_size),
-        "none": 1.0,
-    }
+def peak_learning_rate(config: Config, batch_size: int) -> float:
+    """lr·N/256 ("linear"), lr·√N ("sqrt": Appendix B.1 has 0.075·√N), or lr ("none").
+
+    batch_size: the N of a step, which is less than config.batch_size if there are fewer images.
+    """
+    scale = {"linear": batch_size / 256, "sqrt": math.sqrt(batch_size), "none": 1.0}
     return config.lr * scale[config.lr_scaling]
 
 
@@ -995,6 +994,23 @@ def load_data(config: Config, device: torch.device) -> Data:
     return Data(pretrain, train, test)
 
 
+def describe_data(data: Data) -> str:
+    """What was found: how many images and classes, or why there are no labels."""
+    text = f"{len(data.pretrain):,} images to learn from"
+    if data.train.labels is None:
+        return f"{text}; no labels: {utils.why_unlabelled(file_names(data.train))}"
+    text = f"{len(data.train.classes)} classes, {text}"
+    if len(data.test) and data.test.labels is None:
+        why = utils.why_unlabelled(file_names(data.test), data.train.classes)
+        return f"{text}, but no labels for the evaluation: {why}"
+    held_out = f"{len(data.test):,}" if len(data.test) else "none"
+    return f"{text}, {held_out} held out for the evaluation"
+
+
+def file_names(data: Images) -> list[str]:
+    return [] if data.paths is None else [os.fsdecode(path) for path in data.paths]
+
+
 class Pretraining:
     """One run: model, optimiser, how far they have come, and the files that keep them.
 
@@ -1011,6 +1027,8 @@ class Pretraining:
         self.batch_size, self.steps = batch_count(config, len(data.pretrain))  # steps per epoch
         self.checkpoint = config.folder / "last.pt"
         self.log_file = config.folder / "log.jsonl"
+        self.saved = False  # whether the files there are this run's
+        self.probe = torch.full((1, 3, config.image_size, config.image_size), 0.5, device=device)
 
     def loss(self, z1: Tensor, z2: Tensor) -> Tensor:
         return nt_xent(z1, z2, self.config.temperature)
@@ -1026,7 +1044,8 @@ class Pretraining:
         total = self.config.epochs * self.steps
         warmup = round(self.config.warmup_epochs * self.steps)
         step += self.position.epoch * self.steps
-        return learning_rate(step, total, warmup, peak_learning_rate(self.config))
+        peak = peak_learning_rate(self.config, self.batch_size)
+        return learning_rate(step, total, warmup, peak)
 
     @property
     def complete(self) -> bool:
@@ -1040,43 +1059,66 @@ class Pretraining:
         if not self.checkpoint.exists():
             return False
         state = utils.load_checkpoint(self.checkpoint)
+        check_format(state, self.checkpoint)
         try:
-            check_same_run(state, self.config, len(self.data.pretrain))
+            images = len(self.data.pretrain)
+            check_same_run(state["config"], state["images"], self.config, images)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.position = Position(**state["position"])
+            self.log = self.logged(state)
         except InputError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise InputError(
                 f"{self.checkpoint} is not a checkpoint of this run: {error}"
             ) from error
-        # the log may be ahead of the checkpoint: those epochs are done, and logged, again
-        rows = utils.read_jsonl(self.log_file)
-        self.log = [row for row in rows if row["epoch"] <= self.position.epoch]
+        self.saved = True
         return True
 
-    def save(self) -> None:
-        """Plain types and tensors only, so that torch.load(weights_only=True) can read it."""
-        state = {
+    def logged(self, state: dict) -> list[dict]:
+        """The log up to the checkpoint `state`, which holds it; earlier versions' did not."""
+        rows = state["log"] if "log" in state else utils.read_jsonl(self.log_file)
+        rows = rows[: self.position.epoch]  # the file may be ahead: those epochs are done again
+        whole = all(row.keys() >= LOGGED for row in rows)
+        if not whole or [row["epoch"] for row in rows] != [*range(1, self.position.epoch + 1)]:
+            raise InputError(
+                f"{self.log_file} does not have the {self.position.epoch} epochs of the "
+                "checkpoint; choose another name with --run, or --overwrite the run"
+            )
+        return rows
+
+    def state(self) -> dict:
+        """Plain types and tensors only, so that torch.load(weights_only=True) can read them."""
+        return {
             "format": CHECKPOINT_FORMAT,
             "config": dataclasses.asdict(self.config),
             "position": dataclasses.asdict(self.position),
+            "log": self.log,
             "images": len(self.data.pretrain),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        utils.save_checkpoint(self.checkpoint, state)
+
+    def save(self) -> None:
+        """Write the checkpoint. A run that is overwritten is whole until here, and then gone."""
+        utils.save_checkpoint(self.checkpoint, self.state())
+        if not self.saved:
+            (self.config.folder / SUMMARY).unlink(missing_ok=True)
+        self.saved = True
+        self.write_records()
+
+    def write_records(self) -> None:
+        """What people read, config.json and log.jsonl: it follows from the checkpoint."""
+        utils.write_json(self.config.folder / "config.json", dataclasses.asdict(self.config))
+        utils.write_jsonl(self.log_file, self.log)
 
     def train(self) -> None:
         """To the last epoch, writing config.json, last.pt, log.jsonl and the figure on the way.
 
-        Raises InputError if a file cannot be written or the loss is not finite, Interrupted if a
-        signal asked to stop, after saving.
+        Raises InputError if a file cannot be written, an image cannot be read or the loss is not
+        finite, Interrupted if a signal asked to stop, after saving.
         """
-        utils.make_folder(self.config.figure_folder)
-        utils.write_json(self.config.folder / "config.json", dataclasses.asdict(self.config))
-        utils.write_jsonl(self.log_file, self.log)
         figure = FigureKeeper(self.config, self.batch_size)
         total, done = self.config.epochs * self.steps, self.position.epoch * self.steps
         with (
@@ -1089,29 +1131,46 @@ class Pretraining:
                 return bool(stop)
 
             while not self.complete:
+                batches = UntilError(self.batches())
                 train_epoch(
-                    self.model, self.optimizer, self.batches(), self.rate, self.loss,
+                    self.model, self.optimizer, batches, self.rate, self.loss,
                     self.config.precision, self.position, after_step,
                 )  # fmt: skip
                 self.check_finite()
                 if self.position.step < self.steps:
-                    self.save()
-                    raise Interrupted(stop.signal)
+                    self.stop_inside_epoch(batches.error, stop)
                 row = self.finish_epoch()
-                if self.complete or stop or self.position.epoch % self.config.save_every == 0:
+                due = self.position.epoch % self.config.save_every == 0
+                if due or self.complete or stop or not self.saved:
                     self.save()
+                else:
+                    utils.write_jsonl(self.log_file, self.log)
                 figure.update(self.log, force=self.complete)
                 progress.show(*describe(row, self.log, self.config), last=self.complete)
-                if stop and not self.complete:
+                if stop:
                     raise Interrupted(stop.signal)
 
+    def stop_inside_epoch(self, error: InputError | None, stop: utils.StopRequest) -> NoReturn:
+        """Save what has been done of the epoch, and raise why it ends here."""
+        if self.position.step or self.position.epoch:
+            self.save()
+        if error is None:
+            raise Interrupted(stop.signal)
+        raise InputError(f"{error}; mend the file, and the run continues here") from error
+
+    @torch.no_grad()
     def check_finite(self) -> None:
-        if not math.isfinite(self.position.loss_sum):
+        """Raise InputError if the loss, a weight or what the network computes is not finite.
+
+        Weights can be finite and useless: so large that what comes out is not.
+        """
+        h, z = self.model.eval()(self.probe)
+        loss = torch.tensor(self.position.loss_sum, device=self.device)
+        values = [loss, h, z, *self.model.state_dict().values()]
+        if not torch.stack([x.isfinite().all() for x in values]).all():  # one wait for the device
             raise InputError(
-                f"the loss is not finite in epoch {self.position.epoch + 1} (of "
-                f"{self.config.epochs}); the last good checkpoint is kept. Try a lower "
-                f"{flag('lr')}, a longer {flag('warmup_epochs')}, a higher {flag('temperature')}, "
-                f"or {flag('precision')} float32"
+                f"the loss or the network is not finite in epoch {self.position.epoch + 1} (of "
+                f"{self.config.epochs}); the last good checkpoint, if any, is kept. {REMEDIES}"
             )
 
     def finish_epoch(self) -> dict:
@@ -1133,8 +1192,29 @@ class Pretraining:
             row["knn"] = knn_accuracy(self.model.encoder, self.data, self.config, self.device)
             row["knn_seconds"] = round(time.perf_counter() - started, 3)
         self.log.append(row)
-        utils.append_jsonl(self.log_file, row)
         return row
+
+
+class UntilError(Iterable[Tensor]):
+    """Goes through batches up to one that cannot be read. error: why, afterwards."""
+
+    def __init__(self, batches: Iterable[Tensor]) -> None:
+        self.batches = batches
+        self.error: InputError | None = None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        try:
+            yield from self.batches
+        except InputError as error:
+            self.error = error
+
+
+SUMMARY = "summary.json"
+LOGGED = {"epoch", "loss", "contrastive_accuracy", "lr", "views_per_second", "seconds"}
+REMEDIES = (
+    f"Try a lower {flag('lr')}, a longer {flag('warmup_epochs')}, a higher {flag('temperature')}, "
+    f"or {flag('precision')} float32"
+)
 
 
 def pretrain(
@@ -1143,14 +1223,20 @@ def pretrain(
     device: torch.device,
     say: Callable[[str], None] = print,
     make_run: type[Pretraining] = Pretraining,
+    overwrite: bool = False,
 ) -> SimCLR:
     """Train, or continue, the run that `config` (resolved) describes. Returns the trained model.
 
-    say: is told if a run is continued. make_run: Pretraining or a variant of it.
+    say: is told if a run is continued. make_run: Pretraining or a variant of it. overwrite: start
+    anew; an earlier run of the name stays as it is until the first checkpoint replaces it.
     """
     run = make_run(config, data, device)
-    if run.resume() and not run.complete:
-        say(f"continuing {config.folder} after {run.position.epoch} of {config.epochs} epochs")
+    resumed = not overwrite and run.resume()
+    utils.make_folders(config.folder, config.figure_folder)
+    if resumed:
+        run.write_records()  # whatever has become of the files
+        if not run.complete:
+            say(f"continuing {config.folder} after {run.position.epoch} of {config.epochs} epochs")
     if not run.complete:
         run.train()
     return run.model
@@ -1184,16 +1270,14 @@ def check_format(state: dict, where: Path) -> None:
         )
 
 
-def check_same_run(state: dict, config: Config, images: int) -> None:
-    """Raise InputError if a checkpoint is not one of `config` on so many images."""
-    where = config.folder
-    check_format(state, where)
-    differ = differences(state["config"], config)
-    if state["images"] != images:
-        differ.append(f"number of images ({state['images']} there, {images} now)")
+def check_same_run(saved: dict, saved_images: int, config: Config, images: int) -> None:
+    """Raise InputError if a run's saved configuration or number of images is not the one given."""
+    differ = differences(saved, config)
+    if saved_images != images:
+        differ.append(f"number of images ({saved_images} there, {images} now)")
     if differ:
         raise InputError(
-            f"{where} holds a run with another configuration: {', '.join(differ)}. "
+            f"{config.folder} holds a run with another configuration: {', '.join(differ)}. "
             "Choose another name with --run, or --overwrite it"
         )
 
@@ -1298,10 +1382,16 @@ def encoders(
 def features(
     encoder: Callable[[Tensor], Tensor], data: Images, config: Config, device: torch.device
 ) -> Tensor:
-    """h of every image, or whatever `encoder` computes: float32 (N, D)."""
-    return utils.embed(
+    """h of every image, or whatever `encoder` computes: float32 (N, D).
+
+    Raises InputError if it is not finite, as after a training that diverged.
+    """
+    found = utils.embed(
         encoder, data, config.image_size, device, config.precision, workers=worker_count(config)
     )
+    if not found.isfinite().all():
+        raise InputError(f"what the network computes of some images is not finite. {REMEDIES}")
+    return found
 
 
 def knn_accuracy(
@@ -1384,7 +1474,8 @@ def draw_training(
         f"chance, ln(2N − 1) = {chance:.2f}", (0.98, chance), (0, -3), color="0.3", fontsize=8,
         xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", va="top",
     )  # fmt: skip
-    loss.set(title="NT-Xent loss", ylabel="nats", ylim=(0, chance * 1.05))
+    top = max([chance, *(row["loss"] for row in log)])  # a bad start may lie above chance
+    loss.set(title="NT-Xent loss", ylabel="nats", ylim=(0, top * 1.05))
 
     guess.plot(epochs, [100 * r["contrastive_accuracy"] for r in log], color="C1", marker=marker)
     guess.axhline(100 / math.exp(chance), color="0.4", linestyle="--", linewidth=1)
@@ -1577,12 +1668,14 @@ FIELD_GROUPS = {  # the first field of each group in --help
     "temperature": "loss and optimiser (Section 2)",
     "seed": "the run",
 }
-OWN_FILES = ("config.json", "last.pt", "log.jsonl", "summary.json")
 
 
 def describe_recipes() -> str:
     """The recipes for --help, a paragraph each."""
-    paragraphs = ["recipes (they override the defaults above, and flags override them):"]
+    paragraphs = [
+        "recipes (they override the defaults above, and flags override them; the warm-up of a\n"
+        f"recipe is cut to {SHORT_WARMUP:.0%} of the epochs of a run that is made shorter):"
+    ]
     for name, overrides in RECIPES.items():
         flags = " ".join(
             flag(key) if value is True else f"{flag(key)} {value}"
@@ -1622,20 +1715,24 @@ def describe_config(config: Config) -> str:
     return "\n".join(textwrap.fill(x, 100, subsequent_indent="  ") for x in lines)
 
 
-def finished_summary(config: Config) -> dict | None:
+def finished_summary(config: Config, data: Data) -> dict | None:
     """The summary of the run if it is complete. InputError if it is another configuration's."""
+    file, images = config.folder / SUMMARY, len(data.pretrain)
     try:
-        summary = json.loads((config.folder / "summary.json").read_text(encoding="utf-8"))
-        differ = differences(summary["config"], config)
+        summary = json.loads(file.read_bytes())
+        check_same_run(summary["config"], summary.get("images", images), config, images)
+        if "knn" in summary:
+            table(summary, len(data.test))  # has all that is shown of it
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{config.folder / 'summary.json'} is damaged ({error})") from error
-    if differ:
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{config.folder} holds a finished run with another configuration: "
-            f"{', '.join(differ)}. Choose another name with --run, or --overwrite it"
-        )
+            f"{file} is damaged ({error}); delete it, and the run is evaluated again"
+        ) from error
     return summary
 
 
@@ -1643,23 +1740,21 @@ def run(config: Config, overwrite: bool = False) -> dict:
     """Pre-train and evaluate: what `python simclr.py` does. Returns the summary."""
     device = utils.choose_device(config.device)
     data = load_data(config, device)
-    config = resolve(config, data.pretrain, device)
-    if overwrite:
-        for name in OWN_FILES:
-            (config.folder / name).unlink(missing_ok=True)
+    as_given, config = config, resolve(config, data.pretrain, device)
     print(describe_config(config))
-    summary = finished_summary(config)
+    summary = None if overwrite else finished_summary(config, data)
     if summary is not None:
         print(f"\n{config.folder} is finished; --overwrite trains it again")
         if "knn" in summary:
             print(table(summary, len(data.test)))
         return summary
     print(
-        f"\n{len(data.pretrain):,} images to learn from, on {device} in {config.precision}; "
-        f"files in {config.folder}, figure in {config.figure_folder}"
+        f"\n{describe_data(data)}\n"
+        f"on {device} in {config.precision}; files in {config.folder}, "
+        f"figure in {config.figure_folder}"
     )
 
-    model = pretrain(config, data, device)
+    model = pretrain(config, data, device, overwrite=overwrite)
     started = time.perf_counter()
     results = evaluate(model, data, config, device) if data.labelled else {}
     log = utils.read_jsonl(config.folder / "log.jsonl")
@@ -1668,6 +1763,7 @@ def run(config: Config, overwrite: bool = False) -> dict:
     size, steps = batch_count(config, len(data.pretrain))
     summary = {
         "config": dataclasses.asdict(config),
+        "images": len(data.pretrain),
         "parameters": sum(p.numel() for p in model.encoder.parameters()),
         "loss": log[-1]["loss"],
         **results,
@@ -1675,7 +1771,7 @@ def run(config: Config, overwrite: bool = False) -> dict:
         "training_seconds": training,
         "seconds": training + monitoring + time.perf_counter() - started,
     }
-    utils.write_json(config.folder / "summary.json", summary)
+    utils.write_json(config.folder / SUMMARY, summary)
     if results:
         baselines = {key: results["knn"][key] for key in ("pixels", "untrained")}
         FigureKeeper(config, size).update(log, force=True, baselines=baselines)
@@ -1687,31 +1783,54 @@ def run(config: Config, overwrite: bool = False) -> dict:
         f"{summary['seconds']:.0f} s with the evaluation\n"
         f"curves        {config.figure_folder / 'loss_plot.png'}\n"
         f"weights, log  {config.folder}\n"
-        f"{NEXT_STEPS}"
+        f"{next_steps(as_given)}"
     )
     return summary
 
 
-NEXT_STEPS = """
-next:
-  python simclr.py --seed 1 --run digits_seed1            another seed
-  python simclr.py --dataset cifar10                      CIFAR-10, ResNet-18, on a GPU
-  python simclr.py --dataset folder --data-dir PHOTOS     your own images
-  python simclr.py --help                                 every setting, and the recipes"""
+def next_steps(config: Config) -> str:
+    """Commands to try after a run. config: as it was given, before resolve()."""
+    script, seed = utils.from_here(__file__), config.seed + 1
+    name = f"{config.run.removesuffix(f'_seed{config.seed}')}_seed{seed}"
+    steps = {
+        "another seed": flags_of(dataclasses.replace(config, seed=seed, run=name)),
+        "CIFAR-10, on a GPU": ["--dataset", "cifar10"],
+        "your own images": ["--dataset", "folder", "--data-dir", "PHOTOS"],
+        "every setting": ["--help"],
+    }
+    lines = [f"  {what:18}  {utils.python_command(script, *f)}" for what, f in steps.items()]
+    return "\n".join(["\nnext:", *lines])
 
 
+def flags_of(config: Config) -> list[str]:
+    """The flags that give a configuration; resolve() has not been there yet."""
+    plain = make_config(dataset=config.dataset, recipe=config.recipe, epochs=config.epochs)
+    plain.dataset, plain.recipe = Config.dataset, DATASET_RECIPE[config.dataset]
+    plain.epochs = RECIPES[config.recipe].get("epochs", Config.epochs)
+    flags: list[str] = []
+    for name, value in dataclasses.asdict(config).items():
+        if value == getattr(plain, name):
+            continue
+        if isinstance(value, bool):
+            flags.append(flag(name if value else f"no_{name}"))
+        else:
+            flags += [flag(name), str(value)]
+    return flags
+
+
+@utils.quiet_without_reader()
 def main(argv: Sequence[str] | None = None) -> None:
     try:
         run(*parse_command_line(argv))
     except InputError as error:
         utils.exit_with_error("simclr.py", error)
     except Interrupted as stop:
-        command = shlex.join(["python", *sys.argv]) if argv is None else "the same call"
-        command = command.replace(" --overwrite", "")
+        given = [sys.argv[0], *(word for word in sys.argv[1:] if word != "--overwrite")]
+        command = utils.python_command(*given) if argv is None else "the same call"
         print(f"\nstopped and saved; continue with: {command}", file=sys.stderr)
         raise SystemExit(128 + stop.signal) from None
     except KeyboardInterrupt:
-        print("\nstopped; the last checkpoint is kept", file=sys.stderr)
+        print("\nstopped; what had been saved before is kept", file=sys.stderr)
         raise SystemExit(130) from None
 
 

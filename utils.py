@@ -15,6 +15,7 @@ import io
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -29,7 +30,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets as tv_datasets
@@ -50,7 +51,31 @@ def exit_with_error(program: str, error: BaseException) -> NoReturn:
     raise SystemExit(2)
 
 
+@contextlib.contextmanager
+def quiet_without_reader() -> Iterator[None]:
+    """End as Unix tools do, without a word, when nobody reads on (`python simclr.py | head -1`)."""
+    try:
+        try:
+            yield
+        finally:
+            print(end="", flush=True)  # else it fails after the last line of Python
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + 13) from None  # as if by SIGPIPE
+
+
 # ---------------------------------------------------------------------------------- command lines
+
+
+def python_command(*arguments: str) -> str:
+    """A line for the shell that runs this interpreter, written as one would type it here."""
+    return shlex.join([from_here(sys.executable), *arguments])
+
+
+def from_here(path: str | Path) -> str:
+    """`path`, relative where it lies below the current folder."""
+    path, here = Path(path), Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def setting(default: Any, help: str, choices: Sequence[str] = (), identity: bool = True) -> Any:
@@ -141,10 +166,11 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         kept = "; the previous version is intact" if path.is_file() else ""
         raise InputError(f"cannot write {path}: {error.strerror or error}{kept}") from error
+    finally:
+        with contextlib.suppress(OSError):  # as a rule it has become `path`
+            temporary.unlink()
 
 
 def _sync_folder(folder: Path) -> None:
@@ -157,15 +183,22 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def make_folder(folder: Path) -> None:
-    """Make `folder` and its parents. Raises InputError if that fails or it cannot be written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
-    if not writable:
-        raise InputError(f"cannot write to {folder}: permission denied")
+def make_folders(*folders: Path) -> None:
+    """Make the folders and their parents. Raises InputError, having made none, if one cannot be."""
+    for folder in folders:
+        try:
+            above = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+            if not above.is_dir():
+                raise NotADirectoryError(f"{above} is not a folder")
+            if not os.access(above, os.W_OK | os.X_OK):
+                raise PermissionError(f"{above} is not writable")
+        except OSError as error:
+            raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -178,27 +211,21 @@ def write_jsonl(path: Path, rows: Sequence[dict]) -> None:
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def append_jsonl(path: Path, row: dict) -> None:
-    """Append one row to a JSON-lines file."""
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-
-
 def read_jsonl(path: Path) -> list[dict]:
-    """The rows of a JSON-lines file; none if it does not exist. A torn last line is left out."""
-    rows = []
+    """The rows of a JSON-lines file, up to a damaged or torn line; none if it does not exist."""
+    rows: list[dict] = []
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        lines = Path(path).read_bytes().splitlines()
     except FileNotFoundError:
         return rows
-    for line in text.splitlines():
+    for line in lines:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except ValueError:  # no JSON, or no text at all
             break
+        if not isinstance(row, dict):
+            break
+        rows.append(row)
     return rows
 
 
@@ -420,11 +447,18 @@ def _center_uint8(size: int, image: Tensor, _: None) -> Tensor:
     return to_uint8(center_view(image[None], size)[0])
 
 
+LONGEST_ASPECT = 4  # the ends of longer images are cut off before they are resized
+
+
 def center_view(images: Tensor, size: int) -> Tensor:
     """Shorter side resized to `size` (antialiased bilinear), then the central square.
 
     images: uint8 or float (N, 3, H, W). Returns float32 (N, 3, size, size) in [0, 1].
     """
+    height, width = images.shape[-2:]
+    longest = LONGEST_ASPECT * min(height, width)  # else a strip of pixels becomes gigabytes
+    top, left = max(0, height - longest) // 2, max(0, width - longest) // 2
+    images = images[..., top : height - top, left : width - left]
     images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
     if images.shape[-2:] != (size, size):
         images = TF.center_crop(TF.resize(images, [size], antialias=True), [size, size])
@@ -499,10 +533,15 @@ def _load_torchvision(dataset: str, split: str, root: Path) -> ImageSet:
         "fashion-mnist": lambda: tv_datasets.FashionMNIST(root, train=train, download=True),
         "stl10": lambda: tv_datasets.STL10(root, split=part, download=True),
     }
+    new = not root.exists()
     try:
         with contextlib.redirect_stdout(sys.stderr):  # "Files already downloaded and verified"
             source = makers[dataset]()
     except (OSError, RuntimeError, EOFError, ValueError) as error:  # URLError is an OSError
+        if new:  # leave no empty folders behind
+            for folder, _, _ in os.walk(root, topdown=False):
+                with contextlib.suppress(OSError):
+                    os.rmdir(folder)
         reason = " ".join(str(error).split())
         raise InputError(
             f"{dataset} could not be read from or downloaded to {root.absolute()} ({reason}). "
@@ -535,11 +574,12 @@ def _expected_files(dataset: str) -> str:
 
 
 def list_images(root: Path) -> list[str]:
-    """Names, relative to `root` and sorted, of all image files below it, by their ending.
+    """Names, relative to `root` and sorted, of all image files below it, by their ending."""
+    return sorted(_walk_images(root))
 
-    Linked folders are followed, each real folder once, so that a loop of links ends.
-    """
-    found: list[str] = []
+
+def _walk_images(root: Path) -> Iterator[str]:
+    """Linked folders are followed, each real folder once, so that a loop of links ends."""
     seen: set[tuple[int, int]] = set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
         status = os.stat(folder)
@@ -550,58 +590,80 @@ def list_images(root: Path) -> list[str]:
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in files:
             if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
-                found.append(os.path.relpath(os.path.join(folder, name), root))
-    return sorted(found)
+                yield os.path.relpath(os.path.join(folder, name), root)
 
 
-def folder_labels(paths: Sequence[str]) -> tuple[np.ndarray | None, tuple[str, ...]]:
+def why_unlabelled(paths: Sequence[str], classes: Sequence[str] = ()) -> str:
+    """What keeps files from being labelled by the layout `<class>/<file>`; "" if nothing does.
+
+    paths: file names relative to the folder. classes: those there are, if they are known; without,
+    there must be at least two.
+    """
+    outside = [path for path in paths if path.count(os.sep) != 1]
+    if len(outside) == len(paths):
+        return "the images do not lie in class folders"
+    if outside:
+        more = f", and {len(outside) - 1:,} more" if len(outside) > 1 else ""
+        return f"{outside[0]} lies outside the class folders{more}"
+    if not classes and len({path.split(os.sep)[0] for path in paths}) < 2:
+        return "there is only one folder of images"
+    return ""
+
+
+def folder_labels(
+    paths: Sequence[str], classes: Sequence[str] = ()
+) -> tuple[np.ndarray | None, tuple[str, ...]]:
     """Labels from the layout `<class>/<file>`, or None where the files are not laid out so.
 
-    paths: file names relative to the folder. There are labels if every file lies directly in one
-    of at least two subfolders. Returns (int64 (N,) or None, class names sorted).
+    paths and classes: as in why_unlabelled(). Returns (int64 (N,) or None, the classes, in whose
+    order they are numbered). Raises InputError for a class that is not one of those known.
     """
-    if not paths or any(path.count(os.sep) != 1 for path in paths):
+    if why_unlabelled(paths, classes):
         return None, ()
     names = [path.split(os.sep)[0] for path in paths]
-    classes, labels = np.unique(names, return_inverse=True)
-    if len(classes) < 2:
-        return None, ()
-    return labels.astype(np.int64), tuple(str(name) for name in classes)
+    found = sorted(set(names))
+    unknown = sorted(set(found) - set(classes or found))
+    if unknown:
+        raise InputError(f"has classes that are not among those to learn from: {unknown}")
+    number = {name: i for i, name in enumerate(classes or found)}
+    return np.array([number[name] for name in names]), tuple(number)
+
+
+def split_folders(root: Path) -> tuple[Path, Path | None]:
+    """Where the images to learn from and those for testing lie; the root if there are no splits.
+
+    train/ is a split if test/ or val/ lies beside it or folders inside it; else it is a class. Of
+    test/ and val/ the first is taken that has images.
+    """
+    train, tests = root / "train", [root / name for name in ("test", "val")]
+    has_folders = train.is_dir() and any(path.is_dir() for path in train.iterdir())
+    if not train.is_dir() or not (has_folders or any(test.is_dir() for test in tests)):
+        return root, None
+    return train, next((test for test in tests if next(_walk_images(test), None)), None)
 
 
 def _load_folder(root: Path, split: str) -> Images:
     """`root/train/…` with `root/test` or `root/val`, `root/<class>/…`, or any tree of images."""
     if not root.is_dir():
         raise InputError(f"--data-dir {root} is not a folder")
-    if (root / "train").is_dir():
-        paths = list_images(root / "train")
-        labels, classes = folder_labels(paths)
-        if split == "test":
-            test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
-            train_classes, paths = classes, list_images(test) if test else []
-            labels, classes = folder_labels(paths)
-            if labels is not None and train_classes:  # number the classes as in train/
-                unknown = sorted(set(classes) - set(train_classes))
-                if unknown:
-                    raise InputError(f"{test} has classes that {root / 'train'} lacks: {unknown}")
-                labels = np.array([train_classes.index(name) for name in classes])[labels]
-                classes = train_classes
-            return _read_folder(test or root, paths, labels, classes)
-        folder = root / "train"
-    else:
-        folder, paths = root, list_images(root)
-        labels, classes = folder_labels(paths)
-        rows = np.arange(len(paths))
-        if labels is not None:
-            rows = split_held_out(labels)[split == "test"]
-            labels = labels[rows]
-        elif split == "test":
-            rows = rows[:0]
-        if not paths:
-            raise InputError(f"no images in {folder} (looked for {_suffixes()})")
-        return _read_folder(folder, [paths[i] for i in rows], labels, classes)
+    folder, test = split_folders(root)
+    paths = list_images(folder)
     if not paths:
         raise InputError(f"no images in {folder} (looked for {_suffixes()})")
+    labels, classes = folder_labels(paths)
+    if folder == root:  # no splits: hold some images of each class out
+        train_rows, test_rows = np.arange(len(paths)), np.arange(0)
+        if labels is not None:
+            train_rows, test_rows = split_held_out(labels)
+        rows = test_rows if split == "test" else train_rows
+        labels = None if labels is None else labels[rows]
+        return _read_folder(folder, [paths[i] for i in rows], labels, classes)
+    if split == "test":
+        folder, paths = test or root, list_images(test) if test else []
+        try:
+            labels, classes = folder_labels(paths, classes)
+        except InputError as error:
+            raise InputError(f"{folder} {error}") from None
     return _read_folder(folder, paths, labels, classes)
 
 
@@ -641,20 +703,40 @@ def _fits_in_memory(root: Path, paths: list[str]) -> bool:
     return common is not None and 3 * common[0] * common[1] * len(paths) <= MEMORY_BYTES
 
 
-_UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 _ORIENTATION = 0x0112  # EXIF tag
 _TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+_UPRIGHT = {  # EXIF orientation -> what makes the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8. What cannot be read, or is no orientation, counts as 1: upright."""
+    try:
+        value = image.getexif().get(_ORIENTATION)
+    except Exception:  # badly written EXIF makes PIL raise nearly anything
+        return 1
+    return value if isinstance(value, int) and value in _UPRIGHT else 1
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turns whatever PIL raises for a damaged file, nearly any type, into an InputError."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise InputError(f"cannot read the image {path} ({reason})") from error
 
 
 def image_size(path: Path) -> tuple[int, int]:
     """(height, width) in pixels as displayed, from the header alone. InputError if unreadable."""
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            if image.getexif().get(_ORIENTATION) in _TRANSPOSED:
-                width, height = height, width
-    except _UNREADABLE as error:
-        raise InputError(f"cannot read the image {path} ({error})") from error
+    with _naming(path), Image.open(path) as image:
+        width, height = image.size
+        if _orientation(image) in _TRANSPOSED:
+            width, height = height, width
     return height, width
 
 
@@ -665,19 +747,19 @@ def read_image(path: Path) -> Tensor:
     of an animation the first frame is taken. Raises InputError naming the file if it cannot be
     read.
     """
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)  # noqa: PLW2901
-            if image.mode.startswith("I"):  # 16 bits in one channel; convert() would cut off at 255
-                grey = np.asarray(image, dtype=np.float32) * (255 / 65535)
-                image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))  # noqa: PLW2901
-            if image.has_transparency_data:
-                rgba = image.convert("RGBA")
-                white = Image.new("RGBA", rgba.size, "white")
-                image = Image.alpha_composite(white, rgba)  # noqa: PLW2901
-            pixels = np.array(image.convert("RGB"))
-    except _UNREADABLE as error:
-        raise InputError(f"cannot read the image {path} ({error})") from error
+    with _naming(path), Image.open(path) as image:
+        image.load()  # some formats turn the image, and drop the tag, while decoding
+        orientation = _orientation(image)
+        if orientation != 1:
+            image = image.transpose(_UPRIGHT[orientation])  # noqa: PLW2901
+        if image.mode.startswith("I"):  # 16 bits in one channel; convert() would cut off at 255
+            grey = np.asarray(image, dtype=np.float32) * (255 / 65535)
+            image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))  # noqa: PLW2901
+        if image.has_transparency_data:
+            rgba = image.convert("RGBA")
+            white = Image.new("RGBA", rgba.size, "white")
+            image = Image.alpha_composite(white, rgba)  # noqa: PLW2901
+        pixels = np.array(image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 

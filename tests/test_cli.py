@@ -1,6 +1,8 @@
 """The command line: what is printed, and that bad input is one line and exit code 2."""
 
 import json
+import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -51,12 +53,15 @@ def fails(capsys, tmp_path, *argv):
         ("--momentum 1", "--momentum must be in [0, 1)"),
         ("--weight-decay -1", "--weight-decay must be 0 or more"),
         ("--warmup-epochs 100", "--warmup-epochs must be at most epochs=90"),
-        ("--head-dim 0", "--head-dim must be 1 or more"),
+        ("--head-dim 0", "--head-dim must be 1 to 65536"),
+        ("--head-dim 100000000000", "--head-dim must be 1 to 65536"),
+        ("--head-hidden 70000", "--head-hidden must be 0 to 65536"),
         ("--seed -1", "--seed must be 0 or more"),
         ("--workers -2", "--workers must be -1 or more"),
         ("--save-every 0", "--save-every must be at least 1"),
         ("--run ../../etc", "--run must be a plain name"),
         ("--run /tmp/x", "--run must be a plain name"),
+        (f"--run {300 * 'a'}", "--run must be a name of at most 255 bytes"),
         ("--epoch 3", "unrecognized arguments: --epoch 3"),
         ("surplus", "unrecognized arguments: surplus"),
         ("--device warp", "--device warp is not available here"),
@@ -87,16 +92,63 @@ def test_folders_that_cannot_be_learned_from(capsys, tmp_path, write_image):
     assert "b.png" in fails(capsys, tmp_path, *folder)
 
 
+def content(folder):
+    """Every file below a folder, with what is in it; an empty folder has None."""
+    return {
+        path: path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+        if path.is_file() or not any(path.iterdir())
+    }
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]], ids=["new", "overwrite"])
 @pytest.mark.parametrize("blocked", ["--checkpoints", "--figures"])
-def test_output_that_cannot_be_written(capsys, tmp_path, blocked):
+@pytest.mark.parametrize("how", ["a file", "read-only"])
+def test_output_that_cannot_be_written(capsys, tmp_path, monkeypatch, blocked, how, overwrite):
+    """Nothing is written, and nothing lost of the run that was to be replaced."""
     places = {"--checkpoints": tmp_path / "c", "--figures": tmp_path / "f"}
-    places[blocked].write_text("a file where the folder should be")
+    if overwrite and blocked != "--checkpoints":
+        (tmp_path / "c" / "digits_resnet10").mkdir(parents=True)
+        for name in ("config.json", "last.pt", "log.jsonl", "summary.json"):
+            (tmp_path / "c" / "digits_resnet10" / name).write_text("of the old run")
+    if how == "a file":
+        places[blocked].write_text("a file where the folder should be")
+    else:
+        places[blocked].mkdir()
+        monkeypatch.setattr(utils.os, "access", lambda path, _: path != places[blocked])
+    before = content(tmp_path)
+    argv = [*TINY_FLAGS, *overwrite, *(str(x) for pair in places.items() for x in pair)]
     with pytest.raises(SystemExit) as left:
-        simclr.main([*TINY_FLAGS, *(str(x) for pair in places.items() for x in pair)])
+        simclr.main(argv)
     assert left.value.code == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert "cannot write" in err
+    assert content(tmp_path) == before
+
+
+def test_nobody_reads_on(monkeypatch):
+    """As after `| head -1`: no word, and the status of a tool that SIGPIPE ended."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as nowhere:
+        monkeypatch.setattr(sys, "stdout", nowhere)
+        with pytest.raises(SystemExit) as left:
+            simclr.main(["--help"])
+        assert left.value.code == 141
+
+
+def test_ctrl_c_outside_training_does_not_claim_a_checkpoint(capsys, monkeypatch):
+    def load_data(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(simclr, "load_data", load_data)
+    with pytest.raises(SystemExit) as left:
+        simclr.main([])
+    assert left.value.code == 130
+    err = capsys.readouterr().err
+    assert "stopped" in err
+    assert "checkpoint" not in err
 
 
 def test_help_teaches_every_flag_and_recipe(capsys):
@@ -107,7 +159,31 @@ def test_help_teaches_every_flag_and_recipe(capsys):
     for field in simclr.dataclasses.fields(simclr.Config):
         assert simclr.flag(field.name) in text
     for recipe in simclr.RECIPES:
-        assert recipe in text
+        assert f"  {recipe}:" in text
+    assert "cut to 10% of the epochs" in text
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--dataset cifar10 --recipe cifar10-paper --epochs 30",
+        "--dataset svhn --epochs 5 --warmup-epochs 2.0 --no-decay-all --head-bn --run a/b",
+        "--dataset folder --data-dir photos --seed 3 --checkpoints there",
+    ],
+)
+def test_flags_of_a_configuration_give_it_again(flags):
+    config, _ = simclr.parse_command_line(flags.split())
+    again = simclr.flags_of(config)
+    assert simclr.parse_command_line(again) == (config, False)
+    assert len(again) <= len(flags.split()) + 2  # nothing but what differs
+
+
+def test_next_steps_are_those_of_this_run():
+    config = simclr.make_config(dataset="cifar100", temperature=0.3, seed=1, run="mine_seed1")
+    text = simclr.next_steps(config)
+    assert "--dataset cifar100 --temperature 0.3 --seed 2 --run mine_seed2\n" in text
+    assert utils.from_here(sys.executable) in text
 
 
 def test_flags_override_the_recipe_and_the_recipe_the_defaults():
@@ -137,6 +213,12 @@ def test_every_recipe_is_valid(name):
     simclr.make_augment(simclr.dataclasses.replace(config, image_size=32))
 
 
+def test_digits_of_any_kind_are_not_flipped():
+    assert simclr.make_config(dataset="digits").flip == 0
+    svhn = simclr.make_config(dataset="svhn")
+    assert (svhn.recipe, svhn.flip, svhn.arch) == ("svhn", 0, "resnet18")
+
+
 def command(tmp_path, *argv):
     places = ["--checkpoints", str(tmp_path / "c"), "--figures", str(tmp_path / "f")]
     return [sys.executable, str(ROOT / "simclr.py"), *TINY_FLAGS, *places, *argv]
@@ -157,7 +239,7 @@ def test_the_command_runs_from_anywhere(tmp_path):
 def test_a_signal_saves_and_says_how_to_continue(tmp_path, number):
     log = tmp_path / "c" / "digits_resnet10" / "log.jsonl"
     process = subprocess.Popen(
-        command(tmp_path, "--epochs", "10000"), cwd=tmp_path, text=True,
+        command(tmp_path, "--epochs", "10000", "--overwrite"), cwd=tmp_path, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     deadline = time.monotonic() + 120
@@ -168,7 +250,8 @@ def test_a_signal_saves_and_says_how_to_continue(tmp_path, number):
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert "stopped and saved; continue with: python" in err
+    said = err.split("stopped and saved; continue with: ")[1].strip()
+    assert shlex.split(said) == command(tmp_path, "--epochs", "10000")
     assert "Traceback" not in err
     state = utils.load_checkpoint(log.parent / "last.pt")
     assert state["position"]["epoch"] >= 2

@@ -7,6 +7,7 @@ import http.server
 import io
 import os
 import pickle
+import struct
 import tarfile
 import threading
 
@@ -16,8 +17,10 @@ import scipy.io
 import torch
 import torchvision
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from sklearn.datasets import load_digits
 
+import simclr
 import utils
 from utils import ImageFiles, ImageSet, InputError, load_images
 
@@ -130,6 +133,12 @@ def test_damaged_cifar_is_refused(tmp_path, monkeypatch, server):
         file.write(b"!")
     with pytest.raises(InputError, match=r"put cifar-10-python\.tar\.gz"):
         load_images("cifar10", "train", tmp_path)
+    assert folder.exists()
+    for kind in ("cifar10", "fashion-mnist"):
+        monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", [f"{server}/"])
+        with pytest.raises(InputError, match="could not be read"):
+            load_images(kind, "train", tmp_path / "new")
+        assert not (tmp_path / "new").exists()  # no empty folder stays behind
 
 
 def test_svhn(tmp_path, monkeypatch):
@@ -220,8 +229,67 @@ def test_folder_with_train_and_val(tmp_path, write_image):
 def test_folder_with_an_unknown_class_in_test(tmp_path, write_image):
     for place in ("train/a", "train/b", "test/a", "test/zebra"):
         write_image(tmp_path / place / "x.png")
-    with pytest.raises(InputError, match="zebra"):
+    with pytest.raises(InputError, match=r"test has classes .*zebra"):
         load_images("folder", "test", tmp_path)
+
+
+def found(root):
+    """What a run on the folder says that it found."""
+    data = simclr.load_data(simclr.Config(dataset="folder", data_dir=root), torch.device("cpu"))
+    return data, simclr.describe_data(data)
+
+
+def test_a_class_may_be_called_train(tmp_path, write_image):
+    for name in ("boat", "plane", "train"):
+        for i in range(5):
+            write_image(tmp_path / name / f"{i}.png", seed=i)
+    data, text = found(tmp_path)
+    assert data.train.classes == ("boat", "plane", "train")
+    assert text == "3 classes, 12 images to learn from, 3 held out for the evaluation"
+
+
+def test_train_with_class_folders_is_a_split_without_test(tmp_path, write_image):
+    for name in ("a", "b"):
+        write_image(tmp_path / "train" / name / "x.png")
+    data, text = found(tmp_path)
+    assert data.train.classes == ("a", "b")
+    assert text == "2 classes, 2 images to learn from, none held out for the evaluation"
+
+
+def test_of_test_and_val_the_first_with_images_is_taken(tmp_path, write_image):
+    (tmp_path / "test" / "a").mkdir(parents=True)
+    for place in ("train/a", "train/b", "val/b"):  # one class in val/, numbered as in train/
+        write_image(tmp_path / place / "x.png")
+    data, text = found(tmp_path)
+    assert data.test.labels.tolist() == [1]
+    assert data.test.classes == ("a", "b")
+    assert data.labelled
+    assert text == "2 classes, 2 images to learn from, 1 held out for the evaluation"
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        (["cover.png", "a/1.png", "b/2.png"], "cover.png lies outside the class folders"),
+        (["b/c/3.png", "a/1.png", "d.png"], "b/c/3.png lies outside the class folders, and 1 more"),
+        (["1.png", "2.png"], "the images do not lie in class folders"),
+        (["a/1.png", "a/2.png"], "there is only one folder of images"),
+    ],
+)
+def test_why_there_are_no_labels(tmp_path, write_image, names, text):
+    for name in names:
+        write_image(tmp_path / name)
+    data, said = found(tmp_path)
+    assert not data.labelled
+    assert said == f"{len(names)} images to learn from; no labels: {text}"
+
+
+def test_why_there_are_no_labels_for_the_evaluation(tmp_path, write_image):
+    for name in ("train/a/1.png", "train/b/1.png", "test/a/1.png", "test/2.png"):
+        write_image(tmp_path / name)
+    data, text = found(tmp_path)
+    assert not data.labelled
+    assert text.endswith("no labels for the evaluation: 2.png lies outside the class folders")
 
 
 def test_folder_of_classes_holds_out_a_fifth(tmp_path, write_image):
@@ -304,6 +372,79 @@ def test_exif_orientation_is_applied(tmp_path):
     assert utils.image_size(tmp_path / "turned.png") == (6, 4)
     upright = utils.read_image(tmp_path / "turned.png")
     assert np.array_equal(upright.permute(1, 2, 0).numpy(), np.rot90(np.asarray(image), -1))
+
+
+def exif(*entries):
+    """EXIF of raw entries (tag, type, count, value of up to 4 bytes)."""
+    directory = struct.pack("<H", len(entries))
+    for tag, kind, count, value in entries:
+        directory += struct.pack("<HHI", tag, kind, count) + value.ljust(4, b"\0")
+    return b"Exif\0\0II*\0\x08\0\0\0" + directory + bytes(4)
+
+
+TURNED = (0x0112, 3, 1, b"\x06\0")
+
+
+@pytest.mark.parametrize(
+    ("content", "upright"),
+    [
+        (exif(TURNED), (6, 4)),
+        (exif(TURNED, (0x0100, 2, 3, b"ab\0")), (6, 4)),  # a width in letters
+        (exif(TURNED, (0x0100, 9, 1, b"\xff\xff\xff\xff")), (6, 4)),  # a negative one
+        (exif((0x0112, 2, 2, b"6\0")), (4, 6)),  # the orientation in letters
+        (exif(TURNED)[:18], (4, 6)),  # torn
+        (b"Exif\0\0nonsense", (4, 6)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_odd_exif_costs_no_photograph(tmp_path, content, upright):
+    file = tmp_path / "odd.jpg"
+    Image.fromarray(pixels(4, 6, 3)).save(file, exif=content)
+    assert utils.image_size(file) == upright
+    assert utils.read_image(file).shape[1:] == upright
+
+
+@pytest.mark.parametrize("error", [struct.error, TypeError, AttributeError, KeyError])
+def test_whatever_a_decoder_raises_names_the_file(tmp_path, monkeypatch, write_image, error):
+    def load(_):
+        raise error("strange")
+
+    file = write_image(tmp_path / "strange.jpg")
+    monkeypatch.setattr(Image.Image, "convert", load)
+    with pytest.raises(InputError, match=r"cannot read the image .*strange\.jpg \("):
+        utils.read_image(file)
+
+
+def test_exif_that_cannot_be_read_counts_as_upright(tmp_path, monkeypatch, write_image):
+    def getexif(_):
+        raise TypeError("a tag of an odd type")
+
+    file = write_image(tmp_path / "photo.png", size=(6, 4))
+    monkeypatch.setattr(Image.Image, "getexif", getexif)
+    monkeypatch.setattr(PngImageFile, "getexif", getexif)
+    assert utils.image_size(file) == (4, 6)
+    assert utils.read_image(file).shape == (3, 4, 6)
+
+
+@pytest.mark.parametrize("shape", [(9, 3), (3, 10), (12, 12), (24, 23)])
+def test_center_view_equals_torchvision(shape):
+    image = torch.from_numpy(pixels(1, 3, *shape))
+    tv = torchvision.transforms.v2.functional
+    theirs = tv.center_crop(tv.resize(image.float() / 255, [8], antialias=True), [8, 8])
+    assert (utils.center_view(image, 8) - theirs).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("shape", [(8000, 2), (3, 9001)])
+def test_center_view_of_a_strip_is_its_middle_and_stays_small(shape, monkeypatch):
+    strip = torch.linspace(0, 1, max(shape)).expand(1, 3, min(shape), -1)
+    strip = strip if shape[1] > shape[0] else strip.mT
+    largest, real = [], utils.TF.resize
+    monkeypatch.setattr(
+        utils.TF, "resize", lambda *a, **k: largest.append(real(*a, **k)) or largest[-1]
+    )
+    view = utils.center_view(strip, 32)
+    assert (view - 0.5).abs().max() < 0.01
+    assert max(largest[0].shape) <= (utils.LONGEST_ASPECT + 1) * 32
 
 
 @pytest.mark.parametrize("content", [b"", b"no image at all", None])

@@ -108,9 +108,10 @@ def test_cosine_equals_torchs_scheduler():
 
 
 def test_peak_scales_with_the_batch():
-    def peak(**overrides):
-        return simclr.peak_learning_rate(make_config(dataset="digits", **overrides))
+    def peak(batch_size, **overrides):
+        config = make_config(dataset="digits", batch_size=8192, **overrides)
+        return simclr.peak_learning_rate(config, batch_size)
 
-    assert peak(lr=0.3, lr_scaling="linear", batch_size=4096) == pytest.approx(4.8)  # Section 2.2
-    assert peak(lr=0.075, lr_scaling="sqrt", batch_size=4096) == pytest.approx(4.8)  # App. B.1
-    assert peak(lr=0.01, lr_scaling="none", batch_size=4096) == pytest.approx(0.01)
+    assert peak(4096, lr=0.3, lr_scaling="linear") == pytest.approx(4.8)  # Section 2.2
+    assert peak(4096, lr=0.075, lr_scaling="sqrt") == pytest.approx(4.8)  # Appendix B.1
+    assert peak(4096, lr=0.01, lr_scaling="none") == pytest.approx(0.01)

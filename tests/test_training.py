@@ -1,5 +1,6 @@
 """The training loop: Algorithm 1, batches, exact resume, and a run's files."""
 
+import dataclasses
 import json
 import math
 import os
@@ -205,6 +206,12 @@ def test_streamed_views_equal_views_from_memory(tiny_config, tmp_path, write_ima
 # ---------------------------------------------------------------------------- runs and their files
 
 
+@pytest.fixture
+def unjudged(monkeypatch):
+    """Leaves the final evaluation out, which takes longer than a tiny run itself."""
+    monkeypatch.setattr(simclr, "evaluate", lambda *_: {})
+
+
 def test_a_run_writes_its_files(tiny_config, capsys):
     config = tiny_config()
     summary = run(config)
@@ -239,6 +246,39 @@ def test_two_runs_are_bit_identical_and_a_seed_changes_them(tiny_config):
         run(config)
     assert_equal_runs(a, b)
     assert log(a) != log(c)
+
+
+def test_the_logged_rates_are_the_schedules(tiny_config, unjudged):
+    """Four steps an epoch, so a warm-up counted in epochs or a peak of the wrong batch shows."""
+    config = tiny_config(epochs=4, warmup_epochs=2.0, lr=0.02, lr_scaling="linear", batch_size=300)
+    run(config)
+    last_steps = [4 * epoch - 1 for epoch in (1, 2, 3, 4)]
+    expected = [simclr.learning_rate(step, 16, 8, 0.02 * 300 / 256) for step in last_steps]
+    assert [row["lr"] for row in log(config)] == pytest.approx(expected)
+    assert expected[:2] == pytest.approx([0.02 * 300 / 512, 0.02 * 300 / 256])
+
+
+def test_the_rate_scales_with_the_images_that_there_are(tiny_config):
+    config = tiny_config(image_size=16, batch_size=4096, lr=1.0, lr_scaling="linear")
+    data = simclr.Data(numbered(64), numbered(64), numbered(2))
+    training = simclr.Pretraining(config, data, CPU)
+    assert max(training.rate(step) for step in range(4)) == pytest.approx(64 / 256)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_precision_is_that_of_the_forward_pass(tiny_config, precision):
+    config = tiny_config(image_size=16)
+    model, seen = simclr.make_model(config), []
+
+    def loss(z1, z2):
+        seen.append(z1.dtype)
+        return simclr.nt_xent(z1, z2, 0.5)
+
+    simclr.train_epoch(
+        model, simclr.make_optimizer(config, model), [torch.rand(8, 3, 16, 16)], lambda _: 0.0,
+        loss, precision, Position(), lambda: False,
+    )  # fmt: skip
+    assert seen == [getattr(torch, precision)]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lars", "sgd"])
@@ -292,8 +332,87 @@ def test_a_finished_run_is_left_alone_and_overwrite_starts_anew(tiny_config, cap
     assert again["loss"] == first["loss"]
 
 
+def test_a_signal_in_the_last_epoch_stops_before_the_evaluation(tiny_config, monkeypatch, unjudged):
+    config = tiny_config(epochs=1)
+    interrupt_after(monkeypatch, 4)
+    with pytest.raises(simclr.Interrupted):
+        run(config)
+    assert not (config.folder / "summary.json").exists()
+    monkeypatch.setattr(simclr, "train_epoch", None)  # nothing is left to train
+    assert run(config)["loss"] == log(config)[0]["loss"]
+
+
+def test_a_run_that_is_overwritten_is_whole_until_the_first_checkpoint(
+    tiny_config, monkeypatch, unjudged
+):
+    old = tiny_config(epochs=1, save_every=3)
+    run(old)
+    (old.folder / "summary.json").write_text("damaged")
+    before = {path: path.read_bytes() for path in old.folder.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(simclr, "nt_xent", lambda z1, z2, _: (z1 * z2).sum() * float("nan"))
+        with pytest.raises(InputError, match="not finite in epoch 1"):
+            run(tiny_config(epochs=2, save_every=3), overwrite=True)
+    assert {path: path.read_bytes() for path in old.folder.iterdir()} == before
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 6)
+        with pytest.raises(simclr.Interrupted):
+            run(tiny_config(epochs=2, save_every=3), overwrite=True)
+    assert not (old.folder / "summary.json").exists()
+    assert [row["epoch"] for row in log(old)] == [1]
+    assert json.loads((old.folder / "config.json").read_text())["epochs"] == 2
+
+
+def test_the_log_is_rebuilt_from_the_checkpoint(tiny_config, unjudged):
+    config = tiny_config(epochs=2)
+    first, file = run(config), config.folder / "log.jsonl"
+    whole = file.read_text()
+    for damage in (None, b"", b"5\n", b"\xff\xfe", whole.splitlines()[0].encode()):
+        (config.folder / "summary.json").unlink()
+        file.unlink() if damage is None else file.write_bytes(damage)
+        again = run(config)
+        assert file.read_text() == whole
+        assert again["views_per_second"] == first["views_per_second"]
+
+
+def test_a_checkpoint_that_does_not_hold_the_log_needs_the_file(tiny_config, unjudged):
+    """As earlier versions wrote it."""
+    config = tiny_config(epochs=2)
+    run(config)
+    file, state = config.folder / "log.jsonl", utils.load_checkpoint(config.folder / "last.pt")
+    whole = file.read_text()
+    state.pop("log")
+    utils.save_checkpoint(config.folder / "last.pt", state)
+    (config.folder / "summary.json").unlink()
+    run(config)
+    assert file.read_text() == whole
+    for damaged in ("", whole.splitlines()[1], '{"epoch": 1}\n{"epoch": 2}\n'):
+        (config.folder / "summary.json").unlink(missing_ok=True)
+        file.write_text(damaged)
+        with pytest.raises(InputError, match="does not have the 2 epochs of the checkpoint"):
+            run(config)
+    state["log"] = {"surplus": 1}
+    utils.save_checkpoint(config.folder / "last.pt", state)
+    with pytest.raises(InputError, match="not a checkpoint of this run"):
+        run(config)
+
+
+@pytest.mark.parametrize("key", ["linear_10", "config", None])
+def test_a_damaged_summary_is_named(tiny_config, monkeypatch, key):
+    scores = dict.fromkeys(simclr.FINAL_TABLE, 0.5)
+    names = ("knn", "linear_10", "linear_10_std", "linear_all")
+    monkeypatch.setattr(simclr, "evaluate", lambda *_: dict.fromkeys(names, scores))
+    config = tiny_config(epochs=1)
+    summary, file = run(config), config.folder / "summary.json"
+    assert run(config) == summary
+    summary.pop(key, None)
+    file.write_bytes(b"\xff\xfe" if key is None else json.dumps(summary).encode())
+    with pytest.raises(InputError, match=r"summary\.json is damaged"):
+        run(config)
+
+
 @pytest.mark.parametrize("finished", [True, False])
-def test_another_configuration_of_the_same_name_is_refused(tiny_config, finished):
+def test_another_configuration_of_the_same_name_is_refused(tiny_config, unjudged, finished):
     config = tiny_config(epochs=1)
     run(config)
     if not finished:
@@ -305,17 +424,47 @@ def test_another_configuration_of_the_same_name_is_refused(tiny_config, finished
     run(tiny_config(epochs=1, workers=0))  # not part of what the run is
 
 
-def test_resuming_with_other_images_is_refused(tiny_config, tmp_path, write_image, monkeypatch):
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_on_other_images_is_refused(
+    tiny_config, tmp_path, write_image, monkeypatch, finished
+):
     for i in range(6):
         write_image(tmp_path / "photos" / f"{i}.png", seed=i)
     options = dict(dataset="folder", recipe="digits", data_dir=str(tmp_path / "photos"), epochs=3)
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 2)
-        with pytest.raises(simclr.Interrupted):
-            run(tiny_config(**options))
+    if finished:
+        run(tiny_config(**options))
+    else:
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, 2)
+            with pytest.raises(simclr.Interrupted):
+                run(tiny_config(**options))
     write_image(tmp_path / "photos" / "new.png")
     with pytest.raises(InputError, match=r"number of images \(6 there, 7 now\)"):
         run(tiny_config(**options))
+
+
+def test_an_image_that_cannot_be_read_costs_no_step_that_was_done(
+    tiny_config, tmp_path, write_image
+):
+    photos = tmp_path / "photos"
+    for i in range(8):
+        write_image(photos / f"{i}.png", size=(20 + i, 20), seed=i)
+    options = dict(
+        dataset="folder", recipe="digits", data_dir=str(photos), image_size=16, epochs=2,
+        batch_size=2, workers=0,
+    )  # fmt: skip
+    whole, mended = tiny_config(run="whole", **options), tiny_config(run="mended", **options)
+    run(whole)
+    order = torch.randperm(8, generator=utils.generator("cpu", 0, simclr.SHUFFLE, 0))
+    bad = photos / f"{order[5]}.png"  # in the third of four steps
+    good = bad.read_bytes()
+    bad.write_bytes(good[:40])
+    with pytest.raises(InputError, match=rf"cannot read the image {bad} .*continues"):
+        run(mended)
+    assert utils.load_checkpoint(mended.folder / "last.pt")["position"]["step"] == 2
+    bad.write_bytes(good)
+    run(mended)
+    assert log(whole) == log(mended)
 
 
 @pytest.mark.parametrize("n", [2, 3, 5])
@@ -370,6 +519,53 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
     assert len(log(config)) == 1
 
 
+@pytest.mark.parametrize("knn_every", [0, 1])
+def test_weights_that_are_finite_and_useless_are_not_kept(tiny_config, knn_every):
+    """One step at such a rate: the loss before it was fine, and so was the last checkpoint."""
+    config = tiny_config(
+        epochs=2, batch_size=1437, optimizer="sgd", lr=1e30, lr_scaling="none", warmup_epochs=0.0,
+        knn_every=knn_every,
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"not finite in epoch 1 .* lower --lr"):
+        run(config)
+    assert not (config.folder / "last.pt").exists()
+
+
+def test_features_that_are_not_finite_are_not_judged(tiny_config):
+    config = tiny_config(image_size=16)
+    model = simclr.make_model(config)
+    model.encoder.layer4[0].bn2.weight.data.fill_(torch.inf)
+    with pytest.raises(InputError, match=r"not finite\. Try a lower --lr"):
+        simclr.features(model.encoder, utils.load_images("digits", "test"), config, CPU)
+
+
+def test_the_untrained_encoder_is_the_one_that_the_run_began_with(tiny_config):
+    config = tiny_config(image_size=16, precision="float32")
+    data = simclr.load_data(config, CPU)
+    data.train.images, data.train.labels = data.train.images[:200], data.train.labels[:200]
+    trained = simclr.make_model(dataclasses.replace(config, seed=1))
+    fresh = simclr.make_model(config)
+    assert utils.digest(simclr.encoders(trained, config, CPU)["untrained"]) == utils.digest(
+        fresh.encoder
+    )
+    found = simclr.evaluate(trained, data, config, CPU)["knn"]
+    assert found["untrained"] == simclr.knn_accuracy(fresh.encoder, data, config, CPU)
+    assert found["simclr"] == simclr.knn_accuracy(trained.encoder, data, config, CPU)
+    assert found["simclr"] != found["untrained"]
+
+
+def test_ctrl_c_during_a_save_leaves_no_file_behind(tmp_path, monkeypatch):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    utils.write_atomically(tmp_path / "a", b"old")
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        utils.write_atomically(tmp_path / "a", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"old"
+
+
 def test_a_full_disk_keeps_the_previous_checkpoint(tiny_config, monkeypatch):
     config = tiny_config()
     writes = [0]
@@ -390,7 +586,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tiny_config, monkeypatch):
     assert not [p for p in config.folder.iterdir() if p.suffix == ".tmp"]
 
 
-def test_a_damaged_checkpoint_is_refused(tiny_config):
+def test_a_damaged_checkpoint_is_refused(tiny_config, unjudged):
     config = tiny_config(epochs=1)
     run(config)
     (config.folder / "summary.json").unlink()
@@ -405,7 +601,7 @@ def test_a_damaged_checkpoint_is_refused(tiny_config):
 
 
 @pytest.mark.parametrize("part", ["config", "position", "images", "model", "optimizer"])
-def test_a_checkpoint_with_a_strange_part_is_refused(tiny_config, part):
+def test_a_checkpoint_with_a_strange_part_is_refused(tiny_config, unjudged, part):
     config = tiny_config(epochs=1)
     run(config)
     (config.folder / "summary.json").unlink()
@@ -433,3 +629,9 @@ def test_the_figure_shows_what_was_logged():
     assert [knn.lines[i].get_ydata()[0] for i in (1, 2)] == [40, 30]
     assert rate.lines[0].get_ydata()[0] == 0.1
     assert all(axis.get_title() for axis in figure.axes)
+
+
+def test_the_figure_shows_a_loss_above_chance():
+    rows = [{"epoch": 1, "loss": 30.0, "contrastive_accuracy": 0.0, "lr": 1.0}]
+    loss = simclr.draw_training(rows, chance=6.2).axes[0]
+    assert loss.get_ylim()[1] > 30
