@@ -1153,7 +1153,8 @@ def run(where: str, options: Options) -> dict | None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     try:
-        run(*parse_command_line(argv))
+        with utils.quiet_without_reader():
+            run(*parse_command_line(argv))
     except InputError as error:
         utils.exit_with_error("load_simCLR.py", error)
     except KeyboardInterrupt:

@@ -19,6 +19,7 @@ import shlex
 import signal
 import sys
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -249,7 +250,9 @@ def load_checkpoint(path: Path) -> dict:
                 damaged = archive.testzip()
             if damaged is not None:
                 raise InputError(f"{path} is damaged (checksum of its part {damaged!r} is wrong)")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # about protocols of files that are then refused
+            warnings.simplefilter("ignore", UserWarning)
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
     except FileNotFoundError:
