@@ -621,8 +621,8 @@ class Evaluation:
 
     def semi(self, amount: str, seeds: int) -> list[Column]:
         """Fine-tuned on few labels: h, z, the untrained network (from scratch); pixels: linear."""
-        n = len(self.label_rows(amount, 0))
-        share = n / len(self.data.train)
+        n, wanted = len(self.label_rows(amount, 0)), parse_amount(amount)
+        share = wanted if isinstance(wanted, float) else n / len(self.data.train)
         epochs = self.epochs or (MANY_EPOCHS if share >= MANY_LABELS else FEW_EPOCHS)
         how = LabelTraining(epochs)
         column = Column("semi", f"fine-tuned, {describe_amount(amount)} ({n:,})", {})
@@ -727,6 +727,8 @@ def evaluation_setup(source: Source, options: Options, device: torch.device) -> 
 
     Raises InputError if the data cannot be had or have no labels, or do not suit the encoder.
     """
+    if options.dataset == "folder" and not options.data_dir:
+        raise InputError("--dataset folder needs --data-dir, the folder of the images")
     if source.config is not None:
         config = source.config
         if options.dataset and options.dataset != config.dataset:
@@ -753,6 +755,15 @@ def evaluation_setup(source: Source, options: Options, device: torch.device) -> 
     config = simclr.resolve(config, data.pretrain, device)
     check_size(source, config.image_size)
     return dataclasses.replace(config, precision=choose_precision(source, options, device)), data
+
+
+def is_transfer(source: Source, config: Config) -> bool:
+    """Whether the data are others than those of the run."""
+    own = source.config
+    if own is None:
+        return False
+    elsewhere = config.dataset == "folder" and config.data_dir != own.data_dir
+    return config.dataset != own.dataset or elsewhere
 
 
 def choose_precision(source: Source, options: Options, device: torch.device) -> str:
@@ -1029,10 +1040,8 @@ def use_on_new_images(source: Source, options: Options, device: torch.device) ->
 def run_evaluation(source: Source, options: Options, device: torch.device) -> dict:
     """Evaluate, print the table, write evaluation.json, the figure and the predictions."""
     config, data = evaluation_setup(source, options, device)
-    figure_file = Path(options.figures) / source.name / "evaluation.png"
-    transferred = source.config is not None and config.dataset != source.config.dataset
-    suffix = f"-{config.dataset}" if transferred else ""
-    figure_file = figure_file.with_name(f"evaluation{suffix}.png")
+    suffix = f"-{config.dataset}" if is_transfer(source, config) else ""
+    figure_file = Path(options.figures) / source.name / f"evaluation{suffix}.png"
     result_file = source.beside(f"evaluation{suffix}.json")
     evaluation = Evaluation(source, config, data, device, options.epochs)
     for amount in options.labels if "semi" in options.tasks else ():
@@ -1151,10 +1160,10 @@ def run(where: str, options: Options) -> dict | None:
     return run_evaluation(source, options, device)
 
 
+@utils.quiet_without_reader()
 def main(argv: Sequence[str] | None = None) -> None:
     try:
-        with utils.quiet_without_reader():
-            run(*parse_command_line(argv))
+        run(*parse_command_line(argv))
     except InputError as error:
         utils.exit_with_error("load_simCLR.py", error)
     except KeyboardInterrupt:

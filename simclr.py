@@ -1581,7 +1581,7 @@ class LabelTraining:
     lr: float = 0.05  # of a batch of 256
     momentum: float = 0.9  # Nesterov's
     weight_decay: float = 0.0
-    min_steps: int = 300
+    min_steps: int = 200
 
     def batch(self, n: int) -> int:
         """Images a step for n labelled images."""

@@ -817,6 +817,7 @@ def test_evaluating_a_foreign_checkpoint(tmp_path, capsys):
         ("--out x.npz", "--out goes with --embed or --classify"),
         ("--tasks knn --predictions p.csv", "add linear to --tasks"),
         ("--dataset folder --data-dir nowhere", "--data-dir nowhere is not a folder"),
+        ("--dataset folder", "--dataset folder needs --data-dir"),
         ("--normalize sepia", "invalid choice: 'sepia'"),
         ("--device warp", "--device warp is not available"),
     ],
