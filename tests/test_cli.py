@@ -111,7 +111,7 @@ def test_help_teaches_every_flag_and_recipe(capsys):
 
 
 def test_flags_override_the_recipe_and_the_recipe_the_defaults():
-    config, overwrite = simclr.parse_command_line(
+    config, overwrite, _ = simclr.parse_command_line(
         ["--dataset", "cifar100", "--temperature", "0.9", "--overwrite", "--no-decay-all"]
     )
     assert overwrite
