@@ -94,15 +94,18 @@ class Browser:
         """Keys by their character or by their name in KEYS, to whatever has the focus."""
         values = [KEYS.get(key, key) for key in keys]
         actions = [{"type": t, "value": v} for v in values for t in ("keyDown", "keyUp")]
-        self.ask("POST", "/actions", {"actions": [{"type": "key", "id": "keys", "actions": actions}]})
+        self.ask(
+            "POST", "/actions", {"actions": [{"type": "key", "id": "keys", "actions": actions}]}
+        )
 
     def screenshot(self) -> str:
         """A PNG in base64."""
         return self.ask("GET", "/screenshot")
 
     def log(self) -> list[str]:
-        """What the page reported since the last call: errors and refused requests."""
-        return [row["message"] for row in self.ask("POST", "/se/log", {"type": "browser"})]
+        """The errors, refused requests among them, that the page reported since the last call."""
+        rows = self.ask("POST", "/se/log", {"type": "browser"})
+        return [row["message"] for row in rows if row["level"] == "SEVERE"]
 
     def __enter__(self) -> "Browser":
         return self
