@@ -518,6 +518,7 @@ def known_or_none(value: np.ndarray) -> float | None:
 # --------------------------------------------------------------------------------------- figures
 
 PANEL_INCHES = 2.7
+LEGEND_ROW_INCHES = 0.14
 MOST_COLUMNS = 4
 DPI = 200
 MOST_VECTOR_POINTS = 2000  # a panel of more becomes pixels in PDF and SVG
@@ -557,7 +558,7 @@ def draw_panels(
     classes = scene.shown.classes if scene.labels is not None else ()
     legend_columns = min(len(classes), max(1, int(columns * PANEL_INCHES / legend_width(classes))))
     legend_rows = math.ceil(len(classes) / legend_columns) if 0 < len(classes) <= MOST_LEGEND else 0
-    height = rows * (PANEL_INCHES + 0.2) + 0.25 + 0.17 * legend_rows
+    height = rows * (PANEL_INCHES + 0.2) + 0.25 + LEGEND_ROW_INCHES * legend_rows
     figure = Figure(figsize=(columns * PANEL_INCHES, height), layout="compressed")
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis, panel in zip(axes.flat, panels, strict=False):
@@ -690,7 +691,7 @@ def draw_thumbnails(panel: Panel, scene: Scene, device: torch.device, seed: int)
     inches = np.array(picture.shape[1::-1]) / DPI  # a pixel of the picture is one of the figure
     columns = max(1, int(inches[0] / legend_width(classes)))
     rows = math.ceil(len(classes) / columns) if len(classes) <= MOST_LEGEND else 0
-    size = (inches[0] + 0.1, inches[1] + 0.75 + 0.17 * rows)
+    size = (inches[0] + 0.1, inches[1] + 0.75 + LEGEND_ROW_INCHES * rows)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     axes.imshow(picture)
@@ -1041,7 +1042,7 @@ canvas.tile { display: block; border-radius: 3px; }
 #agreement { margin-top: .5rem; }
 #neighbours { display: grid; grid-template-columns: repeat(5, 1fr); gap: .3rem; margin-top: .6rem; }
 #neighbours button {
-  padding: 3px; line-height: 1.2; font-size: .72rem; border-width: 2px; min-width: 0;
+  padding: 3px; line-height: 1.2; font-size: .68rem; border-width: 2px; min-width: 0;
   overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
 }
 #neighbours canvas { width: 100%; height: auto; margin-bottom: 2px; }
@@ -1051,7 +1052,8 @@ canvas.tile { display: block; border-radius: 3px; }
   display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: .25rem;
 }
 #legend button {
-  display: flex; gap: .4rem; align-items: center; text-align: left; padding: .15rem .4rem;
+  display: flex; gap: .4rem; align-items: center; text-align: left; padding: .2rem .4rem;
+  font-size: .82rem;
 }
 #legend button span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 #legend button small { margin-left: auto; color: var(--soft); }
@@ -1060,7 +1062,7 @@ canvas.tile { display: block; border-radius: 3px; }
 .bar { display: flex; align-items: baseline; gap: .4rem; margin-bottom: .4rem; }
 .bar h2 { margin: 0 auto 0 0; }
 .bar button { font-size: .8rem; padding: .05rem .5rem; }
-label { display: flex; gap: .5rem; align-items: baseline; margin-top: .6rem; cursor: pointer; }
+label { display: flex; gap: .5rem; align-items: baseline; margin-bottom: .8rem; cursor: pointer; }
 kbd {
   border: 1px solid var(--line); border-radius: 4px; padding: 0 .3em; font-size: .85em;
   background: var(--paper);
@@ -1110,12 +1112,12 @@ PAGE_BODY = """
     </div>
   </section>
   <section id="classes">
-    <div class="bar"><h2>Classes</h2>
-      <button id="all">All</button><button id="none">None</button></div>
-    <div id="legend" role="group" aria-label="Classes"></div>
     <label><input type="checkbox" id="mixed">
       <span>Only images whose neighbours mostly belong to another class
         (<span id="mixedcount"></span>)</span></label>
+    <div class="bar"><h2>Classes</h2>
+      <button id="all">All</button><button id="none">None</button></div>
+    <div id="legend" role="group" aria-label="Classes"></div>
   </section>
   <details>
     <summary>Keys</summary>
@@ -1251,7 +1253,7 @@ function polygon(p, x, y, r, degrees) {
 }
 function stamp(colour, kind, r) {  // a marker drawn once, to be copied for each point
   const side = 2 * Math.ceil(1.4 * r * ratio) + 2;
-  const canvas = Object.assign(document.createElement("canvas"), { width: side, height: side });
+  const canvas = Object.assign(element("canvas"), { width: side, height: side });
   const p = canvas.getContext("2d");
   p.fillStyle = colour;
   markerPath(p, kind, side / 2, side / 2, r * ratio);
@@ -1296,23 +1298,38 @@ function paint() {
     if (shown(i)) inside.push(i);
     else if (onlyMixed && !(labels && hidden.has(labels[i]))) faint.push(i);
   }
-  copyMarkers(faint, [stamp(colourOf("--faint"), 0, 0.8 * r)], () => 0);
+  copyMarkers(faint, stamps([colourOf("--faint")], [0], 0.8 * r), () => 0);
   const tiles = view.zoom > 1.5 && inside.length <= MOST_TILES && !flight;
   const side = tiles ? tileSide(inside.length) : 0;
   const mark = tiles ? (i, more, ...look) => frame(i, side / 2 + more, ...look)
     : (i, more, ...look) => ring(i, r + more, ...look);
   if (tiles) paintTiles(inside, side);
-  else copyMarkers(inside, data.colours.map((c, k) => stamp(c, data.markers[k], r)), styleOf);
+  else copyMarkers(inside, stamps(data.colours, data.markers, r), styleOf);
   if (!tiles && !flight && !onlyMixed) paintNames();
   if (pinned >= 0) paintPinned(mark);
   if (hovered >= 0) mark(hovered, 4, 2);
   if (document.activeElement === map && map.matches(":focus-visible")) paintCross();
 }
-function copyMarkers(points, stamps, which) {
+const sheets = new Map();
+function stamps(colours, kinds, r) {  // all markers in a row, kept: a frame copies thousands
+  const key = [colours.join(), r.toFixed(2), ratio].join();
+  if (!sheets.has(key)) {
+    if (sheets.size > 50) sheets.clear();
+    const list = colours.map((c, k) => stamp(c, kinds[k], r)), side = list[0].width;
+    const sheet = Object.assign(element("canvas"), { width: side * list.length, height: side });
+    const p = sheet.getContext("2d");
+    list.forEach((s, k) => p.drawImage(s, k * side, 0));
+    sheets.set(key, { sheet, side });
+  }
+  return sheets.get(key);
+}
+function copyMarkers(points, { sheet, side }, which) {
   pen.setTransform(1, 0, 0, 1, 0, 0);
-  for (const i of points) {
-    const s = stamps[which(i)], half = s.width / 2;
-    pen.drawImage(s, screenX(i) * ratio - half, screenY(i) * ratio - half);
+  const cx = width / 2 - view.x * scale(), cy = height / 2 + view.y * scale(), s = scale();
+  for (const i of points) {  // at whole pixels, which is twice as fast
+    const x = Math.round((cx + xy[2 * i] * s) * ratio - side / 2);
+    const y = Math.round((cy - xy[2 * i + 1] * s) * ratio - side / 2);
+    pen.drawImage(sheet, which(i) * side, 0, side, side, x, y, side, side);
   }
   pen.setTransform(ratio, 0, 0, ratio, 0, 0);
 }
