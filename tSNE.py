@@ -312,12 +312,16 @@ class Panel:
 
 
 def principal_components(features: np.ndarray) -> np.ndarray:
-    """The features (N, D) along their first 50 principal axes: float32 (N, min(50, N, D))."""
+    """The features (N, D) along their first 50 principal axes: float32 (N, min(50, N, D)).
+
+    There are always two columns, of zeros if need be.
+    """
     from sklearn.decomposition import PCA  # late: a second that not every import needs
 
     with np.errstate(invalid="ignore"):  # shares of a variance of 0, which are not used
         pca = PCA(min(COMPONENTS, *features.shape), random_state=0)
-        return pca.fit_transform(features).astype(np.float32)
+        components = pca.fit_transform(features).astype(np.float32)
+    return np.pad(components, ((0, 0), (0, max(0, 2 - components.shape[1]))))
 
 
 def tsne(
@@ -335,7 +339,6 @@ def tsne(
 
     if start is None:
         start = components[:, :2] / components[:, 0].std() * TINY_SPREAD
-        start = np.pad(start, ((0, 0), (0, 2 - start.shape[1])))  # of one dimension there is one
     start = start.astype(np.float32)
     model = TSNE(
         perplexity=perplexity, metric="cosine", init=start, random_state=seed, angle=ANGLE, n_jobs=1
@@ -384,6 +387,9 @@ def stage(name: str) -> Iterator[None]:
     print(f"{name:56}{time.perf_counter() - started:7.1f} s", flush=True)
 
 
+Studied = tuple[dict[str, np.ndarray], str]  # what study() found, and its key in the cache
+
+
 class Embedding:
     """Computes what is drawn of a run's images, or takes it from the cache."""
 
@@ -401,7 +407,7 @@ class Embedding:
 
     def studies(
         self, run: simclr.TrainedRun, file: Path, names: Sequence[str], note: str = ""
-    ) -> dict[str, tuple[dict[str, np.ndarray], str]]:
+    ) -> dict[str, Studied]:
         """study() of the run's representations `names`, and the key of each."""
         checkpoint = digest(file.read_bytes())
         encoders: dict[str, Callable[[Tensor], Tensor]] = {}
@@ -424,7 +430,7 @@ class Embedding:
             results[name] = found, key
         return results
 
-    def place(self, studied: dict[str, tuple[dict[str, np.ndarray], str]]) -> dict[str, np.ndarray]:
+    def place(self, studied: dict[str, Studied]) -> dict[str, np.ndarray]:
         """Positions (N, 2) of the images in each of the representations, not yet aligned."""
         if self.options.method == "pca":
             return {name: found["components"][:, :2] for name, (found, _) in studied.items()}
@@ -439,7 +445,7 @@ class Embedding:
             else:
                 placed[name] = known["xy"]
         if jobs:
-            with stage(f"t-SNE, {len(jobs)} panels"):
+            with stage(f"t-SNE, {', '.join(jobs)}"):
                 computed = in_parallel(jobs, "t-SNE")
             for name, xy in computed.items():
                 self.cache.write(f"tsne-{name}", keys[name], {"xy": xy})
@@ -467,30 +473,34 @@ class Embedding:
 
         Each begins with the arrangement before it and is turned to fit it.
         """
-        steps = [("untrained", "untrained", self.run, self.file)]
-        for file in kept_files(self.file):
-            run = simclr.load_run(file)
-            steps.append(("simclr", f"epoch {run.epoch}", run, file))
-        if steps[-1][2].epoch < self.run.epoch:
-            steps.append(("simclr", f"epoch {self.run.epoch}", self.run, self.file))
-        panels: list[Panel] = []
-        chain = ""
-        for name, title, run, file in steps:
-            found, key = self.studies(run, file, [name], f", {title}")[name]
+        steps = [(simclr.load_run(file), file) for file in kept_files(self.file)]
+        if steps[-1][0].epoch < self.run.epoch:
+            steps.append((self.run, self.file))
+        studied = self.studies(self.run, self.file, ["untrained"])
+        found, chain = studied["untrained"]
+        xy = self.place(studied)["untrained"]
+        panels = [Panel("epoch0", "untrained", aligned(xy, xy), known_or_none(found["knn"]))]
+        for run, file in steps:
+            title, before = f"epoch {run.epoch}", panels[-1].xy
+            found, key = self.studies(run, file, ["simclr"], f", {title}")["simclr"]
             chain = digest(chain, key, self.options.perplexity, self.options.seed)
-            before = panels[-1].xy if panels else None
-            if self.options.method == "pca":
-                xy = found["components"][:, :2]
-            elif (known := self.cache.read("tsne-epochs", chain)) is not None:
-                xy = known["xy"]
-            else:
-                with stage(f"t-SNE, {title}"):
-                    settings = self.options.perplexity, self.options.seed
-                    xy = tsne(found["components"], *settings, start=before)
-                self.cache.write("tsne-epochs", chain, {"xy": xy})
-            xy = aligned(xy, xy if before is None else before)
+            xy = aligned(self.place_after(before, found["components"], title, chain), before)
             panels.append(Panel(f"epoch{run.epoch}", title, xy, known_or_none(found["knn"])))
         return panels
+
+    def place_after(
+        self, before: np.ndarray, components: np.ndarray, title: str, key: str
+    ) -> np.ndarray:
+        """Positions (N, 2) that begin as `before` and come to fit the components (N, D)."""
+        if self.options.method == "pca":
+            return components[:, :2]
+        known = self.cache.read("tsne-epoch", key)
+        if known is not None:
+            return known["xy"]
+        with stage(f"t-SNE, {title}"):
+            xy = tsne(components, self.options.perplexity, self.options.seed, start=before)
+        self.cache.write("tsne-epoch", key, {"xy": xy})
+        return xy
 
 
 MOST_EPOCHS = 6  # panels of trained encoders in the strip
@@ -972,6 +982,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         utils.exit_with_error("tSNE.py", error)
     except KeyboardInterrupt:
         print("\nstopped; what was computed is kept", file=sys.stderr, flush=True)
+        sys.stdout.flush()
         os._exit(130)  # t-SNE's threads cannot be asked to stop, and would be waited for
 
 

@@ -31,6 +31,7 @@ class Browser:
         for line in self.driver.stdout:
             if found := re.search(r"started successfully on port (\d+)", line):
                 break
+        assert found, "chromedriver did not start"
         self.base = f"http://127.0.0.1:{found[1]}/session"
         options = {"binary": CHROMIUM, "args": [*FLAGS, f"--user-data-dir={profile}"]}
         logs = {"browser": "ALL"}
