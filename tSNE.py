@@ -533,7 +533,7 @@ MOST_COLUMNS = 4
 DPI = 200
 MOST_VECTOR_POINTS = 2000  # a panel of more becomes pixels in PDF and SVG
 MOST_NAMES = 10  # classes: up to here a class that is a cluster has its name on it
-CLUSTER_POINTS, CLUSTER_SHARE = 20, 0.7  # nearest to its centre; how many must be of the class
+CLUSTER_SHARE = 0.7  # of the points around a cluster's centre are of its class, at least
 MOST_LEGEND = 200  # classes: more would leave no room for the panels
 NAME_LENGTH = 24
 
@@ -547,13 +547,14 @@ def printable(name: str) -> str:
 def cluster_centre(xy: np.ndarray, labels: np.ndarray, label: int) -> np.ndarray | None:
     """Where (2,) the images of a class are a cluster, or None if they are none.
 
-    Around the medians of their coordinates most images must be of the class.
+    Of the images nearest to the medians of its coordinates, half as many as it has, most must be
+    of the class.
     """
     own = labels == label
     if not own.any():
         return None
     centre = np.median(xy[own], axis=0)
-    near = np.square(xy - centre).sum(1).argsort()[: min(CLUSTER_POINTS, own.sum())]
+    near = np.square(xy - centre).sum(1).argsort()[: max(1, own.sum() // 2)]
     return centre if own[near].mean() >= CLUSTER_SHARE else None
 
 
@@ -563,8 +564,8 @@ def draw_panels(
     """The panels side by side, classes by colour and marker: a matplotlib Figure."""
     from matplotlib.figure import Figure  # late: half a second that not every import needs
 
-    columns = min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
+    columns = math.ceil(len(panels) / rows)  # five panels are 3 + 2, not 4 + 1
     classes = scene.shown.classes if scene.labels is not None else ()
     legend_columns = min(len(classes), max(1, int(columns * PANEL_INCHES / legend_width(classes))))
     legend_rows = math.ceil(len(classes) / legend_columns) if 0 < len(classes) <= MOST_LEGEND else 0
@@ -1344,7 +1345,7 @@ function copyMarkers(points, { sheet, side }, which) {
   }
   pen.setTransform(ratio, 0, 0, ratio, 0, 0);
 }
-const tileSide = (count) => Math.min(48, Math.max(20, 0.5 * Math.sqrt((width * height) / count)));
+const tileSide = (count) => Math.min(80, Math.max(20, 0.5 * Math.sqrt((width * height) / count)));
 function paintTiles(points, size) {
   for (const i of points) {
     const x = screenX(i) - size / 2, y = screenY(i) - size / 2;
@@ -1456,7 +1457,7 @@ function pin(i) {
 }
 function neighbour(i, j) {
   const n = near[i * K + j], button = element("button");
-  const value = similarity[i * K + j].toFixed(2);
+  const value = similarity[i * K + j].toFixed(3);
   const same = labels && labels[n] === labels[i];
   const mark = labels ? (same ? "✓ " : "✗ ") : "";
   button.append(tileCanvas(n, 48), element("span", mark + value));

@@ -638,7 +638,7 @@ def test_clicking_pins_and_shows_neighbours_and_escape_unpins(page, run):
         cards, found["near"][i], found["similarity"][i], strict=True
     ):
         same = labels[n] == labels[i]
-        assert words == f"{'✓' if same else '✗'} {value:.2f}{classes[labels[n]]}"
+        assert words == f"{'✓' if same else '✗'} {value:.3f}{classes[labels[n]]}"
         assert look == ("same" if same else "other")
     agreeing = (labels[found["near"][i]] == labels[i]).sum()
     assert f"{agreeing} of 10 are of its class" in text(page, "#agreement")
