@@ -1088,12 +1088,9 @@ def run_evaluation(source: Source, options: Options, device: torch.device) -> di
             )  # fmt: skip
     utils.write_json(result_file, results)
     shown = results["confusion"] if tiles or evaluation.classifier is not None else None
-    picture = io.BytesIO()
     names = names_of(source)
-    draw_evaluation(results["columns"], names, shown, data.train.classes, tiles).savefig(
-        picture, format="png", dpi=150
-    )
-    utils.write_atomically(figure_file, picture.getbuffer())
+    figure = draw_evaluation(results["columns"], names, shown, data.train.classes, tiles)
+    utils.save_figure(figure, figure_file)
 
     print("\n" + table(results["columns"], names))
     print("".join(f"\n{line}" for line in margins(results["columns"])))

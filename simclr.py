@@ -5,6 +5,7 @@ Chen, Kornblith, Norouzi and Hinton, ICML 2020, https://arxiv.org/abs/2002.05709
     python simclr.py                                      # embedded digits, a minute on a laptop
     python simclr.py --dataset cifar10                    # ResNet-18, on a GPU
     python simclr.py --dataset folder --data-dir photos   # one's own images, labelled or not
+    python simclr.py --show-views views.png               # see the augmentation before training
 
 The idea, and the notation of the paper, which the code keeps inside formulas:
 
@@ -31,7 +32,6 @@ import argparse
 import collections
 import copy
 import dataclasses
-import io
 import json
 import math
 import os
@@ -128,6 +128,10 @@ class Config:
         -1, "processes that decode streamed images; -1: one per core", identity=False
     )
     save_every: int = setting(1, "epochs between checkpoints", identity=False)
+    keep_every: int = setting(
+        0, "epochs between checkpoints that are kept, as epoch0010.pt, beside the last; 0: none",
+        identity=False,
+    )  # fmt: skip
     run: str = setting("", "name of the run (default: <dataset>_<arch>)", identity=False)
     checkpoints: str = setting("checkpoints", "folder of all runs' checkpoints", identity=False)
     figures: str = setting("figures", "folder of all runs' figures", identity=False)
@@ -221,7 +225,7 @@ def check_config(config: Config) -> None:
         need(0 <= getattr(config, name) <= 1, name, "a probability in [0, 1]")
     for name in ("color_strength", "brightness", "contrast", "saturation", "weight_decay"):
         need(getattr(config, name) >= 0, name, "0 or more")
-    for name in ("warmup_epochs", "knn_every", "seed"):
+    for name in ("warmup_epochs", "knn_every", "keep_every", "seed"):
         need(getattr(config, name) >= 0, name, "0 or more")
     need(config.image_size == 0 or 8 <= config.image_size <= 4096, "image_size", "0 or 8 to 4096")
     need(0 < config.crop_min <= 1, "crop_min", "in (0, 1]")
@@ -1104,7 +1108,8 @@ class Pretraining:
         """Write the checkpoint. A run that is overwritten is whole until here, and then gone."""
         utils.save_checkpoint(self.checkpoint, self.state())
         if not self.saved:
-            (self.config.folder / SUMMARY).unlink(missing_ok=True)
+            for file in (self.config.folder / SUMMARY, *kept_checkpoints(self.config.folder)):
+                file.unlink(missing_ok=True)
         self.saved = True
         self.write_records()
 
@@ -1145,6 +1150,9 @@ class Pretraining:
                     self.save()
                 else:
                     utils.write_jsonl(self.log_file, self.log)
+                if self.config.keep_every and self.position.epoch % self.config.keep_every == 0:
+                    kept = KEPT_CHECKPOINT.format(self.position.epoch)
+                    utils.save_checkpoint(self.config.folder / kept, self.state())
                 figure.update(self.log, force=self.complete)
                 progress.show(*describe(row, self.log, self.config), last=self.complete)
                 if stop:
@@ -1259,6 +1267,12 @@ def describe(row: dict, log: list[dict], config: Config) -> tuple[dict[str, str]
 
 CHECKPOINT = "last.pt"
 CHECKPOINT_FORMAT = 1
+KEPT_CHECKPOINT = "epoch{:04d}.pt"  # --keep-every
+
+
+def kept_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints that --keep-every kept of a run, the earliest first."""
+    return sorted(folder.glob(KEPT_CHECKPOINT.format(0).replace("0000", "[0-9]*")))
 
 
 def check_format(state: dict, where: Path) -> None:
@@ -1523,9 +1537,7 @@ class FigureKeeper:
         started = time.perf_counter()
         if started < self._next and not force:
             return
-        picture = io.BytesIO()
-        draw_training(log, self.chance, baselines).savefig(picture, format="png", dpi=150)
-        utils.write_atomically(self.path, picture.getbuffer())
+        utils.save_figure(draw_training(log, self.chance, baselines), self.path)
         now = time.perf_counter()
         self._next = now + (now - started) / self.SHARE
 
@@ -1686,8 +1698,8 @@ def describe_recipes() -> str:
     return "\n".join(paragraphs)
 
 
-def parse_command_line(argv: Sequence[str] | None = None) -> tuple[Config, bool]:
-    """The configuration and whether an earlier run of the same name is to be replaced."""
+def parse_command_line(argv: Sequence[str] | None = None) -> tuple[Config, bool, str]:
+    """The configuration, whether to replace a run of the same name, the file of --show-views."""
     parser = utils.OneLineParser(
         prog="simclr.py",
         usage="python simclr.py [--dataset NAME] [--recipe NAME] [--flag value ...]",
@@ -1699,10 +1711,14 @@ def parse_command_line(argv: Sequence[str] | None = None) -> tuple[Config, bool]
     parser.add_argument(
         "--overwrite", action="store_true", help="start anew, replacing a run of the same name"
     )
+    parser.add_argument(
+        "--show-views", metavar="FILE", default="",
+        help="draw what the augmentation makes of some images, to FILE.png, and do not train",
+    )  # fmt: skip
     utils.add_flags(parser, Config, FIELD_GROUPS)
     options = vars(parser.parse_args(argv))
-    overwrite = options.pop("overwrite")
-    return make_config(**options), overwrite
+    overwrite, views_file = options.pop("overwrite"), options.pop("show_views")
+    return make_config(**options), overwrite, views_file
 
 
 def describe_config(config: Config) -> str:
@@ -1713,6 +1729,52 @@ def describe_config(config: Config) -> str:
             lines.append("")
         lines[-1] += f"{field.name}={getattr(config, field.name)} "
     return "\n".join(textwrap.fill(x, 100, subsequent_indent="  ") for x in lines)
+
+
+SHEET = (8, 8)  # images and views of each that --show-views draws
+
+
+def draw_views(config: Config, data: Images, device: torch.device) -> Any:
+    """Some images and, beside each, views as they are trained on: a matplotlib Figure.
+
+    config: resolved. data: what is trained on. Which images and views follows from config.seed.
+    """
+    from matplotlib.figure import Figure
+
+    count, views = min(SHEET[0], len(data)), SHEET[1]
+    random = utils.generator("cpu", config.seed, SHUFFLE)
+    rows = torch.randperm(len(data), generator=random)[:count]
+    originals = next(utils.take(data, rows).batches(config.image_size, count, device))
+    key = (config.seed, VIEWS)
+    batches = augmented_batches(data, rows[None], [key], make_augment(config), views, device, 0)
+    drawn = next(batches).unflatten(0, (views, count)).transpose(0, 1)  # (N, views, 3, S, S)
+    tiles = utils.to_uint8(torch.cat([originals[:, None], drawn], 1)).cpu()
+    picture = utils.mosaic(tiles, gap=max(1, config.image_size // 16))
+
+    width, margin, heading = 9, 0.05, 0.35  # inches
+    height = (width - 2 * margin) * picture.shape[0] / picture.shape[1]
+    figure = Figure(figsize=(width, height + margin + heading))
+    axes = figure.subplots()
+    axes.imshow(picture, interpolation="nearest")
+    step = picture.shape[1] / (views + 1)
+    axes.set_xticks([step * (i + 0.5) for i in range(views + 1)])
+    axes.set_xticklabels(["image", *(f"view {i + 1}" for i in range(views))])
+    axes.set_yticks([])
+    axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
+    axes.spines[:].set_visible(False)
+    right, top = 1 - margin / width, 1 - heading / figure.get_figheight()
+    figure.subplots_adjust(margin / width, margin / figure.get_figheight(), right, top)
+    return figure
+
+
+def show_views(config: Config, file: Path) -> None:
+    """What `python simclr.py --show-views FILE` does."""
+    device = utils.choose_device(config.device)
+    data = utils.load_images(config.dataset, "pretrain", config.data_dir).to(device)
+    if not len(data):
+        raise InputError("there are no images to show")
+    utils.save_figure(draw_views(resolve(config, data, device), data, device), file)
+    print(f"views of {config.dataset} by the recipe {config.recipe}: {file}")
 
 
 def finished_summary(config: Config, data: Data) -> dict | None:
@@ -1821,7 +1883,11 @@ def flags_of(config: Config) -> list[str]:
 @utils.quiet_without_reader()
 def main(argv: Sequence[str] | None = None) -> None:
     try:
-        run(*parse_command_line(argv))
+        config, overwrite, views_file = parse_command_line(argv)
+        if views_file:
+            show_views(config, Path(views_file))
+        else:
+            run(config, overwrite)
     except InputError as error:
         utils.exit_with_error("simclr.py", error)
     except Interrupted as stop:

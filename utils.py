@@ -1,8 +1,8 @@
 """What the scripts share and what has no SimCLR in it.
 
 Reading order: errors · command lines · randomness · files · signals · devices · data sets ·
-embedding · classifiers on embeddings · progress. Everything takes tensors, modules and paths;
-nothing here knows a configuration.
+embedding · classifiers on embeddings · pictures · progress. Everything takes tensors, modules and
+paths; nothing here knows a configuration.
 """
 
 from __future__ import annotations
@@ -444,6 +444,14 @@ class ImageFiles:
 
 
 Images = ImageSet | ImageFiles
+
+
+def take(data: Images, rows: Tensor) -> Images:
+    """The images that rows, int64 (M,) on any device, choose, in their order."""
+    labels = None if data.labels is None else data.labels[rows.to(data.labels.device)]
+    if isinstance(data, ImageSet):
+        return ImageSet(data.images[rows.to(data.images.device)], labels, data.classes)
+    return ImageFiles(data.root, data.paths[rows.cpu().numpy()], labels, data.classes)
 
 
 def _center_uint8(size: int, image: Tensor, _: None) -> Tensor:
@@ -1109,6 +1117,29 @@ def frozen(module: nn.Module) -> Iterator[None]:
         yield
     if digest(module) != before:
         raise RuntimeError("the evaluation changed the encoder that it evaluates")
+
+
+# -------------------------------------------------------------------------------------- pictures
+
+
+def mosaic(tiles: Tensor, gap: int = 0) -> np.ndarray:
+    """Images side by side on white: uint8 (R, C, 3, S, S) -> uint8 (R·(S+gap), C·(S+gap), 3)."""
+    before, after = gap // 2, gap - gap // 2
+    padded = F.pad(tiles, (before, after, before, after), value=255)  # (R, C, 3, S+gap, S+gap)
+    return padded.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).cpu().numpy()
+
+
+def save_figure(figure: Any, path: Path, dpi: int = 150) -> None:
+    """Write a matplotlib Figure atomically, in the format that the file's ending names.
+
+    Raises InputError for an unknown ending, or if the file cannot be written.
+    """
+    kind, known = path.suffix[1:].lower(), figure.canvas.get_supported_filetypes()
+    if kind not in known:
+        raise InputError(f"{path}: the file's ending must be one of {', '.join(sorted(known))}")
+    picture = io.BytesIO()
+    figure.savefig(picture, format=kind, dpi=dpi)
+    write_atomically(path, picture.getbuffer())
 
 
 # -------------------------------------------------------------------------------------- progress

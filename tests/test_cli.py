@@ -173,9 +173,9 @@ def test_help_teaches_every_flag_and_recipe(capsys):
     ],
 )
 def test_flags_of_a_configuration_give_it_again(flags):
-    config, _ = simclr.parse_command_line(flags.split())
+    config, _, _ = simclr.parse_command_line(flags.split())
     again = simclr.flags_of(config)
-    assert simclr.parse_command_line(again) == (config, False)
+    assert simclr.parse_command_line(again) == (config, False, "")
     assert len(again) <= len(flags.split()) + 2  # nothing but what differs
 
 
@@ -187,7 +187,7 @@ def test_next_steps_are_those_of_this_run():
 
 
 def test_flags_override_the_recipe_and_the_recipe_the_defaults():
-    config, overwrite = simclr.parse_command_line(
+    config, overwrite, _ = simclr.parse_command_line(
         ["--dataset", "cifar100", "--temperature", "0.9", "--overwrite", "--no-decay-all"]
     )
     assert overwrite
