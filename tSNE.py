@@ -923,7 +923,7 @@ def draw(where: str, options: Options) -> list[Path]:
     file = simclr.find_checkpoint(where, options.checkpoints)
     run = simclr.load_run(file)
     folder = Path(options.figures) / run.config.run
-    utils.make_folder(folder)
+    utils.make_folders(folder)
     if options.epochs:
         kept_files(file)  # complain before the work
     print(f"{file}: {run.config.arch} after {run.epoch} epochs")
@@ -973,6 +973,7 @@ def describe(scene: Scene, options: Options) -> str:
     return f"{scene.describe()} · {how}{judged}"
 
 
+@utils.quiet_without_reader()
 def main(argv: Sequence[str] | None = None) -> None:
     try:
         started = time.perf_counter()
