@@ -1852,15 +1852,21 @@ def run(config: Config, overwrite: bool = False) -> dict:
 
 def next_steps(config: Config) -> str:
     """Commands to try after a run. config: as it was given, before resolve()."""
-    script, seed = utils.from_here(__file__), config.seed + 1
+    seed, run = config.seed + 1, str(config.folder)
     name = f"{config.run.removesuffix(f'_seed{config.seed}')}_seed{seed}"
     steps = {
-        "another seed": flags_of(dataclasses.replace(config, seed=seed, run=name)),
-        "CIFAR-10, on a GPU": ["--dataset", "cifar10"],
-        "your own images": ["--dataset", "folder", "--data-dir", "PHOTOS"],
-        "every setting": ["--help"],
+        "what it is worth": ["load_simCLR.py", run],
+        "see it": ["tSNE.py", run],
+        "another seed": ["simclr.py", *flags_of(dataclasses.replace(config, seed=seed, run=name))],
+        "CIFAR-10, on a GPU": ["simclr.py", "--dataset", "cifar10"],
+        "your own images": ["simclr.py", "--dataset", "folder", "--data-dir", "PHOTOS"],
+        "every setting": ["simclr.py", "--help"],
     }
-    lines = [f"  {what:18}  {utils.python_command(script, *f)}" for what, f in steps.items()]
+    here = Path(__file__).parent
+    lines = [
+        f"  {what:18}  {utils.python_command(utils.from_here(here / script), *flags)}"
+        for what, (script, *flags) in steps.items()
+    ]
     return "\n".join(["\nnext:", *lines])
 
 

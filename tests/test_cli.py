@@ -184,6 +184,7 @@ def test_next_steps_are_those_of_this_run():
     text = simclr.next_steps(config)
     assert "--dataset cifar100 --temperature 0.3 --seed 2 --run mine_seed2\n" in text
     assert utils.from_here(sys.executable) in text
+    assert "load_simCLR.py checkpoints/mine_seed1\n" in text
 
 
 def test_flags_override_the_recipe_and_the_recipe_the_defaults():
@@ -260,7 +261,7 @@ def test_a_signal_saves_and_says_how_to_continue(tmp_path, number):
 def test_importing_does_nothing(tmp_path):
     code = (
         "import random, torch; states = random.getstate(), torch.get_rng_state();"
-        "import simclr, utils; assert random.getstate() == states[0];"
+        "import load_simCLR, simclr, tSNE, utils; assert random.getstate() == states[0];"
         "assert torch.equal(torch.get_rng_state(), states[1])"
     )
     done = subprocess.run(
