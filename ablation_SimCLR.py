@@ -254,7 +254,7 @@ EXTRAS: dict[str, Callable[[Config], Any]] = {  # what Table 3 adds to both view
 class Variant:
     """How a training departs from simclr.py's; by default it does not."""
 
-    loss: str = "nt-xent"  # one of LOSSES
+    loss_function: str = "nt-xent"  # one of LOSSES
     margin: float = 0.0  # of the margin losses
     branch: tuple[str, ...] = ()  # what one view gets in turn while the other gets nothing (Fig 5)
     extra: str = ""  # one of EXTRAS, which both views get as well
@@ -288,7 +288,7 @@ class AblationRun(simclr.Pretraining):
 
     def loss(self, z1: Tensor, z2: Tensor) -> Tensor:
         variant = self.variant
-        return LOSSES[variant.loss](z1, z2, self.config.temperature, variant.margin)
+        return LOSSES[variant.loss_function](z1, z2, self.config.temperature, variant.margin)
 
     def batches(self) -> Iterator[Tensor]:
         if not self.variant.branch:
@@ -479,7 +479,7 @@ def contrastive_task(model: simclr.SimCLR, job: Measured) -> dict[str, float]:
     """
     run = AblationRun(job.config, job.data, job.device, job.variant)
     run.position = simclr.Position(job.config.epochs)
-    logits_of = LOGITS.get(job.variant.loss, simclr.contrastive_logits)
+    logits_of = LOGITS.get(job.variant.loss_function, simclr.contrastive_logits)
     entropies, hits = [], []
     for views in itertools.islice(run.batches(), TASK_STEPS):
         with utils.autocast(job.device, job.config.precision):
@@ -608,7 +608,7 @@ MEASURES: dict[str, Callable[..., dict[str, float]]] = {
 # ----------------------------------------------------------------------------- the table of studies
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Setting:
     """A point of a study's grid.
 
@@ -622,10 +622,12 @@ class Setting:
     series: str = ""
     x: float | str = ""
     group: str = ""
+    title: str = ""
 
     @property
     def label(self) -> str:
-        return f"{self.series} {self.x}".strip() or self.name
+        """What people read: its title, or what there is of series and x, or its name."""
+        return self.title or f"{self.series} {self.x}".strip() or self.name
 
 
 def grid(**fields: Sequence[Any]) -> list[Setting]:
@@ -688,19 +690,106 @@ METRICS = {  # what is measured -> what it is called, its unit, and what to mult
 }
 
 
-def temperature_settings(base: Config) -> list[Setting]:
-    normalised = [
-        Setting(f"l2-tau{tau:g}", dict(temperature=tau), series="ℓ2, τ =", x=f"{tau:g}")
-        for tau in (0.05, 0.1, 0.5, 1.0)
+def augmentation_settings(base: Config) -> list[Setting]:
+    """Single transformations and ordered pairs: the row's first, then the column's."""
+    singles = [
+        Setting(f"{name}-alone", dict(branch=(name,)), series=name, x=name, title=f"{name} alone")
+        for name in TRANSFORMATIONS
     ]
-    plain = [
+    pairs = [
+        Setting(f"{first}+{then}", dict(branch=(first, then)), series=first, x=then)
+        for first, then in itertools.permutations(TRANSFORMATIONS, 2)
+    ]
+    return singles + pairs
+
+
+STRENGTHS = {"⅛": 0.125, "¼": 0.25, "½": 0.5, "1": 1.0}
+
+
+def color_settings(base: Config) -> list[Setting]:
+    fields = {x: dict(color_strength=s) for x, s in STRENGTHS.items()}
+    fields["1 + blur"] = dict(color_strength=1.0, blur_p=0.5)
+    return [
         Setting(
-            f"dot-tau{tau:g}", dict(temperature=tau, loss="nt-xent-dot"), series="no ℓ2, τ =",
-            x=f"{tau:g}",
+            f"{series}-s{f['color_strength']:g}{'-blur' * ('blur_p' in f)}", f, measure, series, x
         )
-        for tau in (10.0, 100.0)
+        for series, measure in (("SimCLR", "representation"), ("supervised", "supervised"))
+        for x, f in fields.items()
+    ]
+
+
+def size_settings(base: Config) -> list[Setting]:
+    """The base's depth and the next two, its width and what is half and twice as wide."""
+    known = list(simclr.ARCHITECTURES)
+    first = min(known.index(base.arch), len(known) - 3)
+    sizes = list(itertools.product(known[first : first + 3], [base.width * f for f in (0.5, 1, 2)]))
+    ends = {sizes[0]: "-smallest", sizes[-1]: "-largest"}
+    return [
+        Setting(
+            f"{series}-{arch}-x{width:g}{ends.get((arch, width), '')}",
+            dict(arch=arch, width=width), measure, f"{series}, {arch}", PARAMETERS,
+            title=f"{series}, {arch}, width {width:g}",
+        )
+        for series, measure in (("SimCLR", "representation"), ("supervised", "supervised"))
+        for arch, width in sizes
     ]  # fmt: skip
-    return normalised + plain
+
+
+PARAMETERS = "parameters"  # x is what was measured of them
+
+
+HEAD_WIDTHS = (32, 128, 512, 2048)
+
+
+def projection_settings(base: Config) -> list[Setting]:
+    """No head has no width of its own: z is h."""
+    heads = [
+        Setting(f"{kind}-{dim}", dict(projection=kind, head_dim=dim), series=kind, x=dim)
+        for kind in ("nonlinear", "linear")
+        for dim in HEAD_WIDTHS
+    ]
+    return [*heads, Setting("none", dict(projection="none"), series="none", x=feature_dim(base))]
+
+
+def feature_dim(base: Config) -> int:
+    return simclr.Encoder(base.arch, base.width).feature_dim
+
+
+def information_settings(base: Config) -> list[Setting]:
+    """g(h) as wide as h, as in Table 3. Images without colour are spared the first row."""
+    names = {
+        COLOR: "colour or grey", "rotation": "rotation", "noise": "original or noisy",
+        "sobel": "original or Sobel",
+    }  # fmt: skip
+    return [
+        Setting(
+            name, dict(transformation=name, extra="" if name == COLOR else name,
+                       head_dim=feature_dim(base)), "probe", x=text,
+        )
+        for name, text in names.items()
+        if name != COLOR or base.gray_p > 0
+    ]  # fmt: skip
+
+
+def loss_settings(base: Config) -> list[Setting]:
+    """Each loss with a search over tau or margin and the rate, as in Appendix B.10."""
+    margins, temperatures = ("margin", (0.4, 0.8, 1.6)), ("temperature", (0.1, 0.2, 0.5))
+    names = {
+        "margin": ("Margin", margins),
+        "nt-logistic": ("NT-Logistic", temperatures),
+        "margin-semi-hard": ("Margin (semi-hard)", margins),
+        "nt-logistic-semi-hard": ("NT-Logistic (semi-hard)", temperatures),
+        "nt-xent": ("NT-Xent", temperatures),
+    }
+    return [
+        Setting(
+            f"{loss}-{key}{value:g}-lr{lr:g}", {"loss_function": loss, key: value, "lr": lr},
+            group=title,
+        )
+        for loss, (title, (key, values)) in names.items()
+        for value in values
+        for lr in rates(base, (0.25, 1))
+    ]  # fmt: skip
 
 
 def rates(base: Config, factors: Sequence[float]) -> list[float]:
@@ -708,65 +797,205 @@ def rates(base: Config, factors: Sequence[float]) -> list[float]:
     return [float(f"{factor * base.lr:.3g}") for factor in factors]
 
 
-def loss_settings(base: Config) -> list[Setting]:
-    """Each loss with a search over tau or margin and the rate, as in Appendix B.10."""
-    searched = {
-        "margin": ("margin", (0.4, 0.8, 1.6)),
-        "nt-logistic": ("temperature", (0.1, 0.2, 0.5)),
-        "margin-semi-hard": ("margin", (0.4, 0.8, 1.6)),
-        "nt-logistic-semi-hard": ("temperature", (0.1, 0.2, 0.5)),
-        "nt-xent": ("temperature", (0.1, 0.2, 0.5)),
-    }
+def temperature_settings(base: Config) -> list[Setting]:
+    normalised = [
+        Setting(f"l2-tau{tau:g}", dict(temperature=tau), series="ℓ2, τ =", x=f"{tau:g}")
+        for tau in (0.05, 0.1, 0.5, 1.0)
+    ]
+    plain = [
+        Setting(
+            f"dot-tau{tau:g}", dict(temperature=tau, loss_function="nt-xent-dot"),
+            series="no ℓ2, τ =", x=f"{tau:g}",
+        )
+        for tau in (10.0, 100.0)
+    ]  # fmt: skip
+    return normalised + plain
+
+
+BATCHES = {"digits": (64, 128, 256, 512)}  # others: the paper's first four
+
+
+def batch_settings(base: Config) -> list[Setting]:
+    """Batch x epochs x how the rate grows with the batch; the two meet at the base's batch."""
+    peak, n = simclr.peak_learning_rate(base, base.batch_size), base.batch_size
+    scalings = {"linear": peak * 256 / n, "sqrt": peak / math.sqrt(n)}
+    lengths = {"half": max(1, base.epochs // 2), "whole": base.epochs, "double": 2 * base.epochs}
+    batches = BATCHES.get(base.dataset, (256, 512, 1024, 2048))
+    ends = {batches[0]: "-smallest", batches[-1]: "-largest"}
     return [
         Setting(
-            f"{loss}-{'m' if name == 'margin' else 'tau'}{value:g}-lr{lr:g}",
-            {"loss": loss, name: value, "lr": lr}, series=LOSS_NAMES[loss], group=LOSS_NAMES[loss],
+            f"{scaling}-{length}-n{batch}{ends.get(batch, '')}",
+            dict(lr_scaling=scaling, lr=lr, epochs=epochs, batch_size=batch),
+            series=f"{epochs} epochs, {'linear' if scaling == 'linear' else '√N'}", x=batch,
         )
-        for loss, (name, values) in searched.items()
-        for value in values
-        for lr in rates(base, (0.25, 1))
+        for scaling, lr in scalings.items()
+        for length, epochs in lengths.items()
+        for batch in batches
     ]  # fmt: skip
 
 
-LOSS_NAMES = {
-    "margin": "Margin",
-    "nt-logistic": "NT-Logistic",
-    "margin-semi-hard": "Margin (semi-hard)",
-    "nt-logistic-semi-hard": "NT-Logistic (semi-hard)",
-    "nt-xent": "NT-Xent",
-}
+def optimizer_settings(base: Config) -> list[Setting]:
+    """Each with a search over its rate, none scaled with the batch."""
+    searched = {
+        "LARS": dict(optimizer="lars", weight_decay=1e-6, lr=(0.3, 1.0, 3.0)),
+        "SGD": dict(optimizer="sgd", weight_decay=5e-4, lr=(0.03, 0.1, 0.3)),
+        "AdamW": dict(optimizer="adamw", weight_decay=1e-4, lr=(1e-3, 2e-3, 4e-3)),
+    }
+    return [
+        Setting(f"{name}-lr{lr:g}", {**fields, "lr_scaling": "none", "lr": lr}, group=name)
+        for name, fields in searched.items()
+        for lr in fields["lr"]
+    ]
+
+
+def label_settings(base: Config) -> list[Setting]:
+    return [
+        Setting(
+            f"{start}-{100 * share:g}%", dict(start=start, share=share), "fine_tuned", title,
+            100 * share,
+        )
+        for start, title in (("simclr", "from SimCLR"), ("scratch", "from scratch"))
+        for share in (0.01, 0.1, 1.0)
+    ]  # fmt: skip
+
+
+def pass_settings(base: Config) -> list[Setting]:
+    return [
+        Setting("one-pass", dict(passes=1), title="both views in one pass"),
+        Setting("two-passes", dict(passes=2), title="a pass for each view"),
+    ]
 
 
 STUDIES: dict[str, Study] = {
-    "temperature": Study(
-        "Do normalisation and temperature of NT-Xent matter?", "Table 5",
-        temperature_settings,
-        metrics=("linear", "knn", "entropy", "contrastive_accuracy"),
+    "augmentation": Study(
+        "Which two transformations make the task?", "Figure 5",
+        augmentation_settings, draw="matrix", fixed=("rotation", "blur_p"),
+        claims=(
+            Claim("crop and colour beat the average of all",
+                  ("crop+color", "linear"), ("*", "linear")),
+            Claim("crop and colour beat crop alone",
+                  ("crop+color", "linear"), ("crop-alone", "linear")),
+            Claim("pairs beat singles", ("*+*", "linear"), ("*-alone", "linear")),
+        ),
+    ),
+    "color-strength": Study(
+        "Does stronger colour distortion help SimCLR more than supervised learning?", "Table 1",
+        color_settings, metrics=("linear",), draw="lines", axis="strength s of colour distortion",
         paper={
-            "linear": {
-                "l2-tau0.05": 59.7, "l2-tau0.1": 64.4, "l2-tau0.5": 60.7, "l2-tau1": 58.0,
-                "dot-tau10": 57.2, "dot-tau100": 57.0,
-            },
-            "entropy": {
-                "l2-tau0.05": 1.0, "l2-tau0.1": 4.5, "l2-tau0.5": 8.2, "l2-tau1": 8.3,
-                "dot-tau10": 0.5, "dot-tau100": 0.5,
-            },
-            "contrastive_accuracy": {
-                "l2-tau0.05": 90.5, "l2-tau0.1": 87.8, "l2-tau0.5": 68.2, "l2-tau1": 59.1,
-                "dot-tau10": 91.7, "dot-tau100": 92.1,
-            },
+            "SimCLR": {"⅛": 59.6, "¼": 61.0, "½": 62.6, "1": 63.2, "1 + blur": 64.5},
+            "supervised": {"⅛": 77.0, "¼": 76.7, "½": 76.5, "1": 75.7, "1 + blur": 75.4},
         },
+        claims=(
+            Claim("SimCLR is better with s = 1 than with ⅛",
+                  ("SimCLR-s1", "linear"), ("SimCLR-s0.125", "linear"), "3.6"),
+            Claim("blur helps SimCLR",
+                  ("SimCLR-s1-blur", "linear"), ("SimCLR-s1", "linear"), "1.3"),
+            Claim("supervised learning is better with s = ⅛ than with 1",
+                  ("supervised-s0.125", "linear"), ("supervised-s1", "linear"), "1.3"),
+        ),
+    ),
+    "depth-width": Study(
+        "Do depth and width help SimCLR more than supervised learning?", "Figure 7",
+        size_settings, metrics=("linear", "parameters"), draw="lines",
+        axis="parameters of the encoder",
+        claims=(
+            Claim("SimCLR gains from the smallest to the largest network",
+                  ("SimCLR-*-largest", "linear"), ("SimCLR-*-smallest", "linear")),
+            Claim("supervised learning does (the paper: less)",
+                  ("supervised-*-largest", "linear"), ("supervised-*-smallest", "linear")),
+        ),
+    ),
+    "projection": Study(
+        "Is a nonlinear head needed, how wide, and is h better than z?", "Figure 8",
+        projection_settings, metrics=("linear", "linear_z", "knn", "knn_z"), draw="lines",
+        axis="width of z",
+        claims=(
+            Claim("a nonlinear head beats a linear one",
+                  ("nonlinear-*", "linear"), ("linear-*", "linear"), "3 points"),
+            Claim("a nonlinear head beats none",
+                  ("nonlinear-*", "linear"), ("none", "linear"), "more than 10"),
+            Claim("h beats z",
+                  ("nonlinear-*", "linear"), ("nonlinear-*", "linear_z"), "more than 10"),
+        ),
+    ),
+    "information": Study(
+        "What does the head throw away?", "Table 3", information_settings, draw="together",
+        metrics=("probe_h", "probe_z", "chance"),
+        paper={
+            "probe_h": {COLOR: 99.3, "rotation": 67.6, "noise": 99.5, "sobel": 96.6},
+            "probe_z": {COLOR: 97.4, "rotation": 25.6, "noise": 59.6, "sobel": 56.3},
+            "chance": {COLOR: 80, "rotation": 25, "noise": 50, "sobel": 50},
+        },
+        claims=tuple(
+            Claim(f"h tells {text} better than g(h)", (name, "probe_h"), (name, "probe_z"), by)
+            for name, text, by in (
+                ("rotation", "the rotation", "42.0"), ("noise", "noise", "39.9"),
+                ("sobel", "Sobel", "40.3"),
+            )
+        ),
     ),
     "loss": Study(
         "Is NT-Xent better than other contrastive losses?", "Table 4, Appendix B.10",
-        loss_settings,
-        metrics=("linear", "knn", "selection"),
+        loss_settings, metrics=("linear", "knn", "selection"),
         paper={
             "linear": {
                 "Margin": 50.9, "NT-Logistic": 51.6, "Margin (semi-hard)": 57.5,
                 "NT-Logistic (semi-hard)": 57.9, "NT-Xent": 63.9,
             }
         },
+    ),
+    "temperature": Study(
+        "Do normalisation and temperature of NT-Xent matter?", "Table 5",
+        temperature_settings, metrics=("linear", "knn", "entropy", "contrastive_accuracy"),
+        paper={
+            metric: dict(zip(
+                ("l2-tau0.05", "l2-tau0.1", "l2-tau0.5", "l2-tau1", "dot-tau10", "dot-tau100"),
+                values, strict=True,
+            ))
+            for metric, values in (
+                ("linear", (59.7, 64.4, 60.7, 58.0, 57.2, 57.0)),
+                ("entropy", (1.0, 4.5, 8.2, 8.3, 0.5, 0.5)),
+                ("contrastive_accuracy", (90.5, 87.8, 68.2, 59.1, 91.7, 92.1)),
+            )
+        },
+    ),
+    "batch-size": Study(
+        "Do larger batches and longer training help?", "Figure 9, Table B.1",
+        batch_settings, metrics=("linear",), draw="lines", axis="batch size N (images)",
+        paper={
+            f"{epochs} epochs, {how}": dict(zip((256, 1024, 4096), values, strict=True))
+            for epochs, how, values in (
+                (100, "linear", (57.5, 62.8, 64.6)), (100, "√N", (62.8, 64.3, 64.5)),
+                (200, "linear", (61.9, 65.3, 66.5)), (200, "√N", (64.3, 66.1, 66.8)),
+                (400, "linear", (64.7, 67.2, 68.2)), (400, "√N", (65.7, 67.2, 68.0)),
+                (800, "linear", (66.6, 68.5, 68.9)), (800, "√N", (66.5, 68.3, 69.1)),
+            )
+        },
+        claims=(
+            Claim("the largest batch beats the smallest", ("linear-whole-*-largest", "linear"),
+                  ("linear-whole-*-smallest", "linear"), "7.1 at 100 epochs"),
+            Claim("twice the epochs are better", ("linear-double-*", "linear"),
+                  ("linear-whole-*", "linear"), "1.3 to 4.4"),
+            Claim("with the smallest batch √N beats linear scaling",
+                  ("sqrt-whole-*-smallest", "linear"), ("linear-whole-*-smallest", "linear"),
+                  "5.3 at 100 epochs"),
+        ),
+    ),
+    "optimizer": Study(
+        "Which optimiser?", "not in the paper, which uses LARS",
+        optimizer_settings, metrics=("linear", "knn", "selection"),
+    ),
+    "initialisation": Study(
+        "What is pre-training worth when few labels are known?", "Table 7, Appendix B.5",
+        label_settings, metrics=("linear",), draw="lines", axis="labels, % of each class",
+        claims=tuple(
+            Claim(f"with {share} % of the labels SimCLR beats scratch",
+                  (f"simclr-{share}%", "linear"), (f"scratch-{share}%", "linear"))
+            for share in (1, 10, 100)
+        ),
+    ),
+    "encoder-pass": Study(
+        "Must both views share a BatchNorm pass?", "not in the paper", pass_settings,
     ),
 }  # fmt: skip
 
@@ -978,14 +1207,18 @@ def read_extremes(study: Study, results: Results) -> str:
 
 # ------------------------------------------------------------------------------------------ figures
 
-MARKERS, STYLES = "osD^vPX*<>", ("-", "--", ":", "-.")
+MARKERS = "osD^vPX*<>"
 
 
 def draw_dots(study: Study, results: Results, where: str) -> Any:
-    """A row a setting, a panel a metric; beside it the paper's, on a scale of its own."""
+    """A row a setting, a panel a metric (if the paper has numbers, those it has).
+
+    The paper's are beside it, on a scale of their own.
+    """
     from matplotlib.figure import Figure
 
-    panels = [(m, ours) for m in study.metrics if m != "selection" for ours in (True, False)]
+    shown = [m for m in study.metrics if m in study.paper] or study.metrics
+    panels = [(m, ours) for m in shown if m != "selection" for ours in (True, False)]
     panels = [(m, ours) for m, ours in panels if ours or m in study.paper]
     places = range(len(results.settings))
     size = (2.2 + 1.75 * len(panels), 1.5 + 0.34 * len(results.settings))
@@ -1013,7 +1246,141 @@ def draw_dots(study: Study, results: Results, where: str) -> Any:
     return figure
 
 
-DRAWINGS: dict[str, Callable[[Study, Results, str], Any]] = {"dots": draw_dots}
+def draw_together(study: Study, results: Results, where: str) -> Any:
+    """A row a setting, all metrics in one panel; the paper's in another."""
+    from matplotlib.figure import Figure
+
+    places, names = range(len(results.settings)), [s.name for s in results.settings]
+    figure = Figure(figsize=(8, 1.7 + 0.45 * len(names)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, sharex=True)
+    for metric, marker, color in zip(study.metrics, MARKERS, ("black", "0.5", "0.3"), strict=False):
+        look = dict(color=color, linestyle="", label=METRICS[metric][0])
+        look |= dict(marker="|", markersize=16) if metric == "chance" else dict(marker=marker)
+        means = [results.mean(name, metric) for name in names]
+        bars = [results.spread(name, metric) for name in names]
+        left.errorbar(means, places, xerr=bars, capsize=3, **look)
+        right.plot([study.paper[metric].get(name, math.nan) for name in names], places, **look)
+    left.set_title(where, fontsize=9)
+    right.set_title("the paper, ImageNet", fontsize=9)
+    right.set_facecolor("0.96")
+    for axis in (left, right):
+        axis.set_xlabel("test accuracy, %", fontsize=9)
+        axis.grid(color="0.9")
+        axis.spines[["top", "right"]].set_visible(False)
+    left.set_yticks(places, [s.label for s in results.settings])
+    left.set_ylim(len(names) - 0.5, -0.5)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3,
+                  fontsize=8, frameon=False)  # fmt: skip
+    return figure
+
+
+def draw_lines(study: Study, results: Results, where: str) -> Any:
+    """Accuracy against x, a line a series (dashed: of z); the paper's beside it if there is one."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9 if study.paper else 5.5, 4.2), layout="constrained")
+    axes = figure.subplots(1, 1 + bool(study.paper), squeeze=False)[0]
+    metrics = [m for m in study.metrics if m in ("linear", "linear_z")]
+    series = list(dict.fromkeys(s.series for s in results.settings))
+    places = positions(results)
+    for i, name in enumerate(series):
+        members = [s for s in results.settings if s.series == name]
+        for metric in metrics:
+            x = [places(s) for s in members]
+            means = [results.mean(s.name, metric) for s in members]
+            bars = [results.spread(s.name, metric) for s in members]
+            label = name if len(metrics) == 1 else f"{name}: {METRICS[metric][0]}"
+            plain = metric == metrics[0]
+            axes[0].errorbar(
+                x, means, yerr=bars, capsize=3, label=label, **look(i, len(series), plain)
+            )
+    axes[0].set_title(where, fontsize=9)
+    dress(axes[0], study, [(places(s), s.x) for s in results.settings])
+    if study.paper:
+        ticks = list(dict.fromkeys(x for line in study.paper.values() for x in line))
+        numeric = isinstance(ticks[0], int | float)
+        for i, (name, line) in enumerate(study.paper.items()):
+            x = list(line) if numeric else [ticks.index(tick) for tick in line]
+            axes[1].plot(x, list(line.values()), label=name, **look(i, len(study.paper), True))
+        axes[1].set_title("the paper, ImageNet, ResNet-50", fontsize=9)
+        axes[1].set_facecolor("0.96")
+        dress(axes[1], study, [(t if numeric else i, t) for i, t in enumerate(ticks)])
+    return figure
+
+
+def look(i: int, count: int, plain: bool) -> dict[str, Any]:
+    """Line, mark and grey of the i-th of `count` series: to be told apart without colours."""
+    shade = f"{0.65 * (i // 2) / max(1, (count - 1) // 2):.2f}"
+    return dict(
+        color=shade, marker=MARKERS[i % len(MARKERS)], linestyle="-" if i % 2 == 0 else "--",
+        mfc=shade if plain else "white", linewidth=1.4 if plain else 0.8, markersize=5,
+    )  # fmt: skip
+
+
+def positions(results: Results) -> Callable[[Setting], float]:
+    """Where a setting lies on the x axis: at its number, or else at its place among the names."""
+    names = list(dict.fromkeys(s.x for s in results.settings))
+
+    def place(s: Setting) -> float:
+        if s.x == PARAMETERS:
+            return results.mean(s.name, PARAMETERS)
+        return s.x if isinstance(s.x, int | float) else names.index(s.x)
+
+    return place
+
+
+def dress(axis: Any, study: Study, ticks: Sequence[tuple[float, Any]]) -> None:
+    """Axes of draw_lines(). ticks: (place, what is written there)."""
+    shown = dict(sorted((place, text) for place, text in ticks if not math.isnan(place)))
+    numeric = any(isinstance(text, int | float) or text == PARAMETERS for text in shown.values())
+    if numeric:
+        axis.set_xscale("log")
+        axis.minorticks_off()
+    if PARAMETERS not in shown.values():
+        axis.set_xticks(list(shown), [f"{t:g}" if numeric else t for t in shown.values()])
+    axis.set_xlabel(study.axis, fontsize=9)
+    axis.set_ylabel("linear evaluation, % of test images", fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.grid(color="0.9")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=7, frameon=False, handlelength=3)
+
+
+def draw_matrix(study: Study, results: Results, where: str) -> Any:
+    """Figure 5: the row's transformation, then the column's; the last column is the row's mean."""
+    from matplotlib.figure import Figure
+
+    names = list(TRANSFORMATIONS)
+    values = [[math.nan] * len(names) for _ in names]
+    for s in results.settings:
+        values[names.index(s.series)][names.index(s.x)] = results.mean(s.name, study.metrics[0])
+    rows = [[*row, statistics.fmean(row)] for row in values]
+    figure = Figure(figsize=(6.6, 5.2), layout="constrained")
+    axis = figure.subplots()
+    known = [v for row in rows for v in row if not math.isnan(v)]
+    low, high = min(known), max(known)
+    image = axis.imshow(rows, cmap="Greys", vmin=low - 0.15 * (high - low), vmax=high)
+    for i, row in enumerate(rows):
+        for j, value in enumerate(row):
+            dark = value > (low + high) / 2
+            text = "–" if math.isnan(value) else f"{value:.1f}"
+            axis.text(j, i, text, ha="center", va="center", fontsize=8,
+                      color="white" if dark else "black")  # fmt: skip
+    axis.axvline(len(names) - 0.5, color="black", linewidth=2)
+    axis.set_xticks(range(len(names) + 1), [*names, "average"], rotation=40, ha="right")
+    axis.set_yticks(range(len(names)), names)
+    axis.set(xlabel="second transformation (diagonal: one alone)", ylabel="first transformation")
+    axis.set_title(f"{METRICS[study.metrics[0]][0]}, one augmented branch; {where}", fontsize=9)
+    figure.colorbar(image, ax=axis, label="linear evaluation, % of test images", shrink=0.8)
+    return figure
+
+
+DRAWINGS: dict[str, Callable[[Study, Results, str], Any]] = {
+    "dots": draw_dots,
+    "together": draw_together,
+    "lines": draw_lines,
+    "matrix": draw_matrix,
+}
 
 
 def draw(name: str, results: Results, base: Config) -> bytes:
