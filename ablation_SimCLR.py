@@ -707,11 +707,11 @@ STRENGTHS = {"⅛": 0.125, "¼": 0.25, "½": 0.5, "1": 1.0}
 
 
 def color_settings(base: Config) -> list[Setting]:
-    fields = {x: dict(color_strength=s) for x, s in STRENGTHS.items()}
+    fields = {x: dict(color_strength=s, blur_p=0.0) for x, s in STRENGTHS.items()}
     fields["1 + blur"] = dict(color_strength=1.0, blur_p=0.5)
     return [
         Setting(
-            f"{series}-s{f['color_strength']:g}{'-blur' * ('blur_p' in f)}", f, measure, series, x
+            f"{series}-s{f['color_strength']:g}{'-blur' * (f['blur_p'] > 0)}", f, measure, series, x
         )
         for series, measure in (("SimCLR", "representation"), ("supervised", "supervised"))
         for x, f in fields.items()
@@ -744,11 +744,11 @@ HEAD_WIDTHS = (32, 128, 512, 2048)
 def projection_settings(base: Config) -> list[Setting]:
     """No head has no width of its own: z is h."""
     heads = [
-        Setting(f"{kind}-{dim}", dict(projection=kind, head_dim=dim), series=kind, x=dim)
+        Setting(f"{kind}-{dim}", dict(projection=kind, head_dim=dim), series=f"{kind} head", x=dim)
         for kind in ("nonlinear", "linear")
         for dim in HEAD_WIDTHS
     ]
-    return [*heads, Setting("none", dict(projection="none"), series="none", x=feature_dim(base))]
+    return [*heads, Setting("none", dict(projection="none"), series="no head", x=feature_dim(base))]
 
 
 def feature_dim(base: Config) -> int:
@@ -1253,9 +1253,14 @@ def draw_together(study: Study, results: Results, where: str) -> Any:
     places, names = range(len(results.settings)), [s.name for s in results.settings]
     figure = Figure(figsize=(8, 1.7 + 0.45 * len(names)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, sharex=True)
-    for metric, marker, color in zip(study.metrics, MARKERS, ("black", "0.5", "0.3"), strict=False):
+    for metric, marker, color in zip(
+        study.metrics, MARKERS, ("black", "black", "0.4"), strict=False
+    ):
         look = dict(color=color, linestyle="", label=METRICS[metric][0])
-        look |= dict(marker="|", markersize=16) if metric == "chance" else dict(marker=marker)
+        fill = "black" if metric == study.metrics[0] else "white"
+        look |= (
+            dict(marker="|", markersize=16) if metric == "chance" else dict(marker=marker, mfc=fill)
+        )
         means = [results.mean(name, metric) for name in names]
         bars = [results.spread(name, metric) for name in names]
         left.errorbar(means, places, xerr=bars, capsize=3, **look)
@@ -1289,8 +1294,8 @@ def draw_lines(study: Study, results: Results, where: str) -> Any:
             x = [places(s) for s in members]
             means = [results.mean(s.name, metric) for s in members]
             bars = [results.spread(s.name, metric) for s in members]
-            label = name if len(metrics) == 1 else f"{name}: {METRICS[metric][0]}"
             plain = metric == metrics[0]
+            label = name if len(metrics) == 1 else f"{name}, {'h' if plain else 'z'}"
             axes[0].errorbar(
                 x, means, yerr=bars, capsize=3, label=label, **look(i, len(series), plain)
             )

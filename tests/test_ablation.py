@@ -215,6 +215,40 @@ def test_two_passes_are_two_passes(tiny_config):
     assert held == {id(p) for p in two.model.parameters()}
 
 
+@pytest.mark.parametrize("extra", ablation.EXTRAS)
+def test_probes_know_what_was_done_to_a_view(tiny_config, extra):
+    run = make_run(tiny_config, extra=extra)
+    job = ablation.Measured(run.config, run.variant, run.data, run.device)
+
+    class Pixels(torch.nn.Module):
+        def forward(self, x):
+            return x.flatten(1), x.mean((1, 2, 3))[:, None]
+
+    h, z, label = ablation.transformed_features(Pixels(), job, run.data.test, extra, 1)
+    n = 300 * ablation.PROBE_VIEWS
+    assert (h.shape, z.shape, label.shape) == ((n, 768), (n, 1), (n,))
+    assert label.bincount(minlength=2).min() > n / len(label.unique()) - 5 * math.sqrt(n)
+    u = run.augment.draw(300, utils.generator("cpu", 0, simclr.LABELS, 1, 2))  # the third batch
+    steps, own = run.augment.steps, run.augment.steps[-1].draws
+    before = ablation.with_steps(run.config, steps[:-1])
+    views = before(run.data.test.images[:300], u[:, :-own])
+    got, done = h[600:900].view_as(views), label[600:900]
+    for i in range(300):
+        one = views[i : i + 1]
+        if extra == "rotation":
+            expected = one.rot90(int(done[i]), (-2, -1))
+        else:
+            expected = steps[-1].step(one, u[i : i + 1, -own + 1 :]) if done[i] else one
+        assert torch.allclose(got[i], expected[0], atol=1e-5)
+
+
+def test_an_mlp_learns_what_a_line_cannot(tiny_config):
+    x = torch.randn(2000, 8, generator=torch.Generator().manual_seed(0))
+    y = (x[:, 0] * x[:, 1] > 0).long()
+    found = ablation.mlp_accuracy(x[:1500], y[:1500], x[1500:], y[1500:], tiny_config())
+    assert found > 0.85
+
+
 # ------------------------------------------------------------------------------- the way of a grid
 
 
@@ -392,6 +426,90 @@ def test_a_damaged_csv_is_not_overwritten(fast, places, capsys, tmp_path, conten
     assert left.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert file.read_text() == content
+    assert not fast
+
+
+# --------------------------------------------------------------------------- studies and reading
+
+
+@pytest.mark.parametrize("dataset", ["digits", "cifar10", "folder"])
+@pytest.mark.parametrize("name", ablation.STUDIES)
+def test_every_study_is_possible_on_every_data_set(name, dataset):
+    study, given = ablation.STUDIES[name], {"dataset": dataset}
+    jobs = ablation.make_jobs(name, given, 2)
+    settings = study.settings(ablation.make_base(given))
+    names = [s.name for s in settings]
+    assert len(set(names)) == len(names) == len(jobs) / 2
+    assert len({(job.digest, job.measure, *job.arguments.values()) for job in jobs}) == len(jobs)
+    assert study.draw in ablation.DRAWINGS
+    for metric in study.metrics:
+        assert metric in ablation.METRICS
+    for claim in study.claims:
+        for pattern, metric in (claim.better, claim.worse):
+            assert ablation.fnmatch.filter(names, pattern), pattern
+            assert metric in study.metrics
+    if study.draw != "lines":
+        known = {s.group or s.name for s in settings} | {ablation.COLOR}
+        assert all(set(numbers) <= known for numbers in study.paper.values())
+
+
+def results_of(**values):
+    """Results of settings with a list of values in %, one a seed."""
+    settings = [ablation.Setting(name, {}) for name in values]
+    rows = [
+        {"setting": name, "seed": seed, "linear": value / 100}
+        for name, numbers in values.items()
+        for seed, value in enumerate(numbers)
+    ]
+    return ablation.Results(settings, rows)
+
+
+def study_of(**fields):
+    return ablation.Study("?", "-", lambda base: [], **fields)
+
+
+def test_reading_of_an_order():
+    study = study_of(paper={"linear": {"a": 60.0, "b": 50.0, "c": 55.0}})
+    text = ablation.read(study, results_of(a=[90, 92], b=[80, 81], c=[79, 79]))
+    assert text.startswith("2 of 3 pairs of settings are in the paper's order")
+    assert "the best is a, as in the paper; from best to worst it is +12.0 ± 1.4 points" in text
+    assert "more than the seeds' spread (the paper: 10.0)" in text
+    text = ablation.read(study, results_of(a=[90, 92], b=[91, 93], c=[79, 79]))
+    assert "the best is b, the paper's is a (ahead of that by +1.0 ± 0.0 points" in text
+    assert "Too little" in ablation.read(study, results_of(a=[90]))
+
+
+def test_reading_of_claims():
+    claims = tuple(
+        ablation.Claim(f"a beats {b}", ("a", "linear"), (b, "linear"), "3") for b in "bcde"
+    )
+    results = results_of(a=[90, 92], b=[80, 81], c=[89, 93], d=[95, 96], e=[])
+    text = ablation.read(study_of(claims=claims), results)
+    assert "a beats b (paper: 3): agrees, +10.5 ± 0.7 points, more than" in text
+    assert "a beats c (paper: 3): not seen, +0.0 ± 1.4 points, within" in text
+    assert "a beats d (paper: 3): the contrary, -4.5 ± 0.7 points" in text
+    assert text.endswith("a beats e: not measured.")
+    text = ablation.read(study_of(claims=claims[:1]), results_of(a=[90], b=[80]))
+    assert "agrees, but not clearly, +10.0 points (one seed: its spread is unknown)" in text
+
+
+def test_a_search_shows_the_best_of_each_group_by_selection():
+    settings = [ablation.Setting(n, {}, group=g) for n, g in (("p", "A"), ("q", "A"), ("r", "B"))]
+    rows = [
+        {"setting": n, "seed": 0, "selection": s, "linear": t}
+        for n, s, t in (("p", 0.8, 0.9), ("q", 0.9, 0.7), ("r", 0.5, 0.6))
+    ]
+    assert [s.name for s in ablation.Results(settings, rows).best().settings] == ["q", "r"]
+
+
+def test_listing_estimates_the_time(fast, places, capsys, monkeypatch, tmp_path):
+    for name in set(ablation.STUDIES) - {"one", "two"}:
+        monkeypatch.delitem(ablation.STUDIES, name)
+    ablation.main([*TINY, *places, "--seeds", "2"])
+    out = capsys.readouterr().out
+    assert "one                4 runs" in out
+    assert "all" in out
+    assert list(tmp_path.iterdir()) == []
     assert not fast
 
 
