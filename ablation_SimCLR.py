@@ -659,7 +659,8 @@ class Study:
 
     paper: the paper's numbers, metric -> setting's name (or group) -> value; or for lines, series
     -> x -> value. claims: what it says in words. fixed: fields of Config that do not go with the
-    study, beside those that it varies. draw: (study, results, where) -> matplotlib Figure.
+    study, beside those that it varies. around: fields that it varies around the base's value, so that
+    flags for them do not contradict it. draw: (study, results, where) -> matplotlib Figure.
     """
 
     question: str
@@ -669,6 +670,7 @@ class Study:
     paper: dict[str, dict[Any, float]] = field(default_factory=dict)
     claims: tuple[Claim, ...] = ()
     fixed: tuple[str, ...] = ()
+    around: tuple[str, ...] = ()
     axis: str = ""  # what x is
     draw: str = "dots"  # one of DRAWINGS
 
@@ -896,7 +898,7 @@ STUDIES: dict[str, Study] = {
     ),
     "depth-width": Study(
         "Do depth and width help SimCLR more than supervised learning?", "Figure 7",
-        size_settings, metrics=("linear", "parameters"), draw="lines",
+        size_settings, metrics=("linear", "parameters"), draw="lines", around=("arch", "width"),
         axis="parameters of the encoder",
         claims=(
             Claim("SimCLR gains from the smallest to the largest network",
@@ -936,7 +938,7 @@ STUDIES: dict[str, Study] = {
     ),
     "loss": Study(
         "Is NT-Xent better than other contrastive losses?", "Table 4, Appendix B.10",
-        loss_settings, metrics=("linear", "knn", "selection"),
+        loss_settings, metrics=("linear", "knn", "selection"), around=("lr",),
         paper={
             "linear": {
                 "Margin": 50.9, "NT-Logistic": 51.6, "Margin (semi-hard)": 57.5,
@@ -962,6 +964,7 @@ STUDIES: dict[str, Study] = {
     "batch-size": Study(
         "Do larger batches and longer training help?", "Figure 9, Table B.1",
         batch_settings, metrics=("linear",), draw="lines", axis="batch size N (images)",
+        around=("epochs", "lr"),
         paper={
             f"{epochs} epochs, {how}": dict(zip((256, 1024, 4096), values, strict=True))
             for epochs, how, values in (
@@ -1020,7 +1023,7 @@ def make_jobs(name: str, given: dict[str, Any], seeds: int) -> list[Job]:
     """
     study, base = STUDIES[name], make_base(given)
     settings = study.settings(base)
-    varied = {key for s in settings for key in s.fields} | set(study.fixed)
+    varied = ({key for s in settings for key in s.fields} | set(study.fixed)) - set(study.around)
     for key in sorted(varied & set(given)):
         raise InputError(f"the study {name} sets {flag(key)} itself: leave it out")
     folder = Path(simclr.ABLATIONS, given.get("run", ""), name)
@@ -1256,15 +1259,15 @@ def draw_together(study: Study, results: Results, where: str) -> Any:
     for metric, marker, color in zip(
         study.metrics, MARKERS, ("black", "black", "0.4"), strict=False
     ):
-        look = dict(color=color, linestyle="", label=METRICS[metric][0])
         fill = "black" if metric == study.metrics[0] else "white"
-        look |= (
-            dict(marker="|", markersize=16) if metric == "chance" else dict(marker=marker, mfc=fill)
-        )
+        mark = dict(marker="|", markersize=16)  # of chance
+        if metric != "chance":
+            mark = dict(marker=marker, mfc=fill)
+        mark |= dict(color=color, linestyle="", label=METRICS[metric][0])
         means = [results.mean(name, metric) for name in names]
         bars = [results.spread(name, metric) for name in names]
-        left.errorbar(means, places, xerr=bars, capsize=3, **look)
-        right.plot([study.paper[metric].get(name, math.nan) for name in names], places, **look)
+        left.errorbar(means, places, xerr=bars, capsize=3, **mark)
+        right.plot([study.paper[metric].get(name, math.nan) for name in names], places, **mark)
     left.set_title(where, fontsize=9)
     right.set_title("the paper, ImageNet", fontsize=9)
     right.set_facecolor("0.96")
