@@ -655,24 +655,19 @@ class Claim:
 
 @dataclass(frozen=True)
 class Study:
-    """One ablation. settings: what it varies about a base. metrics: what is shown, of METRICS.
-
-    paper: the paper's numbers, metric -> setting's name (or group) -> value; or for lines, series
-    -> x -> value. claims: what it says in words. fixed: fields of Config that do not go with the
-    study, beside those that it varies. around: fields that it varies around the base's value, so that
-    flags for them do not contradict it. draw: (study, results, where) -> matplotlib Figure.
-    """
+    """One ablation: a grid about a base, and how its results are shown."""
 
     question: str
-    where: str
-    settings: Callable[[Config], list[Setting]]
-    metrics: tuple[str, ...] = ("linear", "knn")
+    where: str  # in the paper
+    settings: Callable[[Config], list[Setting]]  # of a base
+    metrics: tuple[str, ...] = ("linear", "knn")  # what is shown, of METRICS; the first is compared
+    # the paper's numbers: metric -> setting's name (or group) -> value; of lines series -> x -> it
     paper: dict[str, dict[Any, float]] = field(default_factory=dict)
-    claims: tuple[Claim, ...] = ()
-    fixed: tuple[str, ...] = ()
-    around: tuple[str, ...] = ()
-    axis: str = ""  # what x is
+    claims: tuple[Claim, ...] = ()  # what the paper says in words
     draw: str = "dots"  # one of DRAWINGS
+    axis: str = ""  # what x is
+    fixed: tuple[str, ...] = ()  # flags that make no sense here, beside those of varied fields
+    around: tuple[str, ...] = ()  # fields varied around the base's value, whose flags are taken
 
 
 METRICS = {  # what is measured -> what it is called, its unit, and what to multiply it with
