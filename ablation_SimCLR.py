@@ -173,7 +173,7 @@ class Cutout:
     def covered(u: Tensor, pixels: int) -> Tensor:
         """Which of the pixels along a side are cut out: bool (N, pixels)."""
         length = round(CUTOUT * pixels)
-        start = (u[:, None] * (pixels - length + 1)).floor()  # (N, 1)
+        start = (u[:, None] * (pixels - length + 1)).floor().clamp(max=pixels - length)  # (N, 1)
         place = torch.arange(pixels, device=u.device)
         return (place >= start) & (place < start + length)
 
