@@ -525,7 +525,7 @@ def fine_tuned(job: Measured, start: str, share: float) -> dict[str, float]:
         model.encoder, job.data.train, rows, simclr.geometric_augment(config), how, config,
         job.device, config.seed,
     )  # fmt: skip
-    return {"linear": job.accuracy(network), "labels": len(rows)}
+    return {"accuracy": job.accuracy(network), "labels": len(rows)}
 
 
 PROBE = LabelTraining(epochs=20, batch_size=256, lr=0.1, min_steps=500)
@@ -675,6 +675,7 @@ METRICS = {  # what is measured -> what it is called, its unit, and what to mult
     "knn": ("kNN on h", "%", 100),
     "linear_z": ("linear on z", "%", 100),
     "knn_z": ("kNN on z", "%", 100),
+    "accuracy": ("accuracy", "%", 100),
     "entropy": ("entropy", "nats", 1),
     "contrastive_accuracy": ("contrastive acc.", "%", 100),
     "probe_h": ("from h", "%", 100),
@@ -781,7 +782,7 @@ def loss_settings(base: Config) -> list[Setting]:
     return [
         Setting(
             f"{loss}-{key}{value:g}-lr{lr:g}", {"loss_function": loss, key: value, "lr": lr},
-            group=title,
+            group=title, title=f"{title}: {'m' if key == 'margin' else 'τ'} {value:g}, lr {lr:g}",
         )
         for loss, (title, (key, values)) in names.items()
         for value in values
@@ -839,7 +840,12 @@ def optimizer_settings(base: Config) -> list[Setting]:
         "AdamW": dict(optimizer="adamw", weight_decay=1e-4, lr=(1e-3, 2e-3, 4e-3)),
     }
     return [
-        Setting(f"{name}-lr{lr:g}", {**fields, "lr_scaling": "none", "lr": lr}, group=name)
+        Setting(
+            f"{name}-lr{lr:g}",
+            {**fields, "lr_scaling": "none", "lr": lr},
+            group=name,
+            title=f"{name}, lr {lr:g}",
+        )
         for name, fields in searched.items()
         for lr in fields["lr"]
     ]
@@ -985,10 +991,10 @@ STUDIES: dict[str, Study] = {
     ),
     "initialisation": Study(
         "What is pre-training worth when few labels are known?", "Table 7, Appendix B.5",
-        label_settings, metrics=("linear",), draw="lines", axis="labels, % of each class",
+        label_settings, metrics=("accuracy",), draw="lines", axis="labels, % of each class",
         claims=tuple(
             Claim(f"with {share} % of the labels SimCLR beats scratch",
-                  (f"simclr-{share}%", "linear"), (f"scratch-{share}%", "linear"))
+                  (f"simclr-{share}%", "accuracy"), (f"scratch-{share}%", "accuracy"))
             for share in (1, 10, 100)
         ),
     ),
@@ -1103,7 +1109,7 @@ def markdown(study: Study, results: Results) -> str:
             heads.append("paper, ImageNet")
     lines = [heads]
     for s in results.settings:
-        line = [f"{s.group}: {s.name}" if s.group else s.label]
+        line = [s.label]
         for metric in study.metrics:
             numbers = (results.mean(s.name, metric), results.spread(s.name, metric))
             line.append(show(*numbers, len(results.values(s.name, metric))))
@@ -1283,7 +1289,7 @@ def draw_lines(study: Study, results: Results, where: str) -> Any:
 
     figure = Figure(figsize=(9 if study.paper else 5.5, 4.2), layout="constrained")
     axes = figure.subplots(1, 1 + bool(study.paper), squeeze=False)[0]
-    metrics = [m for m in study.metrics if m in ("linear", "linear_z")]
+    metrics = [m for m in study.metrics if m in ("linear", "linear_z", "accuracy")]
     series = list(dict.fromkeys(s.series for s in results.settings))
     places = positions(results)
     for i, name in enumerate(series):
@@ -1342,7 +1348,7 @@ def dress(axis: Any, study: Study, ticks: Sequence[tuple[float, Any]]) -> None:
     if PARAMETERS not in shown.values():
         axis.set_xticks(list(shown), [f"{t:g}" if numeric else t for t in shown.values()])
     axis.set_xlabel(study.axis, fontsize=9)
-    axis.set_ylabel("linear evaluation, % of test images", fontsize=9)
+    axis.set_ylabel("accuracy, % of test images", fontsize=9)
     axis.tick_params(labelsize=8)
     axis.grid(color="0.9")
     axis.spines[["top", "right"]].set_visible(False)
@@ -1392,7 +1398,7 @@ def draw(name: str, results: Results, base: Config) -> bytes:
     seeds = f"{results.seeds} seeds, bars: std" if results.seeds > 1 else "1 seed"
     picture = io.BytesIO()
     figure = DRAWINGS[study.draw](study, results, f"{base.dataset}, {seeds}")
-    figure.suptitle(f"{study.question} ({study.where})", fontsize=10)
+    figure.suptitle(f"{study.question}\n{study.where}", fontsize=10)
     figure.savefig(picture, format="png", dpi=120)
     return picture.getvalue()
 
