@@ -318,6 +318,50 @@ def test_a_failed_run_is_reported_and_the_others_are_done(fast, places, capsys, 
     assert len((tmp_path / "f/ablation/broken.csv").read_text().splitlines()) == 3
 
 
+def test_an_interrupted_grid_continues(fast, places, capsys, monkeypatch, tmp_path):
+    measure = ablation.MEASURES["representation"]
+
+    def stopped(job):
+        if len(fast) == 2:
+            raise simclr.Interrupted(15)
+        return measure(job)
+
+    monkeypatch.setitem(ablation.MEASURES, "representation", stopped)
+    with pytest.raises(SystemExit) as left:
+        ablation.main(["one", "--seeds", "2", *places])
+    assert left.value.code == 128 + 15
+    assert "the same command continues" in capsys.readouterr().err
+    monkeypatch.setitem(ablation.MEASURES, "representation", measure)
+    ablation.main(["one", "--seeds", "2", *places])
+    assert len(set(fast)) == len(fast) == 4
+
+
+@pytest.mark.parametrize(
+    "fields", [dict(branch=("cutout", "noise")), dict(passes=2, extra="noise")]
+)
+def test_a_resumed_run_ends_as_if_it_had_not_been_stopped(tiny_config, fields):
+    def made(name):
+        config = tiny_config(epochs=2, precision="float32", run=name, knn_every=0)
+        config = simclr.resolve(config, data.pretrain, device)
+        return ablation.AblationRun(config, data, device, ablation.Variant(**fields))
+
+    device = torch.device("cpu")
+    data = simclr.load_data(tiny_config(), device)
+    whole, first, second = made("whole"), made("parts"), made("parts")
+    whole.train()
+    first.checkpoint.parent.mkdir(parents=True)
+    position = first.position
+    simclr.train_epoch(
+        first.model, first.optimizer, first.batches(), first.rate, first.loss, "float32", position,
+        lambda: position.step == 2,
+    )  # fmt: skip
+    first.save()
+    assert second.resume()
+    assert second.position.step == 2
+    second.train()
+    assert utils.digest(second.model) == utils.digest(whole.model)
+
+
 def test_shards_do_disjoint_parts_and_the_last_draws(fast, places, capsys, tmp_path):
     ablation.main(["one", "--shard", "2/2", *places])
     assert len(fast) == 3
