@@ -1136,7 +1136,7 @@ def against_spread(differences: Sequence[float]) -> str:
     """A difference with its spread over seeds, and whether it is more than that."""
     mean = statistics.fmean(differences)
     if len(differences) < 2:
-        return f"{mean:+.1f} points (one seed: its spread is unknown)"
+        return f"{mean:+.1f} points (one seed)"
     spread = statistics.stdev(differences)
     verdict = "more than" if abs(mean) > spread else "within"
     return f"{mean:+.1f} ± {spread:.1f} points, {verdict} the seeds' spread"
@@ -1154,18 +1154,17 @@ def read_order(study: Study, results: Results) -> str:
     same = sum((ours[a] - ours[b]) * (paper[a] - paper[b]) > 0 for a, b in pairs)
     first, last = max(both, key=ours.get), min(both, key=ours.get)
     theirs = max(both, key=paper.get)
-    agree = "as in the paper" if first is theirs else f"the paper's is {theirs.label}"
+    best = f"our best is {first.label}, as in the paper"
+    if first is not theirs:
+        ahead = difference(results, (first.name, metric), (theirs.name, metric))
+        best = f"our best is {first.label}, by {against_spread(ahead)}, "
+        best += f"over {theirs.label}, the paper's"
     gap = against_spread(difference(results, (first.name, metric), (last.name, metric)))
     theirs_gap = max(paper[s] for s in both) - min(paper[s] for s in both)
-    more = ""
-    if first is not theirs:
-        behind = difference(results, (first.name, metric), (theirs.name, metric))
-        more = f" (ahead of that by {against_spread(behind)})"
     return (
         f"{same} of {len(pairs)} pairs of settings are in the paper's order by "
-        f"{METRICS[metric][0]}; the best is {first.label}, {agree}{more}; "
-        f"from best to worst it is {gap} "
-        f"(the paper: {theirs_gap:.1f})."
+        f"{METRICS[metric][0]}; {best}; from best to worst it is {gap} (the paper: "
+        f"{theirs_gap:.1f})."
     )
 
 

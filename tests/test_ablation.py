@@ -516,10 +516,13 @@ def test_reading_of_an_order():
     study = study_of(paper={"linear": {"a": 60.0, "b": 50.0, "c": 55.0}})
     text = ablation.read(study, results_of(a=[90, 92], b=[80, 81], c=[79, 79]))
     assert text.startswith("2 of 3 pairs of settings are in the paper's order")
-    assert "the best is a, as in the paper; from best to worst it is +12.0 ± 1.4 points" in text
+    assert "our best is a, as in the paper; from best to worst it is +12.0 ± 1.4 points" in text
     assert "more than the seeds' spread (the paper: 10.0)" in text
     text = ablation.read(study, results_of(a=[90, 92], b=[91, 93], c=[79, 79]))
-    assert "the best is b, the paper's is a (ahead of that by +1.0 ± 0.0 points" in text
+    assert (
+        "our best is b, by +1.0 ± 0.0 points, more than the seeds' spread, over a, the paper's"
+        in text
+    )
     assert "Too little" in ablation.read(study, results_of(a=[90]))
 
 
@@ -534,7 +537,7 @@ def test_reading_of_claims():
     assert "a beats d (paper: 3): the contrary, -4.5 ± 0.7 points" in text
     assert text.endswith("a beats e: not measured.")
     text = ablation.read(study_of(claims=claims[:1]), results_of(a=[90], b=[80]))
-    assert "agrees, but not clearly, +10.0 points (one seed: its spread is unknown)" in text
+    assert "agrees, but not clearly, +10.0 points (one seed)" in text
 
 
 def test_a_search_shows_the_best_of_each_group_by_selection():
