@@ -1410,8 +1410,10 @@ def describe_base(given: dict[str, Any]) -> str:
     base = dataclasses.replace(make_base({**given, "run": "x"}), seed=0)
     names = [f.name for f in dataclasses.fields(base) if f.metadata["identity"]]
     names += ["data_dir"] * (base.dataset == "folder")
-    plain = make_base({"run": "x", "dataset": base.dataset, "epochs": base.epochs})
-    shown = {"dataset": base.dataset, "epochs": base.epochs}
+    shown = {"dataset": base.dataset, "recipe": base.recipe, "epochs": base.epochs}
+    plain = make_base({"run": "x", **shown})
+    if base.recipe == simclr.DATASET_RECIPE[base.dataset]:
+        del shown["recipe"]
     shown |= {n: getattr(base, n) for n in names if getattr(base, n) != getattr(plain, n)}
     return " ".join(f"{flag(key)} {value}" for key, value in shown.items())
 
@@ -1643,10 +1645,12 @@ class Clock:
 
     def seconds(self, jobs: Iterable[Job]) -> float:
         """Of what is not done yet, in one process. A pre-training that is shared counts once."""
-        total, trained = 0.0, set()
+        total, trained, measured = 0.0, set(), set()
         for job in jobs:
-            if job.result() is not None:
+            key = (job.digest, job.measure, *job.arguments.values())
+            if key in measured or job.result() is not None:
                 continue
+            measured.add(key)
             size, steps = simclr.batch_count(job.config, len(self.data.pretrain))
             views = 0.5 * size * steps * job.config.epochs  # a labelled view a step: a forward less
             if job.measure != "supervised" and job.arguments.get("start") != "scratch":
@@ -1722,7 +1726,7 @@ def list_studies(given: dict[str, Any], seeds: int) -> None:
     base = make_base(given)
     device = utils.choose_device(base.device)
     data = simclr.load_data(base, device)
-    clock, total = Clock(data, device), 0.0
+    clock, every = Clock(data, device), []
     print(f"on {describe_base(given)}, {seeds} seed{'s' * (seeds != 1)}, {device}:\n")
     for name, study in STUDIES.items():
         try:
@@ -1730,10 +1734,13 @@ def list_studies(given: dict[str, Any], seeds: int) -> None:
         except InputError as error:
             print(f"{name:16} {error}")
             continue
-        seconds = clock.seconds(jobs)
-        total += seconds
-        print(f"{name:16}{len(jobs):4} runs {duration(seconds):>8}  {study.question}")
-    print(f"\n{'all':16}{'':9} {duration(total):>8}  (estimated from a few steps on this machine)")
+        every += jobs
+        left = duration(clock.seconds(jobs)) if any(j.result() is None for j in jobs) else "done"
+        print(f"{name:16}{len(jobs):4} runs {left:>8}  {study.question}")
+    text = duration(clock.seconds(every))
+    print(
+        f"\n{'all':16}{len(every):4} runs {text:>8}  (estimated from a few steps on this machine)"
+    )
     script = utils.from_here(__file__)
     print(f"\nrun one:  {utils.python_command(script, next(iter(STUDIES)))}")
 
