@@ -826,8 +826,8 @@ def batch_settings(base: Config) -> list[Setting]:
             dict(lr_scaling=scaling, lr=lr, epochs=epochs, batch_size=batch),
             series=f"{epochs} epochs, {'linear' if scaling == 'linear' else '√N'}", x=batch,
         )
-        for scaling, lr in scalings.items()
         for length, epochs in lengths.items()
+        for scaling, lr in scalings.items()
         for batch in batches
     ]  # fmt: skip
 
@@ -1351,7 +1351,10 @@ def dress(axis: Any, study: Study, ticks: Sequence[tuple[float, Any]]) -> None:
     axis.tick_params(labelsize=8)
     axis.grid(color="0.9")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=7, frameon=False, handlelength=3)
+    axis.legend(
+        fontsize=7, frameon=False, handlelength=3, ncols=2, loc="upper center",
+        bbox_to_anchor=(0.5, -0.14),
+    )  # fmt: skip
 
 
 def draw_matrix(study: Study, results: Results, where: str) -> Any:
@@ -1362,11 +1365,12 @@ def draw_matrix(study: Study, results: Results, where: str) -> Any:
     values = [[math.nan] * len(names) for _ in names]
     for s in results.settings:
         values[names.index(s.series)][names.index(s.x)] = results.mean(s.name, study.metrics[0])
-    rows = [[*row, statistics.fmean(row)] for row in values]
+    known = [[value for value in row if not math.isnan(value)] for row in values]
+    averages = [statistics.fmean(row) if row else math.nan for row in known]
+    rows = [[*row, average] for row, average in zip(values, averages, strict=True)]
     figure = Figure(figsize=(6.6, 5.2), layout="constrained")
     axis = figure.subplots()
-    known = [v for row in rows for v in row if not math.isnan(v)]
-    low, high = min(known), max(known)
+    low, high = min(itertools.chain(*known)), max(itertools.chain(*known))
     image = axis.imshow(rows, cmap="Greys", vmin=low - 0.15 * (high - low), vmax=high)
     for i, row in enumerate(rows):
         for j, value in enumerate(row):
@@ -1378,7 +1382,10 @@ def draw_matrix(study: Study, results: Results, where: str) -> Any:
     axis.set_xticks(range(len(names) + 1), [*names, "average"], rotation=40, ha="right")
     axis.set_yticks(range(len(names)), names)
     axis.set(xlabel="second transformation (diagonal: one alone)", ylabel="first transformation")
-    axis.set_title(f"{METRICS[study.metrics[0]][0]}, one augmented branch; {where}", fontsize=9)
+    axis.set_title(
+        f"{METRICS[study.metrics[0]][0]}, one augmented branch; {where.replace(' ± std', '')}",
+        fontsize=9,
+    )
     figure.colorbar(image, ax=axis, label="linear evaluation, % of test images", shrink=0.8)
     return figure
 
@@ -1394,7 +1401,7 @@ DRAWINGS: dict[str, Callable[[Study, Results, str], Any]] = {
 def draw(name: str, results: Results, base: Config) -> bytes:
     """The figure of a study as PNG."""
     study = STUDIES[name]
-    seeds = f"{results.seeds} seeds, bars: std" if results.seeds > 1 else "1 seed"
+    seeds = f"mean ± std of {results.seeds} seeds" if results.seeds > 1 else "1 seed"
     picture = io.BytesIO()
     figure = DRAWINGS[study.draw](study, results, f"{base.dataset}, {seeds}")
     figure.suptitle(f"{study.question}\n{study.where}", fontsize=10)
