@@ -720,16 +720,17 @@ def size_settings(base: Config) -> list[Setting]:
     """The base's depth and the next two, its width and what is half and twice as wide."""
     known = list(simclr.ARCHITECTURES)
     first = min(known.index(base.arch), len(known) - 3)
-    sizes = list(itertools.product(known[first : first + 3], [base.width * f for f in (0.5, 1, 2)]))
-    ends = {sizes[0]: "-smallest", sizes[-1]: "-largest"}
+    archs, widths = known[first : first + 3], [base.width * factor for factor in (0.5, 1, 2)]
+    ends = {(archs[0], widths[0]): "-smallest", (archs[-1], widths[-1]): "-largest"}
     return [
         Setting(
             f"{series}-{arch}-x{width:g}{ends.get((arch, width), '')}",
             dict(arch=arch, width=width), measure, f"{series}, {arch}", PARAMETERS,
             title=f"{series}, {arch}, width {width:g}",
         )
+        for arch in archs
         for series, measure in (("SimCLR", "representation"), ("supervised", "supervised"))
-        for arch, width in sizes
+        for width in widths
     ]  # fmt: skip
 
 
@@ -1339,12 +1340,17 @@ def positions(results: Results) -> Callable[[Setting], float]:
 
 def dress(axis: Any, study: Study, ticks: Sequence[tuple[float, Any]]) -> None:
     """Axes of draw_lines(). ticks: (place, what is written there)."""
+    from matplotlib.ticker import LogLocator
+
     shown = dict(sorted((place, text) for place, text in ticks if not math.isnan(place)))
     numeric = any(isinstance(text, int | float) or text == PARAMETERS for text in shown.values())
     if numeric:
         axis.set_xscale("log")
         axis.minorticks_off()
-    if PARAMETERS not in shown.values():
+    if PARAMETERS in shown.values():
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g} M")
+    else:
         axis.set_xticks(list(shown), [f"{t:g}" if numeric else t for t in shown.values()])
     axis.set_xlabel(study.axis, fontsize=9)
     axis.set_ylabel("accuracy, % of test images", fontsize=9)
