@@ -1744,11 +1744,12 @@ def list_studies(given: dict[str, Any], seeds: int) -> None:
     for name, study in STUDIES.items():
         try:
             jobs = make_jobs(name, given, seeds)
-        except InputError as error:
-            print(f"{name:16} {error}")
+            to_do = any(job.result() is None for job in jobs)
+        except InputError as error:  # a flag, or a run that is in the way: of this study alone
+            print(f"{name:16}{'–':>4} runs {'–':>8}  {error}")
             continue
         every += jobs
-        left = duration(clock.seconds(jobs)) if any(j.result() is None for j in jobs) else "done"
+        left = duration(clock.seconds(jobs)) if to_do else "done"
         print(f"{name:16}{len(jobs):4} runs {left:>8}  {study.question}")
     text = duration(clock.seconds(every))
     print(

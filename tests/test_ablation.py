@@ -558,6 +558,13 @@ def test_listing_estimates_the_time(fast, places, capsys, monkeypatch, tmp_path)
     assert "all" in out
     assert list(tmp_path.iterdir()) == []
     assert not fast
+    ablation.main(["two", *places, "--seeds", "1"])  # with other settings: in the way
+    capsys.readouterr()
+    ablation.main([*TINY, *places, "--seeds", "1"])
+    out = capsys.readouterr().out
+    assert "one                2 runs" in out
+    assert "two                – runs        –" in out
+    assert "holds a run with another configuration" in out
 
 
 # -------------------------------------------------------------------------------------- for real
