@@ -228,6 +228,7 @@ SIMCLR_V2 = (  # blocks of SimCLRv2-Pytorch: N.blocks.i.… -> torchvision's
 )
 HEADS = re.compile(r"(fc|head|linear|projector|classifier)\.")  # beside an encoder of no prefix
 MAX_LISTED = 5  # names in an error
+MAX_WIDTH = 16  # as in simclr.py: a small file could claim a network of any size
 
 
 @dataclass
@@ -339,6 +340,8 @@ def infer_architecture(named: dict[str, Tensor], where: Path) -> tuple[str, floa
     if conv1 is None or conv1.ndim != 4 or conv1.shape[1] != 3:
         raise InputError(f"{where}: its first convolution is not that of a plain ResNet")
     stem = {3: "small", 7: "imagenet"}.get(conv1.shape[-1])
+    if conv1.shape[0] > MAX_WIDTH * 64:
+        raise InputError(f"{where}: an encoder {conv1.shape[0] / 64:g} times as wide is too large")
     bottleneck = "layer1.0.conv3.weight" in named
     pattern = re.compile(r"layer(\d)\.(\d+)\.conv1\.weight$")
     blocks = [0, 0, 0, 0]
@@ -372,12 +375,22 @@ def load_strictly(
         for name, value in expected.items()
         if name in named and named[name].shape != value.shape
     ]
+    faults = faults or [f"{name} {fault}" for name in expected if (fault := odd(named[name]))]
     if faults:
         more = f", and {len(faults) - MAX_LISTED} more" if len(faults) > MAX_LISTED else ""
         raise InputError(f"{what} does not fit: {'; '.join(faults[:MAX_LISTED])}{more}")
     encoder = Encoder(arch, width, stem)
     encoder.load_state_dict(named)
     return encoder
+
+
+def odd(value: Tensor) -> str:
+    """What is wrong with a tensor as a weight, or ""."""
+    if value.is_meta or value.layout != torch.strided or value.is_quantized:
+        return "is not a dense tensor"
+    if value.ndim and not value.is_floating_point():
+        return f"is of type {value.dtype}, not a float"
+    return "" if value.isfinite().all() else "is not finite"
 
 
 class Normalized(nn.Module):
@@ -435,9 +448,9 @@ def load_source(file: Path, normalize: str = "auto") -> Source:
         source.description = f"{run.config.arch} at width {run.config.width:g}, epoch {run.epoch}"
     else:
         got = import_encoder(state, file)
-        exported = getattr(state, "_metadata", {}).get("", {}).get(EXPORTED)
+        exported = exported_settings(state)
         if exported:
-            got.encoder.conv1.padding = tuple(exported["padding"])
+            got.encoder.conv1.padding = (exported["padding"],) * 2
             got.normalize = exported["normalize"]
         source = Source(file, got.encoder, got.encoder, got.normalize, "", imported=got)
         origin = "written by --export" if exported else f"naming of {got.origin}"
@@ -450,6 +463,15 @@ def load_source(file: Path, normalize: str = "auto") -> Source:
     source.description += f", h of {source.plain.feature_dim} dimensions, inputs {inputs}"
     source.encoder.eval().requires_grad_(False)
     return source
+
+
+def exported_settings(state: dict) -> dict:
+    """What export_encoder() put into the metadata; {} if there is nothing that makes sense."""
+    found: Any = getattr(state, "_metadata", None)
+    for key in ("", EXPORTED):
+        found = found.get(key) if isinstance(found, dict) else None
+    sensible = isinstance(found, dict) and found.get("padding") in (1, 2, 3)
+    return found if sensible and found.get("normalize") in ("none", *MEANS) else {}
 
 
 def load_encoder(
@@ -480,7 +502,8 @@ def export_encoder(source: Source, file: Path) -> str:
         raise InputError(f"{source.file}: a stem without ReLU does not exist in torchvision")
     padding = encoder.conv1.padding
     state = encoder.state_dict()  # an OrderedDict, saved with its metadata
-    state._metadata[""][EXPORTED] = {"normalize": source.normalize, "padding": list(padding)}
+    state._metadata[""][EXPORTED] = {"normalize": source.normalize, "padding": padding[0]}
+    check_targets(file)
     utils.save_checkpoint(file, state)
 
     channels, _, kernel, _ = encoder.conv1.weight.shape
@@ -525,7 +548,8 @@ class Evaluation:
     def __init__(
         self, source: Source, config: Config, data: Data, device: torch.device, epochs: int = 0
     ) -> None:
-        self.config, self.data, self.device, self.epochs = config, data, device, epochs
+        self.source, self.config, self.data, self.device = source, config, data, device
+        self.epochs = epochs
         encoder = source.encoder.to(device, memory_format=torch.channels_last)
         self.encoders: dict[str, Any] = {
             "pixels": utils.flat_pixels,
@@ -538,11 +562,21 @@ class Evaluation:
         self.classifier: utils.LinearClassifier | None = None  # of h, once linear() has run
         self._features: dict[str, tuple[Tensor, Tensor]] = {}
 
+    @property
+    def note(self) -> str:
+        """What titles say of a number of epochs that is not the paper's."""
+        return f", {self.epochs} epochs" if self.epochs else ""
+
     def untrained(self, seed: int) -> nn.Module:
         """The network at its random start; seed 0 is where the run itself began."""
         config = dataclasses.replace(self.config, seed=self.config.seed + seed)
-        encoder = simclr.make_model(config).encoder.eval()
-        return encoder.to(self.device, memory_format=torch.channels_last)
+        encoder: nn.Module = simclr.make_model(config).encoder
+        encoder.conv1.padding = self.source.plain.conv1.padding  # another project's may differ
+        if isinstance(self.source.plain.relu, nn.Identity):
+            encoder.relu = nn.Identity()
+        if self.source.normalize != "none":
+            encoder = Normalized(encoder, *MEANS[self.source.normalize])
+        return encoder.eval().to(self.device, memory_format=torch.channels_last)
 
     def features(self, name: str) -> tuple[Tensor, Tensor]:
         """Training (N, D) and test (M, D) features, float32."""
@@ -584,7 +618,7 @@ class Evaluation:
         return [column]
 
     def linear_augmented(self) -> list[Column]:
-        column = Column("linear-augmented", "linear, augmented", {})
+        column = Column("linear-augmented", f"linear, augmented{self.note}", {})
         for name in self.encoders:
             column.scores[name] = [self.score(self.fit_on_augmented(name)(self.features(name)[1]))]
         return [column]
@@ -593,31 +627,40 @@ class Evaluation:
         """A linear layer trained by SGD on frozen features of crops and flips.
 
         The loss is convex, so the learning rate is one over a bound of its curvature: half the
-        largest eigenvalue of the features' covariance. Returns features (B, D) -> logits (B, K).
+        largest eigenvalue of the features' covariance. Features are standardised by a first pass
+        of crops. Returns features (B, D) -> logits (B, K).
         """
-        encoder, x = self.encoders[name], self.features(name)[0]
+        n = len(self.data.train)
+        how = LabelTraining(self.epochs or LINEAR_EPOCHS, LINEAR_BATCH, min_steps=0)
+        steps, size = how.steps(n), how.batch(n)
+        x = torch.cat([h for h, _ in self.augmented_features(name, size, n // size, stream=0)])
         mean, std = utils.standardization(x)
         x = (x - mean) / std
-        covariance = x.mT @ x / len(x)
-        peak = 2 / torch.linalg.matrix_norm(covariance, ord=2).item()
-        how = LabelTraining(self.epochs or LINEAR_EPOCHS, LINEAR_BATCH, min_steps=0)
-        steps, rows = how.steps(len(x)), torch.arange(len(x))
-        augment = simclr.geometric_augment(self.config)
-        batches = simclr.labelled_batches(
-            self.data.train, rows, augment, how.batch(len(x)), steps, (self.config.seed,),
-            self.device, simclr.worker_count(self.config),
-        )  # fmt: skip
-
-        def features() -> Iterator[tuple[Tensor, Tensor]]:
-            for images, labels in batches:
-                with torch.no_grad(), utils.autocast(self.device, self.config.precision):
-                    h = encoder(images).float()
-                yield (h - mean) / std, labels
-
+        curvature = torch.linalg.matrix_norm(x.mT @ x / len(x), ord=2).item() / 2
+        batches = (
+            ((h - mean) / std, labels)
+            for h, labels in self.augmented_features(name, size, steps, stream=1)
+        )
         layer = simclr.zero_classifier(x.shape[1], self.classes).to(self.device)
         with steps_bar(steps, f"linear, augmented, {name}") as after_step:
-            simclr.train_on_labels(layer, features(), steps, peak, how, "float32", after_step)
+            simclr.train_on_labels(
+                layer, batches, steps, 1 / max(curvature, 1e-6), how, "float32", after_step
+            )
         return lambda h: layer((h - mean) / std).detach()
+
+    def augmented_features(
+        self, name: str, size: int, steps: int, stream: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of frozen features of crops and flips, float32 (B, D), and labels, int64 (B,)."""
+        batches = simclr.labelled_batches(
+            self.data.train, torch.arange(len(self.data.train)),
+            simclr.geometric_augment(self.config), size, steps, (self.config.seed, stream),
+            self.device, simclr.worker_count(self.config),
+        )  # fmt: skip
+        for images, labels in batches:
+            with torch.no_grad(), utils.autocast(self.device, self.config.precision):
+                h = self.encoders[name](images).float()
+            yield h, labels
 
     def semi(self, amount: str, seeds: int) -> list[Column]:
         """Fine-tuned on few labels: h, z, the untrained network (from scratch); pixels: linear."""
@@ -625,7 +668,7 @@ class Evaluation:
         share = wanted if isinstance(wanted, float) else n / len(self.data.train)
         epochs = self.epochs or (MANY_EPOCHS if share >= MANY_LABELS else FEW_EPOCHS)
         how = LabelTraining(epochs)
-        column = Column("semi", f"fine-tuned, {describe_amount(amount)} ({n:,})", {})
+        column = Column("semi", f"fine-tuned, {describe_amount(amount)} ({n:,}){self.note}", {})
         for name in self.encoders:
             column.scores[name] = []
         for seed in range(seeds):
@@ -650,7 +693,7 @@ class Evaluation:
             self.fine_tuned(self.untrained(seed), rows, augment, how, seed, f"supervised {seed}")
             for seed in range(seeds)
         ]
-        return [Column("supervised", "supervised, all labels", {"untrained": scores})]
+        return [Column("supervised", f"supervised, all labels{self.note}", {"untrained": scores})]
 
     def fine_tuned(
         self, start: nn.Module, rows: Tensor, augment: simclr.Augment, how: LabelTraining,
@@ -695,17 +738,22 @@ def steps_bar(total: int, title: str) -> Iterator[Callable[[], Any]]:
         yield bar.update
 
 
-def evaluate(source: Source, evaluation: Evaluation, options: Options) -> dict:
+def evaluate(
+    source: Source,
+    evaluation: Evaluation,
+    options: Options,
+    after_task: Callable[[dict], None] = lambda _: None,
+) -> dict:
     """Run the tasks. Returns the columns that were measured and the seconds of each task.
 
+    after_task: is given them after each task, so that a long evaluation can be kept as it grows.
     Raises RuntimeError if an evaluation changed the encoder, which would make it void.
     """
-    results = {"columns": [], "seconds": {}}
-    with utils.frozen(
-        nn.ModuleList(m for m in (source.encoder, source.projector) if m is not None)
-    ):
-        for task in (name for name in TASKS if name in options.tasks):
-            started = time.perf_counter()
+    results: dict[str, Any] = {"columns": [], "seconds": {}}
+    judged = nn.ModuleList(m for m in (source.encoder, source.projector) if m is not None)
+    for task in (name for name in TASKS if name in options.tasks):
+        started = time.perf_counter()
+        with utils.frozen(judged):
             if task == "knn":
                 columns = evaluation.knn()
             elif task == "linear":
@@ -716,9 +764,10 @@ def evaluate(source: Source, evaluation: Evaluation, options: Options) -> dict:
                 columns = [c for a in options.labels for c in evaluation.semi(a, options.seeds)]
             else:
                 columns = evaluation.supervised(options.seeds)
-            results["columns"] += [dataclasses.asdict(column) for column in columns]
-            results["seconds"][task] = round(time.perf_counter() - started, 2)
-            print(f"{task:20} {results['seconds'][task]:8.1f} s", flush=True)
+        results["columns"] += [dataclasses.asdict(column) for column in columns]
+        results["seconds"][task] = round(time.perf_counter() - started, 2)
+        after_task(results)
+        print(f"{task:20} {results['seconds'][task]:8.1f} s", flush=True)
     return results
 
 
@@ -727,7 +776,8 @@ def evaluation_setup(source: Source, options: Options, device: torch.device) -> 
 
     Raises InputError if the data cannot be had or have no labels, or do not suit the encoder.
     """
-    if options.dataset == "folder" and not options.data_dir:
+    own_folder = source.config is not None and source.config.dataset == "folder"
+    if options.dataset == "folder" and not options.data_dir and not own_folder:
         raise InputError("--dataset folder needs --data-dir, the folder of the images")
     if source.config is not None:
         config = source.config
@@ -888,12 +938,12 @@ def draw_evaluation(
     names: dict[str, str],
     confusion: Sequence[Sequence[int]] | None = None,
     classes: Sequence[str] = (),
-    mistakes: Sequence[tuple[np.ndarray, str]] = (),
+    mistakes: Sequence[tuple[np.ndarray, str]] | None = None,
 ) -> Any:
     """The results as a matplotlib Figure: accuracies, confusion matrix, the worst mistakes.
 
     columns: as in evaluation.json. confusion: (K, K) counts, rows are true classes. mistakes:
-    images uint8 (H, W, 3) with what to write above them.
+    images uint8 (H, W, 3) with what to write above them; None if they were not looked for.
     """
     from matplotlib.figure import Figure
 
@@ -907,6 +957,8 @@ def draw_evaluation(
     draw_accuracies(upper_part.subplots(), columns, names)
     left, right = lower_part.subfigures(1, 2, width_ratios=[1.15, 1])
     draw_confusion(left.subplots(), np.asarray(confusion), classes)
+    if mistakes is None:
+        return figure
     right.suptitle("Most confident mistakes" if mistakes else "No mistakes", fontsize=10)
     for axis, tile in itertools.zip_longest(right.subplots(3, TILES // 3).flat, mistakes[:TILES]):
         axis.axis("off")
@@ -947,7 +999,7 @@ def draw_confusion(axis: Any, counts: np.ndarray, classes: Sequence[str]) -> Non
     axis.set(xlabel="predicted class", ylabel="true class")
     if len(classes) > MANY_CLASSES:
         return
-    short = [name if len(name) <= 14 else name[:13] + "…" for name in classes]
+    short = [drawable(name, 14) for name in classes]
     rotation = 0 if max(len(name) for name in short) <= 2 else 60
     alignment = dict(ha="right", rotation_mode="anchor") if rotation else {}
     axis.set_xticks(range(len(short)), short, rotation=rotation, fontsize=8, **alignment)
@@ -956,6 +1008,17 @@ def draw_confusion(axis: Any, counts: np.ndarray, classes: Sequence[str]) -> Non
         if count:
             color = "white" if share[i, j] > 0.5 else "black"
             axis.text(j, i, str(count), ha="center", va="center", fontsize=7, color=color)
+
+
+def printable(name: str) -> str:
+    """A name that any terminal and font takes: what is no valid Unicode is escaped."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def drawable(name: str, length: int) -> str:
+    """A class's name for a figure: short, and without mathematics."""
+    name = printable(name)
+    return (name if len(name) <= length else name[: length - 1] + "…").replace("$", r"\$")
 
 
 def mistake_tiles(evaluation: Evaluation) -> list[tuple[np.ndarray, str]]:
@@ -967,8 +1030,8 @@ def mistake_tiles(evaluation: Evaluation) -> list[tuple[np.ndarray, str]]:
     for index in chosen:
         image = data.image(index)[None]
         view = utils.to_uint8(utils.center_view(image, evaluation.config.image_size))[0]
-        true, wrong = (classes[int(x[index])][:12] for x in (data.labels, predicted))
-        title = f"{true} → {wrong}\n{100 * confidence[index]:.0f} %".replace("$", r"\$")
+        true, wrong = (drawable(classes[int(x[index])], 12) for x in (data.labels, predicted))
+        title = f"{true} → {wrong}\n{100 * confidence[index]:.0f} %"
         tiles.append((view.permute(1, 2, 0).cpu().numpy(), title))
     return tiles
 
@@ -991,6 +1054,8 @@ def embed_folder(
     encoder = source.encoder.to(device, memory_format=torch.channels_last)
     with utils.frozen(encoder):
         h = utils.embed(encoder, files, size, device, precision, EMBED_BATCH, workers, str(folder))
+    if not h.isfinite().all():
+        raise InputError(f"{source.file}: the encoder computes values that are not finite")
     bad = {paths[index]: reason for index, reason in files.unreadable.items()}
     return [path for path in paths if path not in bad], h, bad
 
@@ -1000,6 +1065,7 @@ EMBED_BATCH = 128  # images of up to 224 px in float32: 77 MB
 
 def use_on_new_images(source: Source, options: Options, device: torch.device) -> None:
     """--embed and --classify: writes the .npz and the .csv."""
+    check_targets(options.out)
     precision = choose_precision(source, options, device)
     workers = options.workers if options.workers >= 0 else utils.cpu_cores()
     size = options.image_size or (source.config.image_size if source.config else 0)
@@ -1008,7 +1074,8 @@ def use_on_new_images(source: Source, options: Options, device: torch.device) ->
         config, data = evaluation_setup(source, options, device)
         evaluation = Evaluation(source, config, data, device)
         evaluation.encoders = {"simclr": evaluation.encoders["simclr"]}
-        evaluation.linear()
+        with utils.frozen(source.encoder):
+            evaluation.linear()
         classifier, classes, size = evaluation.classifier, data.train.classes, config.image_size
     if not size:
         size = simclr.STREAMED_SIZE if source.plain.conv1.stride[0] == 2 else IMAGENET_STEM_SIZE
@@ -1031,7 +1098,7 @@ def use_on_new_images(source: Source, options: Options, device: torch.device) ->
         if bad:
             print(f"{len(bad):,} of {len(bad) + len(paths):,} images could not be read:")
             for reason in bad.values():
-                print(f"  {reason}")
+                print(f"  {printable(reason)}")
 
 
 # -------------------------------------------------------------------------------- the command line
@@ -1046,12 +1113,7 @@ def run_evaluation(source: Source, options: Options, device: torch.device) -> di
     evaluation = Evaluation(source, config, data, device, options.epochs)
     for amount in options.labels if "semi" in options.tasks else ():
         evaluation.label_rows(amount, 0)  # too many labels are an error now, not after an hour
-    for file in (
-        result_file,
-        figure_file,
-        *([Path(options.predictions)] * bool(options.predictions)),
-    ):
-        utils.make_folders(file.parent)  # what cannot be written is an error now
+    check_targets(result_file, figure_file, options.predictions)
     print(
         f"{source.file}: {source.description}\nevaluated on {config.dataset}: "
         f"{len(data.train):,} training and {len(data.test):,} test images of "
@@ -1065,30 +1127,32 @@ def run_evaluation(source: Source, options: Options, device: torch.device) -> di
         "dataset": config.dataset,
         "data_dir": config.data_dir,
         "image_size": config.image_size,
+        "precision": config.precision,
         "train_images": len(data.train),
         "test_images": len(data.test),
         "classes": list(data.train.classes),
     }
-    results = {
-        **header,
-        **merge(earlier(result_file, header), evaluate(source, evaluation, options)),
-    }
-    tiles = []
+    before = earlier(result_file, header)
+
+    def keep(measured: dict) -> None:
+        utils.write_json(result_file, {**header, **merge(before, measured)})
+
+    results = {**header, **merge(before, evaluate(source, evaluation, options, keep))}
+    tiles = None
     if evaluation.classifier is not None:
         predicted, confidence = predict(evaluation)
         truth = data.test.labels
         counts = confusion_matrix(truth, predicted, evaluation.classes)
         results["confusion"] = counts.tolist()
         tiles = mistake_tiles(evaluation)
-        if options.predictions:
-            class_names = [[data.train.classes[i] for i in x.tolist()] for x in (predicted, truth)]
-            write_predictions(
-                Path(options.predictions), image_names(data.test), class_names[0],
-                confidence.tolist(), class_names[1],
-            )  # fmt: skip
     utils.write_json(result_file, results)
-    shown = results["confusion"] if tiles or evaluation.classifier is not None else None
-    names = names_of(source)
+    if options.predictions:
+        class_names = [[data.train.classes[i] for i in x.tolist()] for x in (predicted, truth)]
+        write_predictions(
+            Path(options.predictions), image_names(data.test), class_names[0],
+            confidence.tolist(), class_names[1],
+        )  # fmt: skip
+    names, shown = names_of(source), results.get("confusion")
     figure = draw_evaluation(results["columns"], names, shown, data.train.classes, tiles)
     utils.save_figure(figure, figure_file)
 
@@ -1098,6 +1162,14 @@ def run_evaluation(source: Source, options: Options, device: torch.device) -> di
     if options.predictions:
         print(f"predictions   {options.predictions}")
     return results
+
+
+def check_targets(*files: str | Path) -> None:
+    """Make the folders of files to be written, "" apart. What cannot be written is an error now."""
+    for file in map(Path, filter(None, files)):
+        if file.is_dir():
+            raise InputError(f"cannot write {file}: it is a folder")
+        utils.make_folders(file.absolute().parent)
 
 
 def earlier(file: Path, header: dict) -> dict:

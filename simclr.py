@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import copy
 import dataclasses
 import json
@@ -1321,8 +1322,9 @@ def find_checkpoint(where: str, checkpoints: str | Path = "checkpoints") -> Path
             raise InputError(f"no run under {root} yet; python simclr.py makes one")
         return max(found, key=lambda file: file.stat().st_mtime)
     for path in (Path(where), Path(where) / "last.pt", root / where / "last.pt"):
-        if path.is_file():
-            return path
+        with contextlib.suppress(OSError):  # a name that is too long for a file
+            if path.is_file():
+                return path
     names = sorted(str(file.parent.relative_to(root)) for file in found)
     raise InputError(
         f"{where} is neither a checkpoint nor a run under {root} (there: "

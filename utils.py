@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -951,17 +952,25 @@ class LogisticRegression:
         self.variances, self.axes = principal_axes(centred)  # (R,), (D, R)
         self.inputs = centred @ self.axes  # (N, R)
         # (K, R) as in nn.Linear: with (R, K) the gradient is a product that takes ten times as long
-        self.weight = features.new_zeros(num_classes, len(self.variances))
+        self.weight: Tensor | None = None
         self.bias = features.new_zeros(num_classes)
+        error = 1 / num_classes - F.one_hot(labels, num_classes).to(features.dtype)  # (N, K)
+        self.gradient = error.mT @ self.inputs / len(labels)  # (K, R), at W = 0
 
     def fit(self, l2: float, tolerance: float = 1e-4) -> tuple[Tensor, Tensor]:
         """Weight (D, K) and bias (K,) at the minimum, where features @ weight + bias are logits.
 
-        Ends when no entry of the gradient, in the solver's scale, exceeds the tolerance. Starts
-        from the last solution, so going through many strengths costs little more than one.
+        Ends when no entry of the gradient, in the solver's scale, exceeds the tolerance times the
+        largest one at W = 0, or what the dtype resolves. Starts from the last solution, so going
+        through many strengths costs little more than one.
         """
         scale = (self.variances / len(self.bias) + l2).rsqrt()  # (R,)
-        coordinates = (self.weight / scale).requires_grad_()  # (K, R)
+        # below the floor the loss cannot tell better from worse, and a line search breaks
+        floor = 16 * torch.finfo(self.inputs.dtype).eps
+        tolerance = max(tolerance * (self.gradient * scale).abs().max().item(), floor)
+        # the first time a Newton step from W = 0, where the curvature is scale^-2
+        start = -self.gradient * scale if self.weight is None else self.weight / scale
+        coordinates = start.requires_grad_()  # (K, R)
         bias = self.bias.clone().requires_grad_()
         solver = torch.optim.LBFGS(
             [coordinates, bias],
@@ -1043,7 +1052,8 @@ def fit_linear_classifier(
     fit_rows, held_out = (
         torch.from_numpy(rows).to(x.device) for rows in split_held_out(labels.cpu().numpy())
     )
-    best, chosen = -1.0, strengths[0]
+    # where no class has enough images to hold one out: scikit-learn's C = 1
+    best, chosen = -1.0, strengths[0] if len(strengths) == 1 else 1 / len(x)
     if len(held_out) and len(strengths) > 1:
         search = LogisticRegression(x[fit_rows], labels[fit_rows], num_classes)
         for l2 in strengths:
@@ -1097,10 +1107,10 @@ def accuracy(predicted: Tensor, labels: Tensor) -> float:
 
 
 def digest(module: nn.Module) -> str:
-    """SHA-256 of all parameters and buffers, byte for byte, with their names."""
+    """SHA-256 of all parameters and buffers, byte for byte, with names, types and shapes."""
     found = hashlib.sha256()
-    for name, value in module.state_dict().items():
-        found.update(name.encode())
+    for name, value in itertools.chain(module.named_parameters(), module.named_buffers()):
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()
 

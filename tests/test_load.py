@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import io
 import json
 import math
 import pickle
@@ -78,6 +79,9 @@ def test_a_changed_encoder_voids_the_evaluation(part):
     changed = {"parameter": encoder.conv1.weight, "buffer": encoder.bn1.running_mean}[part]
     with pytest.raises(RuntimeError, match="changed the encoder"), utils.frozen(encoder):
         changed.data.view(-1)[0] += 1e-7
+    hidden = load_simCLR.Normalized(encoder, (0.5,) * 3, (0.5,) * 3)
+    with pytest.raises(RuntimeError, match="changed the encoder"), utils.frozen(hidden):
+        hidden.mean += 1  # not in the state dict
     with pytest.raises(RuntimeError, match="changed the encoder"), utils.frozen(encoder):
         encoder.train()(torch.rand(4, 3, 16, 16))  # the classic mistake: BatchNorm moves
 
@@ -177,6 +181,24 @@ def test_of_equal_strengths_the_strongest_is_taken():
     x = torch.cat([torch.randn(50, 4) - 9, torch.randn(50, 4) + 9])  # any strength separates these
     y = torch.arange(100) // 50
     assert utils.fit_linear_classifier(x, y, 2, strengths=(1.0, 0.1, 0.01)).l2 == 1.0
+
+
+@pytest.mark.parametrize("per_class", [1, 2, 4])
+def test_many_classes_of_few_images_are_learned(per_class):
+    """No class can spare an image, or each but one: the classifier is not the zero one."""
+    random = torch.Generator().manual_seed(0)
+    y = torch.arange(300 * per_class) % 300
+    centres = torch.randn(300, 64, generator=random)
+    x, x_test = (centres[y] + 0.1 * torch.randn(len(y), 64, generator=random) for _ in range(2))
+    fitted = utils.fit_linear_classifier(x, y, 300)
+    assert utils.accuracy(fitted(x_test).argmax(1), y) > 0.9
+
+
+def test_the_augmented_classifier_learns_from_pixels(trained):
+    """Crops of nearly constant pixels vary a thousand times more than the pixels themselves."""
+    _, evaluation = evaluation_of(trained, epochs=15)
+    fitted = evaluation.fit_on_augmented("pixels")
+    assert evaluation.score(fitted(evaluation.features("pixels")[1])) > 0.85
 
 
 def test_the_paper_has_45_strengths():
@@ -339,6 +361,37 @@ def test_results_of_another_checkpoint_are_not_kept(places, tmp_path):
     second = call(*places, "--tasks", "knn")
     assert {c["task"] for c in first["columns"]} == {"linear"}
     assert {c["task"] for c in second["columns"]} == {"knn"}
+
+
+def test_what_was_measured_is_kept_whatever_happens_then(places, tmp_path, monkeypatch):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Evaluation, "linear", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        call(*places, "--tasks", "knn", "linear")
+    file = tmp_path / "checkpoints" / "digits_resnet10" / "evaluation.json"
+    assert [c["task"] for c in json.loads(file.read_text())["columns"]] == ["knn", "knn"]
+
+
+def test_other_settings_are_named_and_not_mixed(places):
+    first = call(*places, "--tasks", "supervised", "--epochs", "1", "--seeds", "1")
+    assert first["columns"][0]["title"] == "supervised, all labels, 1 epochs"
+    other = call(*places, "--tasks", "knn", "--precision", "float32")
+    mixed = other["precision"] != first["precision"]
+    assert {c["task"] for c in other["columns"]} == ({"knn"} if mixed else {"knn", "supervised"})
+
+
+def test_class_names_that_are_no_mathematics_and_no_text():
+    columns = [{"task": "linear", "title": "linear", "scores": {"simclr": [0.5]}}]
+    classes = [r"$\frac$", "x\udcff", "a" * 40]
+    tile = (np.zeros((4, 4, 3), np.uint8), load_simCLR.drawable(classes[0], 12))
+    figure = load_simCLR.draw_evaluation(
+        columns, simclr.REPRESENTATIONS, np.eye(3, dtype=int), classes, [tile]
+    )
+    figure.savefig(io.BytesIO(), format="png")
+    ticks = [label.get_text() for label in figure.axes[1].get_yticklabels()]
+    assert ticks == [r"\$\frac\$", "x\\udcff", "a" * 13 + "…"]
 
 
 def test_transfer_to_a_folder_names_images_by_their_path(places, tmp_path, write_image):
@@ -732,6 +785,14 @@ def spoil(kind, state):
         state["conv1.0.weight"] = torch.zeros(32, 3, 3, 3)
     elif kind == "unknown":
         state = {"transformer.block.weight": torch.zeros(2, 2)}
+    elif kind == "huge":
+        state["conv1.weight"] = torch.zeros(1).expand(64 * 300, 3, 7, 7)
+    elif kind == "bool":
+        state["bn1.weight"] = torch.ones(64, dtype=torch.bool)
+    elif kind == "nan":
+        state["bn1.bias"] = torch.full((64,), torch.nan)
+    elif kind == "sparse":
+        state["conv1.weight"] = torch.zeros(64, 3, 7, 7).to_sparse()
     elif kind == "no tensors":
         state = {"state_dict": {"a": 1}}
     return state
@@ -746,6 +807,10 @@ def spoil(kind, state):
         ("blocks", r"not supported: basic blocks \[2, 2, 2, 1\]"),
         ("stem", r"not supported: .* first convolution \(64, 3, 5, 5\)"),
         ("wide", r"layer1\.0\.conv1\.weight has shape \(128, 64, 1, 1\).*, and \d+ more"),
+        ("huge", "an encoder 300 times as wide is too large"),
+        ("bool", r"bn1\.weight is of type torch\.bool, not a float"),
+        ("nan", r"bn1\.bias is not finite"),
+        ("sparse", r"conv1\.weight is not a dense tensor"),
         ("deep stem", "no checkpoint of a known naming"),
         ("unknown", r"no checkpoint of a known naming \(it has 1 tensors: transformer"),
         ("no tensors", r"no checkpoint of a known naming \(it has 0 tensors: none"),
@@ -802,6 +867,7 @@ def test_evaluating_a_foreign_checkpoint(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        ("a" * 300, "is neither a checkpoint nor a run under"),
         ("nothing", "nothing is neither a checkpoint nor a run under"),
         ("--tasks best", "invalid choice: 'best'"),
         ("--labels 200%", "--labels 200%: give a share up to 100 %"),
@@ -872,6 +938,7 @@ def test_output_that_cannot_be_written(places, tmp_path, capsys, odd_folder):
     assert "cannot write" in fails(capsys, *places, "--export", tmp_path / "file" / "x.pt")
     assert "cannot write" in fails(capsys, *places, "--export", tmp_path / "folder")
     assert "cannot write" in fails(capsys, *places, "--predictions", tmp_path / "file" / "p.csv")
+    assert "cannot write" in fails(capsys, *places, "--predictions", tmp_path / "folder")
     blocked = [tmp_path / "file" if x == str(tmp_path / "figures") else x for x in places]
     assert "cannot write" in fails(capsys, *blocked)
     out = ("--embed", odd_folder, "--out", tmp_path / "file" / "h.npz", "--workers", "0")
