@@ -663,13 +663,16 @@ class Evaluation:
             yield h, labels
 
     def semi(self, amount: str, seeds: int) -> list[Column]:
-        """Fine-tuned on few labels: h, z, the untrained network (from scratch); pixels: linear."""
+        """Fine-tuned with few labels: the encoder and, from scratch, the untrained one.
+
+        Beside them logistic regression on raw pixels. The head is thrown away, as in the paper.
+        """
         n, wanted = len(self.label_rows(amount, 0)), parse_amount(amount)
         share = wanted if isinstance(wanted, float) else n / len(self.data.train)
         epochs = self.epochs or (MANY_EPOCHS if share >= MANY_LABELS else FEW_EPOCHS)
         how = LabelTraining(epochs)
         column = Column("semi", f"fine-tuned, {describe_amount(amount)} ({n:,}){self.note}", {})
-        for name in self.encoders:
+        for name in ("pixels", "untrained", "simclr"):
             column.scores[name] = []
         for seed in range(seeds):
             rows = self.label_rows(amount, seed)
@@ -678,7 +681,7 @@ class Evaluation:
                 x[rows], self.data.train.labels[rows], self.classes
             )
             column.scores["pixels"].append(self.score(x_test @ weight + bias))
-            for name in list(self.encoders)[1:]:
+            for name in ("untrained", "simclr"):
                 start = self.untrained(seed) if name == "untrained" else self.encoders[name]
                 augment = simclr.geometric_augment(self.config)
                 title = f"fine-tuning, {amount}, {name}, seed {seed}"
