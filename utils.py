@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import hashlib
 import io
@@ -307,12 +308,12 @@ class StopRequest:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` (CUDA if there is one, else the CPU) or a torch device string.
+    """`auto` (CUDA if there is one, else the CPU) or a torch device string; see make_fast().
 
     Raises InputError for a device that this machine or this build of torch does not have.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -321,7 +322,27 @@ def choose_device(name: str) -> torch.device:
         raise InputError(f"--device {name} is not available here ({reason})") from error
     if device.type not in ("cpu", "cuda", "mps"):
         raise InputError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
+    make_fast(device)
     return device
+
+
+def make_fast(device: torch.device) -> None:
+    """Settings of the whole process that make equal steps, one after the other, fast on `device`.
+
+    On a CPU under Linux glibc is told to keep the memory that is freed. Else each step gives its
+    activations back and gets them as new pages, which the kernel fills with zeros first: half a
+    million pages and a fifth of the time of a ResNet-18's step with 512 views.
+    """
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # all steps have one shape: try the kernels once
+    if device.type == "cpu":
+        with contextlib.suppress(OSError, TypeError, AttributeError):  # another C library
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(_M_MMAP_MAX, 0)
+            mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of <malloc.h>
 
 
 def cpu_cores() -> int:

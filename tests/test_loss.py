@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from simclr import contrastive_accuracy, nt_xent
+import simclr
+from simclr import contrastive_accuracy, contrastive_logits, nt_xent
 
 
 def nt_xent_by_loops(z1, z2, tau):
@@ -68,6 +69,30 @@ def test_gradient_by_finite_differences():
     z1 = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     z2 = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda a, b: nt_xent(a, b, 0.2), (z1, z2))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 14])  # of 14
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_blocks_of_rows_equal_the_whole_matrix(z1, z2, monkeypatch, rows, dtype, tolerance):
+    z1, z2 = z1.to(dtype).requires_grad_(), z2.to(dtype).requires_grad_()
+    logits, partner = contrastive_logits(z1, z2, 0.2)
+    whole = torch.nn.functional.cross_entropy(logits, partner)
+    expected = torch.autograd.grad(3 * whole, (z1, z2))
+    monkeypatch.setattr(simclr, "BLOCK_BYTES", rows * len(logits) * z1.element_size())
+    assert len(list(simclr.logit_blocks(torch.cat([z1, z2]), 1.0))) == -(-14 // rows)
+    loss = nt_xent(z1, z2, 0.2)
+    assert torch.allclose(loss, whole, rtol=tolerance, atol=0)
+    for found, wanted in zip(torch.autograd.grad(3 * loss, (z1, z2)), expected, strict=True):
+        assert torch.allclose(found, wanted, rtol=tolerance, atol=tolerance * wanted.abs().max())
+    assert contrastive_accuracy(z1, z2) == (logits.argmax(1) == partner).float().mean()
+
+
+def test_the_gradient_of_one_side_alone(z1, z2):
+    both = [z1.clone().requires_grad_(), z2.clone().requires_grad_()]
+    expected = torch.autograd.grad(nt_xent(*both, 0.2), both)
+    one = z1.clone().requires_grad_()
+    assert torch.equal(torch.autograd.grad(nt_xent(one, z2, 0.2), one)[0], expected[0])
+    assert not nt_xent(z1, z2, 0.2).requires_grad
 
 
 def test_float32_inside_autocast(z1, z2):

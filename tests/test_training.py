@@ -248,6 +248,39 @@ def test_two_runs_are_bit_identical_and_a_seed_changes_them(tiny_config):
     assert log(a) != log(c)
 
 
+def test_a_compiled_run_is_the_same_run(tiny_config, unjudged, monkeypatch, capsys):
+    monkeypatch.setattr(simclr, "COMPILE", {"backend": "aot_eager"})  # needs no compiler
+    plain, compiled = tiny_config(run="a"), tiny_config(run="b", compile="on")
+    run(plain)
+    assert "compiled in" not in capsys.readouterr().out
+    run(compiled)
+    assert "compiled in" in capsys.readouterr().out
+    assert log(compiled) == log(plain)
+    for left, right in zip(weights(plain).values(), weights(compiled).values(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_a_run_that_cannot_be_compiled_is_run_as_it_is(tiny_config, unjudged, monkeypatch, capsys):
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler\nof any kind")
+
+    monkeypatch.setattr(simclr, "COMPILE", {"backend": broken})
+    plain, compiled = tiny_config(run="a"), tiny_config(run="b", compile="on")
+    run(plain)
+    run(compiled)
+    assert log(compiled) == log(plain)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "torch.compile cannot be used here" in line]
+    assert any("no compiler of any kind" in line for line in lines)
+
+
+def test_long_runs_on_a_gpu_are_compiled(tiny_config):
+    data = ImageSet(torch.zeros(4096, 3, 32, 32, dtype=torch.uint8))
+    for device, epochs, expected in (("cuda", 100, "on"), ("cuda", 1, "off"), ("cpu", 100, "off")):
+        config = tiny_config(batch_size=64, epochs=epochs, precision="float32")
+        assert simclr.resolve(config, data, torch.device(device)).compile == expected
+
+
 def test_the_logged_rates_are_the_schedules(tiny_config, unjudged):
     """Four steps an epoch, so a warm-up counted in epochs or a peak of the wrong batch shows."""
     config = tiny_config(epochs=4, warmup_epochs=2.0, lr=0.02, lr_scaling="linear", batch_size=300)
