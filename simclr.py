@@ -788,7 +788,7 @@ class NTXent(torch.autograd.Function):
     def forward(ctx: Any, z: Tensor, temperature: float) -> Tensor:
         loss, gradient = z.new_zeros(()), torch.zeros_like(z)
         for block, logits, partner in logit_blocks(z, temperature):
-            logits -= logits.amax(1, keepdim=True)  # so that exp cannot overflow
+            logits.sub_(logits.amax(1, keepdim=True))  # so that exp cannot overflow
             positive = logits.gather(1, partner[:, None])  # (R, 1)
             total = logits.exp_().sum(1, keepdim=True)  # (R, 1)
             loss += (total.log() - positive).sum()
