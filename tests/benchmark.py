@@ -1,0 +1,658 @@
+"""How fast a step is: against the limits of the machine, and against the usual loop, in one run.
+
+    python tests/benchmark.py --quick                  # 3 minutes on 2 cores
+    python tests/benchmark.py --arch resnet18 --width 1
+    python tests/benchmark.py --device cuda --arch resnet18 --width 1 --batch-size 512
+
+Prints a table and writes it as JSON. Every figure is the median of repeats, with half the distance
+between the quartiles as its spread; what is compared is measured in turn, so that the ratio holds
+while the machine's speed drifts. The images are noise: no time here depends on what they show.
+
+Reading order: measuring · limits · parts of a step · the whole step · the reference loops ·
+evaluation · growth · the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import itertools
+import json
+import math
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+from torchvision.transforms import v2
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import simclr
+import utils
+from utils import ImageSet, InputError, setting
+
+
+@dataclass
+class Options:
+    """What is measured, and for how long."""
+
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    arch: str = setting("resnet10", "encoder", tuple(simclr.ARCHITECTURES))
+    width: float = setting(0.25, "multiplies the encoder's channels")
+    image_size: int = setting(32, "side of the images in px")
+    batch_size: int = setting(256, "N, images per step")
+    compile: str = setting("off", "torch.compile the network", ("on", "off"))
+    quick: bool = setting(False, "fewer repeats, smaller sizes of what grows")
+    seconds: float = setting(0.0, "time for each figure; 0: 2, or 0.5 with --quick")
+    json: str = setting("checkpoints/benchmark.json", "file for the results")
+    nt_xent: int = setting(0, "measure only the loss, for so many views, and print it as JSON")
+
+
+# ------------------------------------------------------------------------------------- measuring
+
+
+@dataclass
+class Timing:
+    """Seconds that something took, again and again."""
+
+    seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the quartiles, as a share of the median."""
+        if len(self.seconds) < 3:
+            return math.nan
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return (high - low) / 2 / self.median
+
+
+class Stopwatch:
+    """Times functions on a device, each for about `seconds`, at least three times."""
+
+    def __init__(self, device: torch.device, seconds: float) -> None:
+        self.device, self.seconds = device, seconds
+
+    def wait(self) -> None:
+        """Until the device has done what it was asked to."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def once(self, function: Callable[[], Any]) -> float:
+        self.wait()
+        started = time.perf_counter()
+        function()
+        self.wait()
+        return time.perf_counter() - started
+
+    def time(self, function: Callable[[], Any]) -> Timing:
+        self.once(function)  # warms up
+        return Timing(list(self._repeat(function)))
+
+    def _repeat(self, function: Callable[[], Any]) -> Iterator[float]:
+        started = time.perf_counter()
+        for i in itertools.count():
+            if i >= 3 and time.perf_counter() - started > self.seconds:
+                return
+            yield self.once(function)
+
+
+@dataclass
+class Row:
+    """A line of the table. spread is a share of the value; NaN where it was measured once."""
+
+    name: str
+    value: float
+    unit: str
+    spread: float = math.nan
+    note: str = ""
+
+
+def rate(name: str, count: float, timing: Timing, unit: str = "views/s", note: str = "") -> Row:
+    return Row(name, count / timing.median, unit, timing.spread, note)
+
+
+class Setup:
+    """The configuration that is measured, a batch of its images, its network and optimiser."""
+
+    def __init__(self, options: Options) -> None:
+        self.device = utils.choose_device(options.device)
+        n = options.batch_size
+        config = simclr.make_config(
+            dataset="cifar10", arch=options.arch, width=options.width, batch_size=n,
+            image_size=options.image_size, lr=0.01, compile=options.compile,
+        )  # fmt: skip
+        side = options.image_size
+        random = torch.Generator().manual_seed(0)
+        pixels = torch.randint(256, (n, 3, side, side), dtype=torch.uint8, generator=random)
+        self.data = ImageSet(pixels.to(self.device))
+        self.config = simclr.resolve(config, self.data, self.device)
+        self.run = simclr.Pretraining(
+            self.config, simclr.Data(self.data, self.data, self.data), self.device
+        )
+        self.model, self.optimizer = self.run.model, self.run.optimizer
+        self.augment = self.run.augment
+        self.watch = Stopwatch(self.device, options.seconds)
+
+    @property
+    def views(self) -> int:
+        return 2 * self.config.batch_size
+
+    def channels_last(self) -> Tensor:
+        """Views as the network gets them: float32 (2N, 3, S, S)."""
+        pixels = torch.cat([self.data.images] * 2).float() / 255
+        return pixels.contiguous(memory_format=torch.channels_last)
+
+    def forward(self, views: Tensor) -> Tensor:
+        with utils.autocast(self.device, self.config.precision):
+            return self.model(views)[1]
+
+    def network(self, views: Tensor) -> None:
+        """Encoder and head, forward and backward."""
+        self.forward(views).sum().backward()
+        self.optimizer.zero_grad()
+
+
+# ---------------------------------------------------------------------------------------- limits
+
+MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
+
+
+def limits(setup: Setup) -> list[Row]:
+    """What the machine can do at best, and what a view asks of it."""
+    watch, kind = setup.watch, setup.device.type
+    size = MATMUL_SIZE.get(kind, 2048)
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.randn(size, size, device=setup.device).to(dtype)
+        name = str(dtype).removeprefix("torch.")
+        timing = watch.time(lambda a=a: a @ a)
+        rows.append(rate(f"matmul {name}", 2 * size**3 / 1e9, timing, "GFLOP/s"))
+    source = torch.ones(COPY_BYTES.get(kind, 2**28) // 4, device=setup.device)
+    target = torch.empty_like(source)
+    timing = watch.time(lambda: target.copy_(source))
+    moved = 2 * source.numel() * 4 / 1e9
+    rows.append(rate("copy, read and written", moved, timing, "GB/s"))
+    flops, moved = cost_of_a_view(setup)
+    rows.append(Row("a view, forward and backward", flops / 1e6, "MFLOP"))
+    rows.append(Row("bytes it moves at least", moved / 1e6, "MB", note=AT_LEAST))
+    return rows
+
+
+AT_LEAST = "each layer's output and its gradient, written once and read once"
+
+
+def cost_of_a_view(setup: Setup) -> tuple[float, float]:
+    """(FLOPs of forward and backward, bytes of activations and gradients moved) for one view."""
+    views = setup.channels_last()
+    with FlopCounterMode(display=False) as counter:
+        setup.network(views)
+    outputs = []
+    layers = [m for m in setup.model.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
+    hooks = [
+        layer.register_forward_hook(lambda _m, _i, out: outputs.append(out.numel()))
+        for layer in layers
+    ]
+    setup.network(views)
+    for hook in hooks:
+        hook.remove()
+    width = 2 if setup.config.precision == "bfloat16" else 4  # bytes a number
+    return counter.get_total_flops() / setup.views, 4 * width * sum(outputs) / setup.views
+
+
+# ------------------------------------------------------------------------------- parts of a step
+
+
+def pil_pipeline(config: simclr.Config, module: Any) -> Any:
+    """The recipe's augmentation by torchvision, for one image. module: transforms or v2."""
+    s = config.color_strength
+    jitter = (s * config.brightness, s * config.contrast, s * config.saturation, s * config.hue)
+    return module.Compose(
+        [
+            module.RandomResizedCrop(config.image_size, (config.crop_min, 1.0)),
+            module.RandomHorizontalFlip(config.flip),
+            module.RandomApply([module.ColorJitter(*jitter)], config.jitter_p),
+            module.RandomGrayscale(config.gray_p),
+        ]
+    )
+
+
+def augmentation(setup: Setup) -> list[Row]:
+    """The augmentation of a batch, whole and by step, and torchvision's, image by image.
+
+    On a CPU everything on one core.
+    """
+    images, watch = torch.cat([setup.data.images] * 2), setup.watch
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        pil = [transforms.functional.to_pil_image(x) for x in setup.data.images.cpu()[:64]]
+        by_pil = transforms.Compose([pil_pipeline(setup.config, transforms), transforms.ToTensor()])
+        single = pil_pipeline(setup.config, v2)
+        tensors = list(setup.data.images[:64])
+        ours, theirs = [], []
+        u = setup.augment.draw(setup.views, device=setup.device)
+        watch.once(lambda: setup.augment(images, u))
+        for _ in range(3):  # in turn, so that the ratio holds
+            ours += watch.time(lambda: setup.augment(images, u)).seconds
+            theirs += watch.time(lambda: [by_pil(x) for x in pil]).seconds
+        a, b = Timing(ours), Timing(theirs)
+        where = "on one core" if setup.device.type == "cpu" else "on the device"
+        rows = [
+            rate("augmentation", setup.views, a, note=where),
+            rate("torchvision, PIL", len(pil), b, note="one core"),
+            Row("augmentation ÷ PIL", setup.views / a.median / (len(pil) / b.median), "×"),
+            rate("torchvision, v2 tensors", len(tensors),
+                 watch.time(lambda: [single(x) for x in tensors]), note="image by image"),
+        ]  # fmt: skip
+        floats = images.float() / 255
+        for step in setup.augment.steps:
+            u = torch.rand(setup.views, step.draws, device=setup.device)
+            timing = watch.time(lambda step=step, u=u: step(floats, u))
+            rows.append(rate(f"  {type(step).__name__}", setup.views, timing))
+    finally:
+        torch.set_num_threads(threads)
+    return rows
+
+
+def loss_and_gradient(z: Tensor, temperature: float) -> None:
+    simclr.nt_xent(*z.chunk(2), temperature).backward()
+
+
+def parts(setup: Setup) -> dict[str, Timing]:
+    """Seconds a batch of each part of a step."""
+    watch = setup.watch
+    images = torch.cat([setup.data.images] * 2)
+    u = setup.augment.draw(setup.views, device=setup.device)
+    views = setup.channels_last()
+    z = setup.forward(views).detach().float().requires_grad_()
+
+    def update() -> None:
+        for p in setup.model.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        setup.optimizer.step()
+
+    setup.model.train()
+    found = {
+        "augmentation": watch.time(lambda: setup.augment(images, u)),
+        "encoder and head": watch.time(lambda: setup.network(views)),
+        "NT-Xent": watch.time(lambda: loss_and_gradient(z, setup.config.temperature)),
+        "contrastive accuracy": watch.time(lambda: simclr.contrastive_accuracy(*z.chunk(2))),
+        "optimiser": watch.time(update),
+    }
+    setup.optimizer.zero_grad()
+    return found
+
+
+# -------------------------------------------------------------------------------- the whole step
+
+
+class Loop:
+    """A training loop that can be gone on with: each call of steps(n) trains and times n steps."""
+
+    def steps(self, count: int) -> list[float]:
+        """Seconds of each of `count` more steps."""
+        raise NotImplementedError
+
+
+class Ours(Loop):
+    """simclr.train_epoch on simclr.view_batches, as in a run."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup, self.epoch = setup, 0
+        run = setup.run
+        self.model = run.compiled() if run.config.compile == "on" else run.model
+
+    def steps(self, count: int) -> list[float]:
+        run, setup = self.setup.run, self.setup
+        data = ImageSet(setup.data.images.repeat(count, 1, 1, 1))
+        self.epoch += 1
+        batches = simclr.view_batches(
+            setup.config, data, run.augment, setup.device, self.epoch, start=0
+        )
+        times = [time.perf_counter()]
+
+        def after_step() -> bool:
+            setup.watch.wait()
+            times.append(time.perf_counter())
+            return False
+
+        setup.watch.wait()
+        simclr.train_epoch(
+            self.model, run.optimizer, batches, lambda _: 0.01, run.loss,
+            setup.config.precision, simclr.Position(), after_step,
+        )  # fmt: skip
+        return [b - a for a, b in itertools.pairwise(times)]
+
+
+class Views(Dataset):
+    """Items are the views of an image that `augment` makes of it, from a PIL image."""
+
+    def __init__(self, images: Tensor, augment: Callable[[Any], list[Tensor]], length: int) -> None:
+        self.images = [transforms.functional.to_pil_image(x) for x in images.cpu()]
+        self.augment, self.length = augment, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> list[Tensor]:
+        return self.augment(self.images[index % len(self.images)])
+
+
+class Twice:
+    """Two random views of an image."""
+
+    def __init__(self, augment: Callable[[Any], Tensor]) -> None:
+        self.augment = augment
+
+    def __call__(self, image: Any) -> list[Tensor]:
+        return [self.augment(image), self.augment(image)]
+
+
+class Usual(Loop):
+    """What public single-file implementations do: PIL in worker processes, as many as cores, two
+    forward passes, float32, contiguous layout, eager; the loss by its plain formula."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.model = simclr.make_model(setup.config).to(setup.device).train()
+        weights = self.model.parameters()
+        self.optimizer = torch.optim.SGD(weights, 0.01, momentum=0.9, weight_decay=5e-4)
+
+    def augment(self) -> Callable[[Any], list[Tensor]]:
+        """A PIL image -> two views of it, float32 (3, S, S)."""
+        pipeline = pil_pipeline(self.setup.config, transforms)
+        return Twice(transforms.Compose([pipeline, transforms.ToTensor()]))
+
+    def batches(self, count: int) -> Iterator[list[Tensor]]:
+        """Pairs of views (N, 3, S, S), on the CPU."""
+        n, on_gpu = self.setup.config.batch_size, self.setup.device.type == "cuda"
+        data = Views(self.setup.data.images, self.augment(), count * n)
+        workers = utils.cpu_cores()
+        yield from DataLoader(
+            data, n, shuffle=True, drop_last=True, num_workers=workers, pin_memory=on_gpu
+        )
+
+    def loss(self, z1: Tensor, z2: Tensor) -> Tensor:
+        return F.cross_entropy(*simclr.contrastive_logits(z1, z2, self.setup.config.temperature))
+
+    def steps(self, count: int) -> list[float]:
+        ahead = 2 * utils.cpu_cores()  # batches that the workers had ready when the clock started
+        watch, times = self.setup.watch, []
+        for x1, x2 in self.batches(count + ahead):
+            views = [x.to(self.setup.device, non_blocking=True) for x in (x1, x2)]
+            z1, z2 = (self.model(x)[1] for x in views)
+            loss = self.loss(z1, z2)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            watch.wait()
+            times.append(time.perf_counter())
+        return [b - a for a, b in itertools.pairwise(times[ahead - 1 :])]
+
+
+class Lightly(Usual):
+    """The documented loop of the package `lightly`: its transform, collation and loss."""
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        from lightly.loss import NTXentLoss
+
+        self.loss = NTXentLoss(temperature=setup.config.temperature)
+
+    def augment(self) -> Callable[[Any], list[Tensor]]:
+        from lightly.transforms import SimCLRTransform
+
+        config = self.setup.config
+        return SimCLRTransform(
+            config.image_size, config.jitter_p, config.color_strength, min_scale=config.crop_min,
+            random_gray_scale=config.gray_p, gaussian_blur=config.blur_p, normalize=None,
+        )  # fmt: skip
+
+
+def compare(setup: Setup, quick: bool) -> tuple[list[Row], Timing]:
+    """Views a second of our loop and of the others, and the ratios; the seconds of our step."""
+    loops: dict[str, Loop] = {"whole step": Ours(setup), "the usual loop": Usual(setup)}
+    if importlib.util.find_spec("lightly"):
+        loops["lightly's loop"] = Lightly(setup)
+    times: dict[str, list[float]] = {name: [] for name in loops}
+    ratios: dict[str, list[float]] = {name: [] for name in loops}
+    once = statistics.median(loops["whole step"].steps(3))
+    count = max(2, min(20, round(setup.watch.seconds / once)))
+    for _ in range(2 if quick else 3):
+        medians = {}
+        for name, loop in loops.items():
+            found = loop.steps(count)
+            times[name] += found
+            medians[name] = statistics.median(found)
+        for name in loops:
+            ratios[name].append(medians[name] / medians["whole step"])
+    rows = [rate(name, setup.views, Timing(times[name])) for name in loops]
+    rows += [
+        Row(f"whole step ÷ {name}", statistics.median(ratios[name]), "×",
+            note=f"{min(ratios[name]):.2f} to {max(ratios[name]):.2f}")
+        for name in loops if name != "whole step"
+    ]  # fmt: skip
+    return rows, Timing(times["whole step"])
+
+
+def shares(setup: Setup, step: Timing, found: dict[str, Timing], peak: dict[str, float]) -> list:
+    """What a step is made of, and how far its arithmetic is from the machine's limit."""
+    rows = [Row("step", 1e3 * step.median, "ms", step.spread)]
+    rows += [
+        Row(
+            f"  {name}", 1e3 * t.median, "ms", t.spread, f"{t.median / step.median:.1%} of the step"
+        )
+        for name, t in found.items()
+    ]
+    inside = found["encoder and head"].median + found["optimiser"].median
+    note = "augmentation, loss, logging: what is not encoder, head and optimiser"
+    rows.append(Row("overhead", 100 * max(0.0, 1 - inside / step.median), "% of step", note=note))
+    flops, _ = cost_of_a_view(setup)
+    network = setup.views * flops / found["encoder and head"].median / 1e9
+    limit = peak["matmul " + setup.config.precision]
+    rows.append(Row("FLOP/s of encoder and head", network, "GFLOP/s",
+                    note=f"{network / limit:.0%} of matmul {setup.config.precision}"))  # fmt: skip
+    used = setup.views * flops / step.median / 1e9
+    rows.append(Row("FLOP/s of the whole step", used, "GFLOP/s",
+                    note=f"{used / limit:.0%} of matmul {setup.config.precision}"))  # fmt: skip
+    rows.append(Row("peak memory", peak_memory(setup.device) / 1e6, "MB"))
+    return rows
+
+
+def peak_memory(device: torch.device) -> float:
+    """Bytes: of the device, on a CPU of this process."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    with contextlib.suppress(OSError):  # rusage begins with what the parent process had
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024.0 * next(int(x.split()[1]) for x in lines if x.startswith("VmHWM"))
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+# ------------------------------------------------------------------------------------ evaluation
+
+CIFAR = (50_000, 10_000)  # training and test images that the monitor would embed
+KNN_EVERY = simclr.Config.knn_every  # epochs
+
+
+def evaluation(setup: Setup, step: Timing) -> list[Row]:
+    """Embedding against the encoder's own speed, and what the kNN monitor costs on CIFAR-10."""
+    watch, encoder = setup.watch, setup.model.encoder
+    many = ImageSet(setup.data.images.repeat(math.ceil(1024 / len(setup.data)), 1, 1, 1))
+    images = utils.center_view(many.images[:512], setup.config.image_size)
+    images = images.contiguous(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def bare() -> None:
+        with utils.evaluating(encoder), utils.autocast(setup.device, setup.config.precision):
+            encoder(images)
+
+    def embed() -> None:
+        utils.embed(encoder, many, setup.config.image_size, setup.device, setup.config.precision)
+
+    a, b = watch.time(embed), watch.time(bare)
+    h = torch.randn(sum(CIFAR), encoder.feature_dim, device=setup.device)
+    y = torch.zeros(CIFAR[0], dtype=torch.long, device=setup.device)
+    knn = watch.time(lambda: utils.knn_predict(h[: CIFAR[0]], y, h[CIFAR[0] :], 10))
+    monitor = sum(CIFAR) * a.median / len(many) + knn.median
+    training = KNN_EVERY * 2 * CIFAR[0] / setup.views * step.median
+    return [
+        rate("embedding", len(many), a, "images/s"),
+        rate("encoder, inference alone", len(images), b, "images/s"),
+        Row("embedding ÷ encoder", b.median / len(images) / (a.median / len(many)), "×"),
+        Row("kNN, 10,000 in 50,000", knn.median, "s", knn.spread),
+        Row("kNN monitor", 100 * monitor / (training + monitor), "% of run",
+            note=f"calculated for CIFAR-10, every {KNN_EVERY} epochs"),
+    ]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------- growth
+
+
+def growth(setup: Setup, options: Options) -> list[Row]:
+    """Time an epoch against data-set size, batch size and image size; NT-Xent against 2N."""
+    rows = []
+    ours, base = Ours(setup), options.batch_size
+    for times in (1, 2, 4):
+        seconds = sum(ours.steps(times))
+        rows.append(Row(f"epoch of {times * base:,} images", seconds, "s"))
+    for n in (base // 4, base // 2, base):
+        rows.append(_of_other(f"batch of {n:,} images", options, batch_size=n))
+    for side in (options.image_size // 2, options.image_size):
+        rows.append(_of_other(f"images of {side} px", options, image_size=side))
+    views, largest = 512, min(65_536, 4_096 if options.quick else 65_536)
+    while views <= largest and options.seconds >= 0.2:
+        rows += nt_xent_in_a_process(views, options)
+        views *= 4 if views < 32_768 else 2
+    return rows
+
+
+def _of_other(name: str, options: Options, **changes: int) -> Row:
+    if min(changes.values()) < simclr.MIN_SIZE:
+        return Row(name, math.nan, "views/s", note="too small")
+    other = Setup(dataclasses.replace(options, **changes))
+    return rate(name, other.views, Timing(Ours(other).steps(4)[1:]))
+
+
+def nt_xent_in_a_process(views: int, options: Options) -> list[Row]:
+    """In a process of its own, so that the peak of its memory is that of the loss."""
+    command = [sys.executable, __file__, "--nt-xent", str(views), "--device", options.device]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    note = f"{found['bytes'] / 2**20:,.0f} MiB; a matrix (2N, 2N) has {4 * views**2 / 2**20:,.0f}"
+    return [Row(f"NT-Xent, 2N = {views:,}", 1e3 * found["seconds"], "ms", note=note)]
+
+
+def measure_nt_xent(options: Options) -> None:
+    """What --nt-xent prints: seconds and bytes of loss and gradient, D = 128."""
+    device = utils.choose_device(options.device)
+    watch = Stopwatch(device, 0.5)
+    loss_and_gradient(torch.randn(64, 128, device=device, requires_grad=True), 0.5)
+    before = peak_memory(device)
+    z = torch.randn(options.nt_xent, 128, device=device, requires_grad=True)
+    first = watch.once(lambda: loss_and_gradient(z, 0.5))
+    found = [first]
+    if first < 2:
+        found = watch.time(lambda: loss_and_gradient(z, 0.5)).seconds
+    print(json.dumps({"seconds": statistics.median(found), "bytes": peak_memory(device) - before}))
+
+
+# ------------------------------------------------------------------------------------- the table
+
+
+def machine(device: torch.device) -> str:
+    """What it ran on, in words."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+    text = f"{utils.cpu_cores()} cores of {name}"
+    if device.type == "cuda":
+        text = f"{torch.cuda.get_device_name(device)}, {text}"
+    return f"{text}, torch {torch.__version__}"
+
+
+def show(group: str, rows: list[Row]) -> None:
+    print(f"\n{group}")
+    for row in rows:
+        digits = 0 if abs(row.value) >= 100 else 2
+        spread = "" if math.isnan(row.spread) else f"± {100 * row.spread:.0f} %"
+        value = f"{row.value:,.{digits}f}"
+        print(f"  {row.name:30} {value:>10} {row.unit:9} {spread:>7}  {row.note}".rstrip())
+
+
+def benchmark(options: Options) -> dict[str, list[Row]]:
+    """All groups of the table, printed as they are measured."""
+    setup = Setup(options)
+    print(
+        f"{options.arch} at width {options.width:g}, {options.image_size} px, N = "
+        f"{options.batch_size}, {setup.config.precision}; {machine(setup.device)}"
+    )
+    table: dict[str, list[Row]] = {}
+
+    def add(group: str, rows: list[Row]) -> None:
+        table[group] = rows
+        show(group, rows)
+
+    add("limits", limits(setup))
+    add("augmentation", augmentation(setup))
+    rows, step = compare(setup, options.quick)
+    add("whole step", rows)
+    peak = {row.name: row.value for row in table["limits"]}
+    add("share of the step", shares(setup, step, parts(setup), peak))
+    add("evaluation", evaluation(setup, step))
+    add("growth", growth(setup, options))
+    return table
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = utils.OneLineParser(
+        prog="benchmark.py", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    utils.add_flags(parser, Options, {})
+    options = Options(**vars(parser.parse_args(argv)))
+    options.seconds = options.seconds or (0.5 if options.quick else 2.0)
+    try:
+        if options.nt_xent:
+            measure_nt_xent(options)
+            return
+        table = benchmark(options)
+        results = {
+            "machine": machine(utils.choose_device(options.device)),
+            "options": dataclasses.asdict(options),
+            "table": {
+                group: [dataclasses.asdict(r) for r in rows] for group, rows in table.items()
+            },
+        }
+        utils.write_json(Path(options.json), results)
+        print(f"\nwritten to {options.json}")
+    except InputError as error:
+        utils.exit_with_error("benchmark.py", error)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of worker processes, about their number
+    main()
