@@ -62,6 +62,7 @@ class Options:
     seconds: float = setting(0.0, "time for each figure; 0: 2, or 0.5 with --quick")
     json: str = setting("checkpoints/benchmark.json", "file for the results")
     nt_xent: int = setting(0, "measure only the loss, for so many views, and print it as JSON")
+    loop: str = setting("", "measure only one of the loops, and print it as JSON")
 
 
 # ------------------------------------------------------------------------------------- measuring
@@ -132,10 +133,13 @@ def rate(name: str, count: float, timing: Timing, unit: str = "views/s", note: s
 
 
 class Setup:
-    """The configuration that is measured, a batch of its images, its network and optimiser."""
+    """The configuration that is measured, a batch of its images, its network and optimiser.
 
-    def __init__(self, options: Options) -> None:
-        self.device = utils.choose_device(options.device)
+    fast: whether the process is set up as our scripts do it, which the other loops go without.
+    """
+
+    def __init__(self, options: Options, fast: bool = True) -> None:
+        self.device = (utils.choose_device if fast else torch.device)(options.device)
         n = options.batch_size
         config = simclr.make_config(
             dataset="cifar10", arch=options.arch, width=options.width, batch_size=n,
@@ -430,28 +434,47 @@ class Lightly(Usual):
         )  # fmt: skip
 
 
-def compare(setup: Setup, quick: bool) -> tuple[list[Row], Timing]:
-    """Views a second of our loop and of the others, and the ratios; the seconds of our step."""
-    loops: dict[str, Loop] = {"whole step": Ours(setup), "the usual loop": Usual(setup)}
-    if importlib.util.find_spec("lightly"):
-        loops["lightly's loop"] = Lightly(setup)
-    times: dict[str, list[float]] = {name: [] for name in loops}
-    ratios: dict[str, list[float]] = {name: [] for name in loops}
-    once = statistics.median(loops["whole step"].steps(3))
-    count = max(2, min(20, round(setup.watch.seconds / once)))
-    for _ in range(2 if quick else 3):
-        medians = {}
-        for name, loop in loops.items():
-            found = loop.steps(count)
-            times[name] += found
-            medians[name] = statistics.median(found)
-        for name in loops:
-            ratios[name].append(medians[name] / medians["whole step"])
-    rows = [rate(name, setup.views, Timing(times[name])) for name in loops]
+LOOPS = {"whole step": Ours, "the usual loop": Usual, "lightly's loop": Lightly}
+WARMUP, MOST_STEPS = 3, 20
+
+
+def measure_loop(options: Options) -> None:
+    """What --loop prints: the seconds of some steps."""
+    loop = LOOPS[options.loop](Setup(options, fast=options.loop == "whole step"))
+    once = statistics.median(loop.steps(WARMUP))
+    print(json.dumps(loop.steps(max(2, min(MOST_STEPS, round(options.seconds / once))))))
+
+
+def in_a_process(options: Options, *flags: str) -> Any:
+    """What this program prints with other flags, from JSON."""
+    command = [sys.executable, __file__, *flags, "--seconds", str(options.seconds)]
+    for name in ("device", "arch", "width", "image_size", "batch_size", "compile"):
+        command += [utils.flag(name), str(getattr(options, name))]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise InputError(f"{' '.join(flags)} failed: {done.stderr.strip()[-200:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(setup: Setup, options: Options) -> tuple[list[Row], Timing]:
+    """Views a second of our loop and of the others, and the ratios; the seconds of our step.
+
+    Each in a process of its own, in turn, so that none has what another has set up.
+    """
+    names = [n for n in LOOPS if n != "lightly's loop" or importlib.util.find_spec("lightly")]
+    times: dict[str, list[float]] = {name: [] for name in names}
+    ratios: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(2 if options.quick else 3):
+        found = {name: in_a_process(options, "--loop", name) for name in names}
+        for name in names:
+            times[name] += found[name]
+            ours = statistics.median(found["whole step"])
+            ratios[name].append(statistics.median(found[name]) / ours)
+    rows = [rate(name, setup.views, Timing(times[name])) for name in names]
     rows += [
         Row(f"whole step ÷ {name}", statistics.median(ratios[name]), "×",
             note=f"{min(ratios[name]):.2f} to {max(ratios[name]):.2f}")
-        for name in loops if name != "whole step"
+        for name in names if name != "whole step"
     ]  # fmt: skip
     return rows, Timing(times["whole step"])
 
@@ -558,9 +581,7 @@ def _of_other(name: str, options: Options, **changes: int) -> Row:
 
 def nt_xent_in_a_process(views: int, options: Options) -> list[Row]:
     """In a process of its own, so that the peak of its memory is that of the loss."""
-    command = [sys.executable, __file__, "--nt-xent", str(views), "--device", options.device]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout)
+    found = in_a_process(options, "--nt-xent", str(views))
     note = f"{found['bytes'] / 2**20:,.0f} MiB; a matrix (2N, 2N) has {4 * views**2 / 2**20:,.0f}"
     return [Row(f"NT-Xent, 2N = {views:,}", 1e3 * found["seconds"], "ms", note=note)]
 
@@ -606,6 +627,7 @@ def show(group: str, rows: list[Row]) -> None:
 def benchmark(options: Options) -> dict[str, list[Row]]:
     """All groups of the table, printed as they are measured."""
     setup = Setup(options)
+    options = dataclasses.replace(options, device=str(setup.device))
     print(
         f"{options.arch} at width {options.width:g}, {options.image_size} px, N = "
         f"{options.batch_size}, {setup.config.precision}; {machine(setup.device)}"
@@ -618,7 +640,7 @@ def benchmark(options: Options) -> dict[str, list[Row]]:
 
     add("limits", limits(setup))
     add("augmentation", augmentation(setup))
-    rows, step = compare(setup, options.quick)
+    rows, step = compare(setup, options)
     add("whole step", rows)
     peak = {row.name: row.value for row in table["limits"]}
     add("share of the step", shares(setup, step, parts(setup), peak))
@@ -636,8 +658,10 @@ def main(argv: list[str] | None = None) -> None:
     options = Options(**vars(parser.parse_args(argv)))
     options.seconds = options.seconds or (0.5 if options.quick else 2.0)
     try:
-        if options.nt_xent:
-            measure_nt_xent(options)
+        if options.loop not in ("", *LOOPS):
+            raise InputError(f"unknown loop {options.loop!r}; there are {', '.join(LOOPS)}")
+        if options.nt_xent or options.loop:
+            (measure_nt_xent if options.nt_xent else measure_loop)(options)
             return
         table = benchmark(options)
         results = {
