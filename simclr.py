@@ -769,13 +769,14 @@ def contrastive_logits(z1: Tensor, z2: Tensor, temperature: float) -> tuple[Tens
 def logit_blocks(z: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """contrastive_logits() in blocks of R rows: which rows, logits (R, 2N), partners (R,).
 
-    z: (2N, D) of length 1. The logits may be changed.
+    z: (2N, D) of length 1. The logits may be changed, and the next block takes their memory.
     """
-    rows = max(1, BLOCK_BYTES // (len(z) * z.element_size()))
+    rows = min(len(z), max(1, BLOCK_BYTES // (len(z) * z.element_size())))
+    memory = z.new_empty(rows, len(z))
     for start in range(0, len(z), rows):
         block = slice(start, min(start + rows, len(z)))
         here = torch.arange(block.start, block.stop, device=z.device)  # (R,)
-        logits = (z[block] / temperature) @ z.T  # (R, 2N)
+        logits = torch.mm(z[block] / temperature, z.T, out=memory[: len(here)])  # (R, 2N)
         logits.scatter_(1, here[:, None], float("-inf"))  # k != i
         yield block, logits, (here + len(z) // 2) % len(z)
 

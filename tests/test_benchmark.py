@@ -1,0 +1,48 @@
+"""The benchmark works: a tiny form of it, whose figures mean nothing."""
+
+import json
+import math
+
+import benchmark
+import pytest
+
+
+@pytest.mark.filterwarnings("ignore")  # of worker processes
+def test_every_group_is_measured(tmp_path, capsys, device, monkeypatch):
+    monkeypatch.setattr(benchmark, "CIFAR", (500, 100))
+    file = tmp_path / "results" / "benchmark.json"
+    size = "--width 0.125 --image-size 16 --batch-size 16 --seconds 0.01 --quick"
+    benchmark.main([*size.split(), "--device", str(device), "--json", str(file)])
+    results = json.loads(file.read_text())
+    printed = capsys.readouterr().out
+    groups = {"limits", "augmentation", "whole step", "share of the step", "evaluation", "growth"}
+    assert results["table"].keys() == groups
+    values = {row["name"]: row["value"] for rows in results["table"].values() for row in rows}
+    for name, value in values.items():
+        assert name.strip() in printed
+        assert math.isfinite(value), name
+        assert value >= 0, name
+    usual, ours = values["the usual loop"], values["whole step"]
+    assert values["whole step ÷ the usual loop"] == pytest.approx(ours / usual, rel=0.5)
+
+
+def test_the_loss_needs_one_matrix_of_similarities(capsys):
+    """In blocks even less: of 2N = 12,288 views it would have 576 MiB."""
+    options = benchmark.Options(device="cpu", nt_xent=12_288)
+    found = benchmark.in_a_process(options, "--nt-xent", str(options.nt_xent))
+    assert found["bytes"] < 1.7 * benchmark.simclr.BLOCK_BYTES
+    assert found["bytes"] > 0.5 * benchmark.simclr.BLOCK_BYTES
+
+
+@pytest.mark.parametrize("flags", [["--loop", "none"], ["--batch-size", "1"], ["--arch", "vgg"]])
+def test_bad_input_is_one_line(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main([*flags, "--seconds", "0.01", "--device", "cpu"])
+    assert stop.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_the_spread_of_timings():
+    assert benchmark.Timing([1.0, 2.0, 3.0]).median == 2.0
+    assert benchmark.Timing([1.0, 2.0, 3.0]).spread == pytest.approx(0.5)
+    assert math.isnan(benchmark.Timing([1.0]).spread)
