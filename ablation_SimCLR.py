@@ -1283,6 +1283,9 @@ def draw_together(study: Study, results: Results, where: str) -> Any:
     return figure
 
 
+APART = 0.06  # between the error bars of lines that have the same x: in doublings of x
+
+
 def draw_lines(study: Study, results: Results, where: str) -> Any:
     """Accuracy against x, a line a series (dashed: of z); the paper's beside it if there is one."""
     from matplotlib.figure import Figure
@@ -1291,17 +1294,20 @@ def draw_lines(study: Study, results: Results, where: str) -> Any:
     axes = figure.subplots(1, 1 + bool(study.paper), squeeze=False)[0]
     metrics = [m for m in study.metrics if m in ("linear", "linear_z", "accuracy")]
     series = list(dict.fromkeys(s.series for s in results.settings))
-    places = positions(results)
+    places, lines = positions(results), len(series) * len(metrics)
     for i, name in enumerate(series):
         members = [s for s in results.settings if s.series == name]
-        for metric in metrics:
-            x = [places(s) for s in members]
+        for j, metric in enumerate(metrics):
+            aside = APART * (i * len(metrics) + j - (lines - 1) / 2)
+            x = [
+                places(s) * 2**aside if is_numeric(s.x) else places(s) + aside / 2 for s in members
+            ]
             means = [results.mean(s.name, metric) for s in members]
             bars = [results.spread(s.name, metric) for s in members]
             plain = metric == metrics[0]
             label = name if len(metrics) == 1 else f"{name}, {'h' if plain else 'z'}"
             axes[0].errorbar(
-                x, means, yerr=bars, capsize=3, label=label, **look(i, len(series), plain)
+                x, means, yerr=bars, capsize=2, label=label, **look(i, len(series), plain)
             )
     axes[0].set_title(where, fontsize=9)
     dress(axes[0], study, [(places(s), s.x) for s in results.settings])
@@ -1338,12 +1344,17 @@ def positions(results: Results) -> Callable[[Setting], float]:
     return place
 
 
+def is_numeric(x: Any) -> bool:
+    """Whether settings of this x lie on an axis of numbers, which is logarithmic."""
+    return isinstance(x, int | float) or x == PARAMETERS
+
+
 def dress(axis: Any, study: Study, ticks: Sequence[tuple[float, Any]]) -> None:
     """Axes of draw_lines(). ticks: (place, what is written there)."""
     from matplotlib.ticker import LogLocator
 
     shown = dict(sorted((place, text) for place, text in ticks if not math.isnan(place)))
-    numeric = any(isinstance(text, int | float) or text == PARAMETERS for text in shown.values())
+    numeric = any(is_numeric(text) for text in shown.values())
     if numeric:
         axis.set_xscale("log")
         axis.minorticks_off()
