@@ -486,16 +486,16 @@ LONGEST_ASPECT = 4  # the ends of longer images are cut off before they are resi
 def center_view(images: Tensor, size: int) -> Tensor:
     """Shorter side resized to `size` (antialiased bilinear), then the central square.
 
-    images: uint8 or float (N, 3, H, W). Returns float32 (N, 3, size, size) in [0, 1].
+    images: uint8, or float in [0, 1], (N, 3, H, W). Returns float32 (N, 3, size, size) in [0, 1].
     """
     height, width = images.shape[-2:]
     longest = LONGEST_ASPECT * min(height, width)  # else a strip of pixels becomes gigabytes
     top, left = max(0, height - longest) // 2, max(0, width - longest) // 2
     images = images[..., top : height - top, left : width - left]
-    images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
-    if images.shape[-2:] != (size, size):
-        images = TF.center_crop(TF.resize(images, [size], antialias=True), [size, size])
-    return images.clamp(0, 1)
+    images = images.float().div_(255) if images.dtype == torch.uint8 else images.float()
+    if images.shape[-2:] == (size, size):
+        return images
+    return TF.center_crop(TF.resize(images, [size], antialias=True), [size, size]).clamp_(0, 1)
 
 
 def to_uint8(images: Tensor) -> Tensor:
