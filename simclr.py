@@ -1153,7 +1153,7 @@ class Pretraining:
         utils.save_checkpoint(self.config.folder / kept, self.state())
 
     def bring_up_to_date(self) -> None:
-        """Write the records. Where they cannot be, only the end of a run, which reads them, fails."""
+        """Write the records; if they cannot be, only the end of a run, which reads them, fails."""
         if self.complete:
             self.write_records()
         else:

@@ -355,9 +355,8 @@ def load_checkpoint(path: Path) -> dict:
     """
     path = Path(path)
     try:
-        if not check_seal(path) and zipfile.is_zipfile(
-            path
-        ):  # files of before torch 1.6 are not, and have no checksums
+        # files of before torch 1.6 are no zips, and have no checksums
+        if not check_seal(path) and zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged is not None:
