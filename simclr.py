@@ -1148,12 +1148,19 @@ class Pretraining:
         trial.unlink()
 
     def keep(self) -> None:
-        """Write a checkpoint that later ones do not replace."""
-        kept = KEPT_CHECKPOINT.format(self.position.epoch)
-        utils.save_checkpoint(self.config.folder / kept, self.state())
+        """Write the checkpoint that later ones do not replace, if one is due and not there."""
+        epoch, every = self.position.epoch, self.config.keep_every
+        file = self.config.folder / KEPT_CHECKPOINT.format(epoch)
+        due = every and epoch and epoch % every == 0 and not self.position.step
+        if due and not file.exists():
+            utils.save_checkpoint(file, self.state())
 
     def bring_up_to_date(self) -> None:
-        """Write the records; if they cannot be, only the end of a run, which reads them, fails."""
+        """Write what belongs to the checkpoint, also if a kill came between.
+
+        Where the records cannot be written, only the end of a run, which reads them, fails.
+        """
+        self.forgiving(self.keep)
         if self.complete:
             self.write_records()
         else:
@@ -1162,9 +1169,6 @@ class Pretraining:
     def write_records(self) -> None:
         """What people read, config.json and log.jsonl: it follows from the checkpoint."""
         utils.write_json(self.config.folder / "config.json", dataclasses.asdict(self.config))
-        self.write_log()
-
-    def write_log(self) -> None:
         utils.write_jsonl(self.log_file, self.log)
 
     def train(self) -> None:
@@ -1198,15 +1202,12 @@ class Pretraining:
                     self.forgiving(self.save)
                     continue
                 row = self.finish_epoch()
-                due = self.position.epoch % self.config.save_every == 0
+                due = not self.saved or self.position.epoch % self.config.save_every == 0
+                due = due or time.monotonic() >= self.next_save
                 if self.complete or stop:
                     self.save()
-                elif due or not self.saved or time.monotonic() >= self.next_save:
-                    self.forgiving(self.save)
-                else:
-                    self.forgiving(self.write_log)
-                if self.config.keep_every and self.position.epoch % self.config.keep_every == 0:
-                    self.forgiving(self.keep)
+                elif not (due and self.forgiving(self.save)) and self.saved:
+                    self.bring_up_to_date()
                 self.forgiving(figure.update, self.log, force=self.complete)
                 progress.show(*describe(row, self.log, self.config), last=self.complete)
                 if stop:
@@ -1936,7 +1937,7 @@ def run(config: Config, overwrite: bool = False) -> dict:
 
     with held(config):
         summary = train_and_evaluate(config, data, device, overwrite)
-    if data.labelled:
+    if "knn" in summary:
         print("\n" + table(summary, len(data.test)))
     else:
         print("\nNo labelled test images, so the representation was not evaluated")
