@@ -1208,7 +1208,8 @@ class Pretraining:
                     self.save()
                 elif not (due and self.forgiving(self.save)) and self.saved:
                     self.bring_up_to_date()
-                self.forgiving(figure.update, self.log, force=self.complete)
+                if figure.due or self.complete:
+                    self.forgiving(figure.draw, self.log)
                 progress.show(*describe(row, self.log, self.config), last=self.complete)
                 if stop:
                     raise Interrupted(stop.signal)
@@ -1642,15 +1643,12 @@ class FigureKeeper:
         self.chance = math.log(2 * batch_size - 1)
         self._next = time.perf_counter()
 
-    def update(
-        self,
-        log: Sequence[dict],
-        force: bool = False,
-        baselines: dict[str, float] | None = None,
-    ) -> None:
+    @property
+    def due(self) -> bool:
+        return time.perf_counter() >= self._next
+
+    def draw(self, log: Sequence[dict], baselines: dict[str, float] | None = None) -> None:
         started = time.perf_counter()
-        if started < self._next and not force:
-            return
         try:
             utils.save_figure(draw_training(log, self.chance, baselines), self.path)
         finally:  # where it cannot be written it takes no larger share
@@ -1974,7 +1972,7 @@ def train_and_evaluate(config: Config, data: Data, device: torch.device, overwri
     utils.write_json(config.folder / SUMMARY, summary)
     if results:
         baselines = {key: results["knn"][key] for key in ("pixels", "untrained")}
-        FigureKeeper(config, size).update(log, force=True, baselines=baselines)
+        FigureKeeper(config, size).draw(log, baselines)
     return summary
 
 
