@@ -37,10 +37,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import matplotlib.backends.backend_agg
-import matplotlib.figure  # noqa: F401  here and not in every run
+import matplotlib.backends.backend_agg  # noqa: F401  here and not in every run
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import conftest  # noqa: F401  makes the scripts importable
@@ -60,10 +60,14 @@ PATIENCE = 300.0  # seconds that a run may take: it takes one or two, on a busy 
 
 @dataclasses.dataclass
 class Place:
-    """A folder for runs, and the images that they learn from."""
+    """A folder for runs, and the images that they learn from.
+
+    draws: whether the curves are drawn, which takes most of such a run, or an empty figure.
+    """
 
     root: Path
     photos: Path
+    draws: bool = True
 
     @property
     def run(self) -> Path:
@@ -140,7 +144,7 @@ def pretraining(place: Place, *argv: str, hook: Hook | None = None) -> Callable[
     """What a forked process does: `python simclr.py …`, with hook(kind, file) at each event."""
 
     def work() -> None:
-        with events(hook or (lambda *_: None)), journal(place.root / "journal"):
+        with events(hook or (lambda *_: None), place.draws), journal(place.root / "journal"):
             simclr.main(place.command(*argv))
 
     return work
@@ -173,7 +177,7 @@ class Watched(io.FileIO):
 
 
 @contextlib.contextmanager
-def events(hook: Hook) -> Iterator[None]:
+def events(hook: Hook, draws: bool) -> Iterator[None]:
     """Inside, hook(kind, file) is called wherever a file is about to change, and before drawing."""
     sync, replace, unlink, draw = os.fsync, os.replace, Path.unlink, simclr.draw_training
 
@@ -195,7 +199,7 @@ def events(hook: Hook) -> Iterator[None]:
 
     def drawn(*arguments: Any, **options: Any) -> Any:
         hook("draw", Path(simclr.FIGURE))
-        return draw(*arguments, **options)
+        return draw(*arguments, **options) if draws else Figure(figsize=(1, 1))
 
     utils.open = opened
     os.fsync, os.replace, Path.unlink, simclr.draw_training = synced, replaced, unlinked, drawn
@@ -323,6 +327,7 @@ class Tally:
 
 # ------------------------------------------------------------------------------------- the groups
 
+DRAWN = 5  # one run in so many draws its curves
 EVERY_STEP = ("--checkpoint-minutes", "1e-9")
 
 
@@ -354,7 +359,7 @@ class Suite:
         self.places += 1
         root = self.folder / str(self.places)
         root.mkdir()
-        return Place(root, self.photos)
+        return Place(root, self.photos, draws=self.places % DRAWN == 0)
 
     @staticmethod
     def counted(place: Place, flags: tuple[str, ...], file: Path) -> Callable[[], None]:
@@ -400,12 +405,19 @@ class Suite:
         shutil.rmtree(place.root)
 
     def kill_sometime(self, place: Place, flags: tuple[str, ...]) -> int:
-        process = start(pretraining(place, *flags), place.output)
-        time.sleep(self.random.random() * 0.9 * self.seconds[flags])
-        with contextlib.suppress(ProcessLookupError):
+        """At a random moment. A run that was quicker is none that was killed: another try."""
+        seconds = self.random.random() * self.seconds[flags]
+        code = 0
+        while code == 0:
+            process = start(pretraining(place, *flags), place.output)
+            time.sleep(seconds)
             os.kill(process, signal.SIGKILL)
-        code = wait(process)
-        return -signal.SIGKILL if code == 0 else code  # it was quicker, and is whole already
+            code = wait(process)
+            if code == 0:
+                shutil.rmtree(place.root)
+                place.root.mkdir()
+                seconds *= 0.7
+        return code
 
     def grids(self, n: int) -> list[Outcome]:
         """A study of two settings is killed at random moments."""
@@ -627,6 +639,7 @@ class Suite:
     def soak(self, epochs: int) -> list[Outcome]:
         """A long run is watched from outside: its memory, open files and threads; its pace."""
         place, tally = self.place(), Tally(f"{epochs:,} epochs")
+        place.draws = True
         flags = ("--epochs", str(epochs), "--knn-every", "100", "--keep-every", "0",
                  "--batch-size", "24")  # fmt: skip
         process = start(pretraining(place, *flags), place.output)
