@@ -1033,6 +1033,7 @@ class Pretraining:
         self.augment = make_augment(config)
         self.position = Position()
         self.log: list[dict] = []
+        self.lines: list[str] = []  # of it, as written: encoding thousands takes time every epoch
         self.batch_size, self.steps = batch_count(config, len(data.pretrain))  # steps per epoch
         self.checkpoint = config.folder / CHECKPOINT
         self.log_file = config.folder / "log.jsonl"
@@ -1169,7 +1170,8 @@ class Pretraining:
     def write_records(self) -> None:
         """What people read, config.json and log.jsonl: it follows from the checkpoint."""
         utils.write_json(self.config.folder / "config.json", dataclasses.asdict(self.config))
-        utils.write_jsonl(self.log_file, self.log)
+        self.lines += map(utils.json_line, self.log[len(self.lines) :])
+        utils.write_atomically(self.log_file, "".join(self.lines).encode())
 
     def train(self) -> None:
         """To the last epoch, writing config.json, last.pt, log.jsonl and the figure on the way.

@@ -281,9 +281,9 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def write_jsonl(path: Path, rows: Sequence[dict]) -> None:
-    """Write `rows` as JSON lines, atomically."""
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+def json_line(row: dict) -> str:
+    """A row of a JSON-lines file."""
+    return json.dumps(row) + "\n"
 
 
 def read_jsonl(path: Path) -> list[dict]:
