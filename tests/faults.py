@@ -309,14 +309,19 @@ def lost(place: Place) -> str:
 
 
 class Tally:
-    """Counts the faults of a kind."""
+    """Counts the faults of a kind, and the time since whatever was noted before."""
+
+    before = 0.0
 
     def __init__(self, name: str, nothing: str = "nothing") -> None:
         self.outcome = Outcome(name, 0, 0, nothing, 0.0, [])
-        self.started = time.perf_counter()
+        Tally.before = time.perf_counter()
 
     def note(self, what: str, wrong: list[str] | str) -> None:
         """A fault that was tried; `wrong` is empty if it was survived."""
+        now = time.perf_counter()
+        self.outcome.seconds += now - Tally.before
+        Tally.before = now
         self.outcome.tried += 1
         self.outcome.survived += not wrong
         if wrong:
@@ -324,7 +329,6 @@ class Tally:
             self.outcome.failures.append(f"{self.outcome.name}: {what}: {text}")
 
     def done(self) -> Outcome:
-        self.outcome.seconds = time.perf_counter() - self.started
         if self.outcome.failures:
             self.outcome.lost = "see below"
         return self.outcome
@@ -332,7 +336,7 @@ class Tally:
 
 # ------------------------------------------------------------------------------------- the groups
 
-DRAWN = 5  # one run in so many draws its curves
+DRAWN = 10  # one run in so many draws its curves
 EVERY_STEP = ("--checkpoint-minutes", "1e-9")
 
 
