@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 
 @pytest.fixture
 def run_folder(tmp_path, write_image, tiny_config, monkeypatch):
-    """Makes the configuration of a run on eight tiny images: it takes no time, nor does its figure."""
+    """Makes the configuration of a run on eight tiny images, which takes no time; so its figure."""
     monkeypatch.setattr(simclr, "draw_training", lambda *_: Figure(figsize=(1, 1)))
     for i in range(8):
         write_image(tmp_path / "photos" / f"{i}.png", seed=i)
