@@ -479,7 +479,7 @@ class Suite:
             event = self.random.randrange(self.events[flags])
             times = 2 if i % 4 == 1 and number == signal.SIGINT else 1
             code = complete(pretraining(place, *flags, hook=sender(event, number, times)), place)
-            wrong = [] if code == 128 + number else [f"exit code {code}"]
+            wrong = [] if code == 128 + number else [f"exit code {code}: {place.said()[-300:]}"]
             wrong += ["a traceback"] if "Traceback" in place.said() else []
             wrong += [f"left {file.name}" for file in place.root.rglob("*.tmp")]
             wrong += [text] if (text := lost(place)) else []
@@ -657,7 +657,7 @@ class Suite:
             ended, status = os.waitpid(process, os.WNOHANG)
             if ended:
                 break
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, KeyError):  # not yet, or not any more
                 samples.append(sample(process, place.run / "log.jsonl"))
             time.sleep(0.25)
         wrong = [] if os.waitstatus_to_exitcode(status) == 0 else [place.said()[-300:]]
