@@ -115,7 +115,7 @@ def start(work: Callable[[], Any], output: Path) -> int:
         with open(output, "ab") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        sys.stdin.close()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a job of "&"
         work()
         code = 0
     except SystemExit as left:
