@@ -1953,7 +1953,7 @@ def run(config: Config, overwrite: bool = False) -> dict:
 
 
 def train_and_evaluate(config: Config, data: Data, device: torch.device, overwrite: bool) -> dict:
-    """Pre-train, evaluate, write the summary and draw the last figure. Returns the summary."""
+    """Pre-train, evaluate, draw the last figure and write the summary, which is returned."""
     model = pretrain(config, data, device, overwrite=overwrite)
     started = time.perf_counter()
     results = evaluate(model, data, config, device) if data.labelled else {}
@@ -1971,10 +1971,13 @@ def train_and_evaluate(config: Config, data: Data, device: torch.device, overwri
         "training_seconds": training,
         "seconds": training + monitoring + time.perf_counter() - started,
     }
-    utils.write_json(config.folder / SUMMARY, summary)
-    if results:
-        baselines = {key: results["knn"][key] for key in ("pixels", "untrained")}
+    baselines = {key: results["knn"][key] for key in ("pixels", "untrained")} if results else None
+    try:
         FigureKeeper(config, size).draw(log, baselines)
+    except InputError:  # which costs no result
+        utils.write_json(config.folder / SUMMARY, summary)
+        raise
+    utils.write_json(config.folder / SUMMARY, summary)  # last: where it is, the run is finished
     return summary
 
 

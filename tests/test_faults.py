@@ -279,12 +279,27 @@ def test_a_record_that_cannot_be_written_stops_no_training(run_folder, monkeypat
     assert len(utils.read_jsonl(config.folder / "log.jsonl")) == 3
 
 
-def test_a_figure_that_cannot_be_written_stops_nothing(run_folder, monkeypatch, capsys):
+def test_a_figure_that_cannot_be_written_costs_nothing_else(run_folder, monkeypatch, capsys):
     config = run_folder()
     failing(monkeypatch, "loss_plot.png", errno.EIO)
-    simclr.run(config)
+    with pytest.raises(InputError, match=r"loss_plot\.png"):
+        simclr.run(config)
     assert (config.folder / "summary.json").exists()
     assert capsys.readouterr().err.count("warning: ") == 1
+
+
+def test_a_run_is_finished_when_its_figure_is_drawn(run_folder, monkeypatch):
+    """Else a kill between the two would leave an older figure for good."""
+    config, there = run_folder(epochs=1), []
+    real = simclr.FigureKeeper.draw
+
+    def draw(self, *arguments):
+        there.append((config.folder / "summary.json").exists())
+        real(self, *arguments)
+
+    monkeypatch.setattr(simclr.FigureKeeper, "draw", draw)
+    simclr.run(config)
+    assert there == [False, False]
 
 
 def test_where_nothing_can_be_saved_nothing_is_trained(run_folder, monkeypatch):
