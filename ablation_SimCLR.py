@@ -1513,48 +1513,31 @@ def read_csv(file: Path, given: dict[str, Any], settings: Sequence[Setting]) -> 
 # ----------------------------------------------------------------------------- going through a grid
 
 
-@contextlib.contextmanager
-def working_on(job: Job) -> Iterator[bool]:
-    """Holds the job's run for this process. Yields False if another process has it.
-
-    The lock ends with its holder, however that ends. Where there are no such locks (Windows) it
-    is not exclusive.
-    """
-    utils.make_folders(job.place.parent)
-    try:
-        import fcntl
-    except ImportError:
-        yield True
-        return
-    with open(job.place.with_suffix(".lock"), "w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
 def do(job: Job, data: Data, device: torch.device) -> None:
     """Train, or continue, the job's run, measure and keep the result. The caller holds its lock."""
     started = time.perf_counter()
     name = job.name
     config = simclr.resolve(dataclasses.replace(job.config, run=name), data.pretrain, device)
-    if not (config.folder / RECORD).exists():
-        if (config.folder / simclr.CHECKPOINT).exists():
-            raise InputError(f"{config.folder} holds a run that is not an ablation's: delete it")
-        record = {
-            "digest": job.digest,
-            "config": dataclasses.asdict(job.config),
-            "variant": dataclasses.asdict(job.variant),
-        }
-        utils.write_json(config.folder / RECORD, record)
-        utils.write_atomically(job.place, name.encode())
-    measured = Measured(config, job.variant, data, device)
-    before = sum(row["seconds"] for row in measured.log())  # of training in earlier calls
-    result = MEASURES[job.measure](measured, **job.arguments)
-    seconds = before + time.perf_counter() - started
-    utils.write_json(job.result_file, {**result, "seconds": round(seconds, 1)})
+    with simclr.held(config):  # simclr.py may continue the run as well
+        utils.remove_leftovers(job.place.parent, job.place.name)
+        utils.remove_leftovers(config.folder, RECORD, job.result_file.name)
+        if not (config.folder / RECORD).exists():
+            if (config.folder / simclr.CHECKPOINT).exists():
+                raise InputError(
+                    f"{config.folder} holds a run that is not an ablation's: delete it"
+                )
+            record = {
+                "digest": job.digest,
+                "config": dataclasses.asdict(job.config),
+                "variant": dataclasses.asdict(job.variant),
+            }
+            utils.write_json(config.folder / RECORD, record)
+            utils.write_atomically(job.place, name.encode())
+        measured = Measured(config, job.variant, data, device)
+        before = sum(row["seconds"] for row in measured.log())  # of training in earlier calls
+        result = MEASURES[job.measure](measured, **job.arguments)
+        seconds = before + time.perf_counter() - started
+        utils.write_json(job.result_file, {**result, "seconds": round(seconds, 1)})
 
 
 class Grid:
@@ -1587,7 +1570,8 @@ class Grid:
         for i, job in enumerate(mine, 1):
             if job.result() is not None:
                 continue
-            with working_on(job) as free:
+            utils.make_folders(job.place.parent)
+            with utils.locked(job.place.with_suffix(".lock")) as free:
                 if not free or job.result() is not None:  # another process has it, or had it
                     continue
                 print(f"{i}/{len(mine)}  {job.config.run}", flush=True)
@@ -1822,16 +1806,16 @@ def run(names: Sequence[str], options: Options, given: dict[str, Any]) -> bool:
 @utils.quiet_without_reader()
 def main(argv: Sequence[str] | None = None) -> None:
     try:
-        if not run(*parse_command_line(argv)):
-            raise SystemExit(1)
+        with utils.InterruptedBySignals():
+            if not run(*parse_command_line(argv)):
+                raise SystemExit(1)
     except InputError as error:
         utils.exit_with_error("ablation_SimCLR.py", error)
     except simclr.Interrupted as stop:
         print("\nstopped and saved; the same command continues", file=sys.stderr)
         raise SystemExit(128 + stop.signal) from None
-    except KeyboardInterrupt:
-        print("\nstopped; what had been saved before is kept", file=sys.stderr)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as stop:
+        utils.exit_stopped(stop)
 
 
 if __name__ == "__main__":

@@ -429,7 +429,7 @@ class Source:
 
     def beside(self, name: str) -> Path:
         """A file beside the checkpoint, named after it if the folder is not a run's."""
-        own = self.file.name == simclr.CHECKPOINT
+        own = self.file.name in (simclr.CHECKPOINT, simclr.PREVIOUS)
         return self.file.with_name(name if own else f"{self.file.name}.{name}")
 
 
@@ -440,9 +440,9 @@ def load_source(file: Path, normalize: str = "auto") -> Source:
     file is damaged, needs code to be executed, or is of an unknown naming or network.
     """
     with torch.serialization.safe_globals([argparse.Namespace]):  # options that others save beside
-        state = utils.load_checkpoint(file)
+        state, file = simclr.load_newest(file)
     if "config" in state and "format" in state:
-        run = simclr.load_run(file)
+        run = simclr.trained_run(state, file)
         source = Source(file, run.model.encoder, run.model.encoder, "none", "", run.config)
         source.projector = run.model.projector
         source.description = f"{run.config.arch} at width {run.config.width:g}, epoch {run.epoch}"

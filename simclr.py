@@ -22,8 +22,8 @@ training, Algorithm 1 · what was learned · the command line. Data sets, files 
 are in utils.py.
 
 A run keeps everything in checkpoints/<run>/ and draws figures/<run>/loss_plot.png. The same
-command again continues an interrupted run, and on the CPU, with as many threads, ends bit for bit
-as if it had not been interrupted: all randomness derives from (seed, epoch, step).
+command again continues an interrupted run, killed ones too, and on the CPU, with as many threads,
+ends bit for bit as if it had not been interrupted: all randomness derives from (seed, epoch, step).
 """
 
 from __future__ import annotations
@@ -133,6 +133,10 @@ class Config:
         -1, "processes that decode streamed images; -1: one per core", identity=False
     )
     save_every: int = setting(1, "epochs between checkpoints", identity=False)
+    checkpoint_minutes: float = setting(
+        10.0, "minutes after the last checkpoint that one is saved inside an epoch; 0: never",
+        identity=False,
+    )  # fmt: skip
     keep_every: int = setting(
         0, "epochs between checkpoints that are kept, as epoch0010.pt, beside the last; 0: none",
         identity=False,
@@ -230,7 +234,7 @@ def check_config(config: Config) -> None:
         need(0 <= getattr(config, name) <= 1, name, "a probability in [0, 1]")
     for name in ("color_strength", "brightness", "contrast", "saturation", "weight_decay"):
         need(getattr(config, name) >= 0, name, "0 or more")
-    for name in ("warmup_epochs", "knn_every", "keep_every", "seed"):
+    for name in ("warmup_epochs", "knn_every", "keep_every", "checkpoint_minutes", "seed"):
         need(getattr(config, name) >= 0, name, "0 or more")
     need(config.image_size == 0 or 8 <= config.image_size <= 4096, "image_size", "0 or 8 to 4096")
     need(0 < config.crop_min <= 1, "crop_min", "in (0, 1]")
@@ -1021,7 +1025,7 @@ def train_epoch(
 
     batches: float32 (2N, 3, S, S), both views of N images. rate: learning rate of a step of this
     epoch. loss_function: (z1, z2), each (N, D) -> scalar. after_step: is called after each step;
-    True asks to stop.
+    True asks to leave the epoch, which position then lets another call go on with.
     """
     model.train()
     started = time.perf_counter()
@@ -1113,10 +1117,14 @@ class Pretraining:
         self.augment = make_augment(config)
         self.position = Position()
         self.log: list[dict] = []
+        self.lines: list[str] = []  # of it, as written: encoding thousands takes time every epoch
         self.batch_size, self.steps = batch_count(config, len(data.pretrain))  # steps per epoch
-        self.checkpoint = config.folder / "last.pt"
+        self.checkpoint = config.folder / CHECKPOINT
         self.log_file = config.folder / "log.jsonl"
         self.saved = False  # whether the files there are this run's
+        self.intact = False  # whether the checkpoint is, and worth keeping as the previous one
+        self.next_save = self.save_time()
+        self.forgiving = utils.Forgiving()
         self.probe = torch.full((1, 3, config.image_size, config.image_size), 0.5, device=device)
 
     def loss(self, z1: Tensor, z2: Tensor) -> Tensor:
@@ -1141,14 +1149,15 @@ class Pretraining:
         return self.position.epoch >= self.config.epochs
 
     def resume(self) -> bool:
-        """Take up the run's checkpoint. Returns whether there is one.
+        """Take up the run's checkpoint, or the previous one. Returns whether there is one.
 
-        Raises InputError if it is damaged or of another configuration, naming what differs.
+        Raises InputError if both are damaged or one is of another configuration, naming what
+        differs.
         """
-        if not self.checkpoint.exists():
+        if not (self.checkpoint.exists() or self.checkpoint.with_name(PREVIOUS).exists()):
             return False
-        state = utils.load_checkpoint(self.checkpoint)
-        check_format(state, self.checkpoint)
+        state, file = load_newest(self.checkpoint)
+        check_format(state, file)
         try:
             images = len(self.data.pretrain)
             check_same_run(state["config"], state["images"], self.config, images)
@@ -1162,7 +1171,7 @@ class Pretraining:
             raise InputError(
                 f"{self.checkpoint} is not a checkpoint of this run: {error}"
             ) from error
-        self.saved = True
+        self.saved, self.intact = True, file == self.checkpoint
         return True
 
     def logged(self, state: dict) -> list[dict]:
@@ -1190,24 +1199,70 @@ class Pretraining:
         }
 
     def save(self) -> None:
-        """Write the checkpoint. A run that is overwritten is whole until here, and then gone."""
-        utils.save_checkpoint(self.checkpoint, self.state())
-        if not self.saved:
-            for file in (self.config.folder / SUMMARY, *kept_checkpoints(self.config.folder)):
+        """Write the checkpoint. A run that is overwritten is whole until here, and then gone.
+
+        Raises InputError if it cannot be written; all files are as they were then.
+        """
+        self.next_save = self.save_time()
+        utils.save_checkpoint(self.checkpoint, self.state(), before=self.make_way)
+        self.saved = self.intact = True
+        self.bring_up_to_date()
+
+    def make_way(self) -> None:
+        """Keep the last checkpoint until there is another, or remove the run that is overwritten.
+
+        Nothing else remains of that one: its summary beside a new checkpoint would be believed.
+        """
+        folder, previous = self.config.folder, self.checkpoint.with_name(PREVIOUS)
+        if self.intact:
+            with contextlib.suppress(FileNotFoundError):  # somebody deleted it
+                os.replace(self.checkpoint, previous)
+        elif not self.saved:
+            for file in (folder / SUMMARY, *kept_checkpoints(folder), previous):
                 file.unlink(missing_ok=True)
-        self.saved = True
-        self.write_records()
+
+    def save_time(self) -> float:
+        """When the next checkpoint is due inside an epoch, by time.monotonic()."""
+        minutes = self.config.checkpoint_minutes
+        return time.monotonic() + 60 * minutes if minutes else math.inf
+
+    def try_to_save(self) -> None:
+        """Raise InputError now if checkpoints cannot be written, and not after hours."""
+        trial = self.config.folder / TRIAL
+        utils.save_checkpoint(trial, self.state())
+        trial.unlink()
+
+    def keep(self) -> None:
+        """Write the checkpoint that later ones do not replace, if one is due and not there."""
+        epoch, every = self.position.epoch, self.config.keep_every
+        file = self.config.folder / KEPT_CHECKPOINT.format(epoch)
+        due = every and epoch and epoch % every == 0 and not self.position.step
+        if due and not file.exists():
+            utils.save_checkpoint(file, self.state())
+
+    def bring_up_to_date(self) -> None:
+        """Write what belongs to the checkpoint, also if a kill came between.
+
+        Where the records cannot be written, only the end of a run, which reads them, fails.
+        """
+        self.forgiving(self.keep)
+        if self.complete:
+            self.write_records()
+        else:
+            self.forgiving(self.write_records)
 
     def write_records(self) -> None:
         """What people read, config.json and log.jsonl: it follows from the checkpoint."""
         utils.write_json(self.config.folder / "config.json", dataclasses.asdict(self.config))
-        utils.write_jsonl(self.log_file, self.log)
+        self.lines += map(utils.json_line, self.log[len(self.lines) :])
+        utils.write_atomically(self.log_file, "".join(self.lines).encode())
 
     def train(self) -> None:
         """To the last epoch, writing config.json, last.pt, log.jsonl and the figure on the way.
 
-        Raises InputError if a file cannot be written, an image cannot be read or the loss is not
-        finite, Interrupted if a signal asked to stop, after saving.
+        A file that cannot be written is a warning, and tried again when it is due. Raises
+        InputError if the last checkpoint cannot be written, an image cannot be read or the loss is
+        not finite, Interrupted if a signal asked to stop, after saving.
         """
         figure = FigureKeeper(self.config, self.batch_size)
         network = self.compiled() if self.config.compile == "on" else self.model
@@ -1219,7 +1274,7 @@ class Pretraining:
 
             def after_step() -> bool:
                 progress.advance()
-                return bool(stop)
+                return bool(stop) or time.monotonic() >= self.next_save
 
             while not self.complete:
                 batches = UntilError(self.batches())
@@ -1229,17 +1284,19 @@ class Pretraining:
                 )  # fmt: skip
                 self.check_finite()
                 if self.position.step < self.steps:
-                    self.stop_inside_epoch(batches.error, stop)
+                    if stop or batches.error:
+                        self.stop_inside_epoch(batches.error, stop)
+                    self.forgiving(self.save)
+                    continue
                 row = self.finish_epoch()
-                due = self.position.epoch % self.config.save_every == 0
-                if due or self.complete or stop or not self.saved:
+                due = not self.saved or self.position.epoch % self.config.save_every == 0
+                due = due or time.monotonic() >= self.next_save
+                if self.complete or stop:
                     self.save()
-                else:
-                    utils.write_jsonl(self.log_file, self.log)
-                if self.config.keep_every and self.position.epoch % self.config.keep_every == 0:
-                    kept = KEPT_CHECKPOINT.format(self.position.epoch)
-                    utils.save_checkpoint(self.config.folder / kept, self.state())
-                figure.update(self.log, force=self.complete)
+                elif not (due and self.forgiving(self.save)) and self.saved:
+                    self.bring_up_to_date()
+                if figure.due or self.complete:
+                    self.forgiving(figure.draw, self.log)
                 progress.show(*describe(row, self.log, self.config), last=self.complete)
                 if stop:
                     raise Interrupted(stop.signal)
@@ -1357,8 +1414,10 @@ def pretrain(
     run = make_run(config, data, device)
     resumed = not overwrite and run.resume()
     utils.make_folders(config.folder, config.figure_folder)
-    if resumed:
-        run.write_records()  # whatever has become of the files
+    if not resumed:
+        run.try_to_save()
+    else:
+        run.bring_up_to_date()  # whatever has become of the files
         if not run.complete:
             say(f"continuing {config.folder} after {run.position.epoch} of {config.epochs} epochs")
     if not run.complete:
@@ -1382,8 +1441,12 @@ def describe(row: dict, log: list[dict], config: Config) -> tuple[dict[str, str]
 
 
 CHECKPOINT = "last.pt"
-CHECKPOINT_FORMAT = 1
+PREVIOUS = "previous.pt"  # the checkpoint before
+CHECKPOINT_FORMAT = 2
+READABLE_FORMATS = (1, 2)  # format 1 has no checkpoint_minutes in its configuration, and no digest
 KEPT_CHECKPOINT = "epoch{:04d}.pt"  # --keep-every
+TRIAL = "trial.pt"  # whether there is room for checkpoints
+LOCK = ".lock"
 
 
 def kept_checkpoints(folder: Path) -> list[Path]:
@@ -1391,12 +1454,50 @@ def kept_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob(KEPT_CHECKPOINT.format(0).replace("0000", "[0-9]*")))
 
 
+@contextlib.contextmanager
+def held(config: Config) -> Iterator[None]:
+    """Inside, no other process works on the run. Raises InputError if one does."""
+    utils.make_folders(config.folder, config.figure_folder)
+    with utils.locked(config.folder / LOCK) as free:
+        if not free:
+            raise InputError(
+                f"another process is working on {config.folder}; wait for it, or choose another "
+                f"name with {flag('run')}"
+            )
+        own = (CHECKPOINT, KEPT_CHECKPOINT.format(0).replace("0000", "*"), TRIAL, SUMMARY)
+        utils.remove_leftovers(config.folder, *own, "config.json", "log.jsonl")
+        utils.remove_leftovers(config.figure_folder, FIGURE)
+        (config.folder / TRIAL).unlink(missing_ok=True)
+        yield
+
+
+def load_newest(file: Path) -> tuple[dict, Path]:
+    """A checkpoint and its file: `file`, or the previous one where a last.pt is damaged or gone.
+
+    Says so on stderr. Raises InputError if neither can be read.
+    """
+    try:
+        state = utils.load_checkpoint(file)
+    except InputError as error:
+        previous = file.with_name(PREVIOUS)
+        if file.name != CHECKPOINT or not previous.exists():
+            raise
+        try:
+            state = utils.load_checkpoint(previous)
+        except InputError as also:
+            raise InputError(f"{error}, and {also}") from also
+        print(f"warning: {error}; using the one before, {previous}", file=sys.stderr)
+        file = previous
+    return state, file
+
+
 def check_format(state: dict, where: Path) -> None:
     """Raise InputError if this version does not read the checkpoint."""
-    if state.get("format") != CHECKPOINT_FORMAT:
+    found = state.get("format")
+    if not isinstance(found, int) or found not in READABLE_FORMATS:
         raise InputError(
-            f"{where} has a checkpoint of format {state.get('format')!r}; this version reads "
-            f"format {CHECKPOINT_FORMAT}"
+            f"{where} has a checkpoint of format {found!r}; this version reads "
+            f"formats {READABLE_FORMATS[0]} to {READABLE_FORMATS[-1]}"
         )
 
 
@@ -1431,16 +1532,21 @@ def find_checkpoint(where: str, checkpoints: str | Path = "checkpoints") -> Path
     InputError, naming the runs that there are, if there is none.
     """
     root = Path(checkpoints)
-    found = [file for file in root.rglob("last.pt") if file.relative_to(root).parts[0] != ABLATIONS]
+    saved = [
+        file
+        for name in (CHECKPOINT, PREVIOUS)  # alone where a process was killed between its renames
+        for file in root.rglob(name)
+        if file.relative_to(root).parts[0] != ABLATIONS
+    ]
     if not where:
-        if not found:
+        if not saved:
             raise InputError(f"no run under {root} yet; python simclr.py makes one")
-        return max(found, key=lambda file: file.stat().st_mtime)
-    for path in (Path(where), Path(where) / "last.pt", root / where / "last.pt"):
+        return max(saved, key=lambda file: file.stat().st_mtime).with_name(CHECKPOINT)
+    for path in (Path(where), Path(where) / CHECKPOINT, root / where / CHECKPOINT):
         with contextlib.suppress(OSError):  # a name that is too long for a file
-            if path.is_file():
+            if path.is_file() or (path.name == CHECKPOINT and path.with_name(PREVIOUS).is_file()):
                 return path
-    names = sorted(str(file.parent.relative_to(root)) for file in found)
+    names = sorted({str(file.parent.relative_to(root)) for file in saved})
     raise InputError(
         f"{where} is neither a checkpoint nor a run under {root} (there: "
         f"{', '.join(names) or 'none'})"
@@ -1457,15 +1563,21 @@ class TrainedRun:
     config: Config
     model: SimCLR
     epoch: int  # epochs that are complete
+    file: Path
 
 
 def load_run(file: Path) -> TrainedRun:
     """Read a checkpoint that simclr.py wrote. No code in it is executed.
 
-    Raises InputError if it is damaged, of another format, or its weights are not exactly those of
-    the model that its configuration describes.
+    Where a run's last.pt is damaged, the previous one is read, with a warning. Raises InputError if
+    there is none, it is of another format, or its weights are not exactly those of the model that
+    its configuration describes.
     """
-    state = utils.load_checkpoint(file)
+    return trained_run(*load_newest(file))
+
+
+def trained_run(state: dict, file: Path) -> TrainedRun:
+    """load_run() of what has been read of `file`."""
     check_format(state, file)
     try:
         config = Config(**state["config"])
@@ -1477,7 +1589,7 @@ def load_run(file: Path) -> TrainedRun:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise InputError(f"{file} is not a checkpoint of a run: {error}") from error
-    return TrainedRun(config, model.eval().requires_grad_(False), epoch)
+    return TrainedRun(config, model.eval().requires_grad_(False), epoch, file)
 
 
 # ------------------------------------------------------------------------------ what was learned
@@ -1635,28 +1747,30 @@ def draw_training(
     return figure
 
 
+FIGURE = "loss_plot.png"
+
+
 class FigureKeeper:
     """Redraws loss_plot.png as a run trains, spending a small share of the time on it."""
 
     SHARE = 0.01  # of the run's time, at most
 
     def __init__(self, config: Config, batch_size: int) -> None:
-        self.path = config.figure_folder / "loss_plot.png"
+        self.path = config.figure_folder / FIGURE
         self.chance = math.log(2 * batch_size - 1)
         self._next = time.perf_counter()
 
-    def update(
-        self,
-        log: Sequence[dict],
-        force: bool = False,
-        baselines: dict[str, float] | None = None,
-    ) -> None:
+    @property
+    def due(self) -> bool:
+        return time.perf_counter() >= self._next
+
+    def draw(self, log: Sequence[dict], baselines: dict[str, float] | None = None) -> None:
         started = time.perf_counter()
-        if started < self._next and not force:
-            return
-        utils.save_figure(draw_training(log, self.chance, baselines), self.path)
-        now = time.perf_counter()
-        self._next = now + (now - started) / self.SHARE
+        try:
+            utils.save_figure(draw_training(log, self.chance, baselines), self.path)
+        finally:  # where it cannot be written it takes no larger share
+            now = time.perf_counter()
+            self._next = now + (now - started) / self.SHARE
 
 
 # ------------------------------------------------------------- learning from labels (Appendix B.5)
@@ -1916,7 +2030,10 @@ def finished_summary(config: Config, data: Data) -> dict | None:
 
 
 def run(config: Config, overwrite: bool = False) -> dict:
-    """Pre-train and evaluate: what `python simclr.py` does. Returns the summary."""
+    """Pre-train and evaluate: what `python simclr.py` does. Returns the summary.
+
+    Raises InputError, also if another process works on the run, and Interrupted.
+    """
     device = utils.choose_device(config.device)
     data = load_data(config, device)
     as_given, config = config, resolve(config, data.pretrain, device)
@@ -1933,6 +2050,25 @@ def run(config: Config, overwrite: bool = False) -> dict:
         f"figure in {config.figure_folder}"
     )
 
+    with held(config):
+        summary = train_and_evaluate(config, data, device, overwrite)
+    if "knn" in summary:
+        print("\n" + table(summary, len(data.test)))
+    else:
+        print("\nNo labelled test images, so the representation was not evaluated")
+    print(
+        f"\n{summary['training_seconds']:.0f} s of training, "
+        f"{summary['views_per_second']:,.0f} views/s; "
+        f"{summary['seconds']:.0f} s with the evaluation\n"
+        f"curves        {config.figure_folder / FIGURE}\n"
+        f"weights, log  {config.folder}\n"
+        f"{next_steps(as_given)}"
+    )
+    return summary
+
+
+def train_and_evaluate(config: Config, data: Data, device: torch.device, overwrite: bool) -> dict:
+    """Pre-train, evaluate, draw the last figure and write the summary, which is returned."""
     model = pretrain(config, data, device, overwrite=overwrite)
     started = time.perf_counter()
     results = evaluate(model, data, config, device) if data.labelled else {}
@@ -1950,20 +2086,13 @@ def run(config: Config, overwrite: bool = False) -> dict:
         "training_seconds": training,
         "seconds": training + monitoring + time.perf_counter() - started,
     }
-    utils.write_json(config.folder / SUMMARY, summary)
-    if results:
-        baselines = {key: results["knn"][key] for key in ("pixels", "untrained")}
-        FigureKeeper(config, size).update(log, force=True, baselines=baselines)
-        print("\n" + table(summary, len(data.test)))
-    else:
-        print("\nNo labelled test images, so the representation was not evaluated")
-    print(
-        f"\n{training:.0f} s of training, {summary['views_per_second']:,.0f} views/s; "
-        f"{summary['seconds']:.0f} s with the evaluation\n"
-        f"curves        {config.figure_folder / 'loss_plot.png'}\n"
-        f"weights, log  {config.folder}\n"
-        f"{next_steps(as_given)}"
-    )
+    baselines = {key: results["knn"][key] for key in ("pixels", "untrained")} if results else None
+    try:
+        FigureKeeper(config, size).draw(log, baselines)
+    except InputError:  # which costs no result
+        utils.write_json(config.folder / SUMMARY, summary)
+        raise
+    utils.write_json(config.folder / SUMMARY, summary)  # last: where it is, the run is finished
     return summary
 
 
@@ -2007,10 +2136,11 @@ def flags_of(config: Config) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     try:
         config, overwrite, views_file = parse_command_line(argv)
-        if views_file:
-            show_views(config, Path(views_file))
-        else:
-            run(config, overwrite)
+        with utils.InterruptedBySignals():
+            if views_file:
+                show_views(config, Path(views_file))
+            else:
+                run(config, overwrite)
     except InputError as error:
         utils.exit_with_error("simclr.py", error)
     except Interrupted as stop:
@@ -2018,9 +2148,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         command = utils.python_command(*given) if argv is None else "the same call"
         print(f"\nstopped and saved; continue with: {command}", file=sys.stderr)
         raise SystemExit(128 + stop.signal) from None
-    except KeyboardInterrupt:
-        print("\nstopped; what had been saved before is kept", file=sys.stderr)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as stop:
+        utils.exit_stopped(stop)
 
 
 if __name__ == "__main__":

@@ -922,6 +922,7 @@ def draw(where: str, options: Options) -> list[Path]:
     """What `python tSNE.py` does. Returns the files it wrote."""
     file = simclr.find_checkpoint(where, options.checkpoints)
     run = simclr.load_run(file)
+    file = run.file
     folder = Path(options.figures) / run.config.run
     utils.make_folders(folder)
     if options.epochs:

@@ -54,6 +54,12 @@ def exit_with_error(program: str, error: BaseException) -> NoReturn:
     raise SystemExit(2)
 
 
+def exit_stopped(stop: KeyboardInterrupt) -> NoReturn:
+    """Say on stderr that the program was stopped, and leave with 128 + the signal, as shells do."""
+    print("\nstopped; what had been saved before is kept", file=sys.stderr)
+    raise SystemExit(128 + getattr(stop, "signal", signal.SIGINT)) from None
+
+
 @contextlib.contextmanager
 def quiet_without_reader() -> Iterator[None]:
     """End as Unix tools do, without a word, when nobody reads on (`python simclr.py | head -1`)."""
@@ -152,9 +158,12 @@ def generator(device: torch.device | str, seed: int, *keys: int) -> torch.Genera
 # ----------------------------------------------------------------------------------------- files
 
 
-def write_atomically(path: Path, content: bytes | memoryview) -> None:
+def write_atomically(
+    path: Path, content: bytes | memoryview, before: Callable[[], object] = lambda: None
+) -> None:
     """Replace `path` by `content` so that a crash at any moment leaves the old or the new file.
 
+    before: is called when `content` is safe on the disk, and next takes the place of `path`.
     Raises InputError when the folder cannot be written or the disk is full; `path` is untouched
     then.
     """
@@ -166,6 +175,7 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        before()
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
@@ -174,6 +184,17 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
     finally:
         with contextlib.suppress(OSError):  # as a rule it has become `path`
             temporary.unlink()
+
+
+def remove_leftovers(folder: Path, *names: str) -> None:
+    """Delete what killed processes left in writing files of these names (or patterns) atomically.
+
+    The caller knows that nobody is writing them now.
+    """
+    for name in names:
+        for file in folder.glob(f".{name}.*.tmp"):
+            with contextlib.suppress(OSError):  # it is in nobody's way
+                file.unlink()
 
 
 def _sync_folder(folder: Path) -> None:
@@ -204,14 +225,66 @@ def make_folders(*folders: Path) -> None:
             raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
 
 
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Holds the lock that the file `path` stands for. Yields False if somebody else holds it.
+
+    The lock ends with its holder, however that ends; the file stays. Where there are no such locks
+    (Windows, some network folders) it is not exclusive. Raises InputError if there can be no file.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield True
+        return
+    try:
+        file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:  # the file system has no locks
+            yield True
+            return
+        os.register_at_fork(after_in_child=file.close)  # a worker may outlive a killed holder
+        yield True
+
+
+class Forgiving:
+    """Lets a long run go on where a file cannot be written, with one warning a reason.
+
+    `forgiving(write, *arguments)` calls it and returns whether it went well.
+    """
+
+    def __init__(self) -> None:
+        self._failing: dict[Any, str] = {}  # what is written -> why it could not be
+
+    def __call__(self, write: Callable[..., Any], *arguments: Any, **options: Any) -> bool:
+        try:
+            write(*arguments, **options)
+        except InputError as error:
+            reason = str(getattr(error.__cause__, "strerror", error))
+            if reason not in self._failing.values():
+                said = f"warning: {error}; the run goes on and tries again"
+                tqdm.write(" ".join(said.split()), file=sys.stderr)
+            self._failing[write] = reason
+            return False
+        self._failing.pop(write, None)
+        return True
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def write_jsonl(path: Path, rows: Sequence[dict]) -> None:
-    """Write `rows` as JSON lines, atomically."""
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+def json_line(row: dict) -> str:
+    """A row of a JSON-lines file."""
+    return json.dumps(row) + "\n"
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -232,22 +305,59 @@ def read_jsonl(path: Path) -> list[dict]:
     return rows
 
 
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Write `state` (tensors and plain types only) atomically. Raises InputError if it cannot."""
+SEAL = b"SHA-256 of all before: "  # then the digest in hex: the comment of a checkpoint's zip
+_SEAL_BYTES = len(SEAL) + 2 * hashlib.sha256().digest_size
+_ZIP_END, _ZIP_END_BYTES = b"PK\5\6", 22  # the record that ends a zip, but for its comment
+
+
+def save_checkpoint(path: Path, state: dict, before: Callable[[], object] = lambda: None) -> None:
+    """Write `state` (tensors and plain types only) atomically. Raises InputError if it cannot.
+
+    The file is torch.save's, with a digest where torch.load does not look, so that any damage
+    shows: the checksums inside say nothing of headers and padding. before: see write_atomically().
+    """
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    write_atomically(path, buffer.getbuffer())
+    buffer.seek(-2, os.SEEK_END)  # the length of the comment, 0 so far
+    buffer.write(_SEAL_BYTES.to_bytes(2, "little") + SEAL)
+    buffer.write(hashlib.sha256(buffer.getbuffer()).hexdigest().encode())
+    write_atomically(path, buffer.getbuffer(), before)
+
+
+def check_seal(path: Path) -> bool:
+    """Whether save_checkpoint() sealed the file; InputError if it did and the file is damaged.
+
+    torch.save leaves no comment, so whatever is not a plain end of a zip is a seal, or was one.
+    """
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 2 * _SEAL_BYTES))
+        tail = file.read()
+        end = tail.rfind(_ZIP_END)
+        if end < 0 or (end + _ZIP_END_BYTES == len(tail) and tail.endswith(b"\0\0")):
+            return False
+        file.seek(0)
+        digest = hashlib.sha256()
+        left = size - 2 * digest.digest_size
+        while left > 0:
+            digest.update(file.read(min(left, 2**20)))
+            left = size - 2 * digest.digest_size - file.tell()
+    if tail[-_SEAL_BYTES:] != SEAL + digest.hexdigest().encode():
+        raise InputError(f"{path} is damaged (it does not have the digest that it was saved with)")
+    return True
 
 
 def load_checkpoint(path: Path) -> dict:
     """Read a checkpoint onto the CPU without running any code that it may hold.
 
-    Returns the dict that was saved. Raises InputError if the file is missing, damaged (the
-    checksums inside the zip file are verified), or holds anything but tensors and plain types.
+    Returns the dict that was saved. Raises InputError if the file is missing, damaged (the digest
+    or, if it has none, the checksums inside the zip file are verified), or holds anything but
+    tensors and plain types.
     """
     path = Path(path)
     try:
-        if zipfile.is_zipfile(path):  # files of before torch 1.6 are not, and have no checksums
+        # files of before torch 1.6 are no zips, and have no checksums
+        if not check_seal(path) and zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged is not None:
@@ -274,7 +384,7 @@ class StopRequest:
     """Turns SIGINT, SIGTERM and SIGUSR1 (SLURM's advance notice) into a flag that a loop can read.
 
     `with StopRequest() as stop:` — `stop.signal` is None until a signal arrives, then its number.
-    A second SIGINT ends the program at once. Outside the main thread it does nothing.
+    SIGINT after that ends the program at once. Outside the main thread it does nothing.
     """
 
     _NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
@@ -296,12 +406,29 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame: object) -> None:
-        if number == signal.SIGINT and self.signal == signal.SIGINT:
+        if number == signal.SIGINT and self:
             raise KeyboardInterrupt
-        self.signal = number
+        self.signal = self.signal or number
 
     def __bool__(self) -> bool:
         return self.signal is not None
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGUSR1 arrived where nothing is to be saved. signal: its number."""
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(signal)
+        self.signal = signal
+
+
+class InterruptedBySignals(StopRequest):
+    """Inside, SIGTERM and SIGUSR1 end the program as Ctrl-C does, cleaning up: see Terminated."""
+
+    _NAMES = ("SIGTERM", "SIGUSR1")
+
+    def _note(self, number: int, _frame: object) -> None:
+        raise Terminated(number)
 
 
 # --------------------------------------------------------------------------------------- devices
