@@ -210,13 +210,14 @@ def make_config(**overrides: Any) -> Config:
 
 
 def check_config(config: Config) -> None:
-    """Raise InputError for the first field that is out of range."""
+    """Raise InputError for the first field that is of another type or out of range."""
+    if fault := utils.type_fault(config):
+        raise InputError(fault)
     for field in dataclasses.fields(config):
         value, choices = getattr(config, field.name), field.metadata["choices"]
         if choices and value not in choices:
-            raise InputError(f"{flag(field.name)} {value!r}: choose from {', '.join(choices)}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"{flag(field.name)} must be a finite number, got {value}")
+            text = utils.shown(value)
+            raise InputError(f"{flag(field.name)} {text!r}: choose from {', '.join(choices)}")
 
     def need(holds: bool, name: str, range_text: str) -> None:
         if not holds:
@@ -1065,27 +1066,46 @@ class Pretraining:
             return False
         state = utils.load_checkpoint(self.checkpoint)
         check_format(state, self.checkpoint)
-        try:
+        what = f"{self.checkpoint} is not a checkpoint of this run"
+        with utils.refusing(what, through=(InputError,)):
             images = len(self.data.pretrain)
             check_same_run(state["config"], state["images"], self.config, images)
+            if faults := utils.misfits(state["model"], self.model.state_dict()):
+                raise ValueError(faults[0])
             self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.position = Position(**state["position"])
+            self.load_optimizer(dict(state["optimizer"])["state"])
+            self.position = read_position(state, self.config.epochs, self.steps)
             self.log = self.logged(state)
-        except InputError:
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise InputError(
-                f"{self.checkpoint} is not a checkpoint of this run: {error}"
-            ) from error
         self.saved = True
         return True
+
+    def load_optimizer(self, saved: dict) -> None:
+        """Take up the moments of each weight; the settings beside them follow from the config.
+
+        Raises ValueError if they are not those of these weights: torch would find out in a step.
+        """
+        groups = self.optimizer.state_dict()["param_groups"]
+        weights = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if not set(saved) <= set(range(len(weights))):
+            raise ValueError("its optimizer had other weights")
+        names = MOMENTS[self.config.optimizer]
+        expected = {
+            f"{name} of weight {i}": torch.empty(()) if name == "step" else weights[i]
+            for i in saved
+            for name in names
+        }
+        there = {f"{name} of weight {i}": x for i in saved for name, x in saved[i].items()}
+        if faults := utils.misfits(there, expected):
+            raise ValueError(faults[0])
+        self.optimizer.load_state_dict({"state": saved, "param_groups": groups})
 
     def logged(self, state: dict) -> list[dict]:
         """The log up to the checkpoint `state`, which holds it; earlier versions' did not."""
         rows = state["log"] if "log" in state else utils.read_jsonl(self.log_file)
         rows = rows[: self.position.epoch]  # the file may be ahead: those epochs are done again
-        whole = all(row.keys() >= LOGGED for row in rows)
+        values = [value for row in rows for value in row.values()]
+        plain = all(isinstance(value, int | float) and abs(value) < 2**63 for value in values)
+        whole = plain and all(row.keys() >= LOGGED for row in rows)
         if not whole or [row["epoch"] for row in rows] != [*range(1, self.position.epoch + 1)]:
             raise InputError(
                 f"{self.log_file} does not have the {self.position.epoch} epochs of the "
@@ -1220,6 +1240,11 @@ class UntilError(Iterable[Tensor]):
 
 SUMMARY = "summary.json"
 LOGGED = {"epoch", "loss", "contrastive_accuracy", "lr", "views_per_second", "seconds"}
+MOMENTS = {  # what the optimisers keep of each weight
+    "lars": ("momentum_buffer",),
+    "sgd": ("momentum_buffer",),
+    "adamw": ("step", "exp_avg", "exp_avg_sq"),
+}
 REMEDIES = (
     f"Try a lower {flag('lr')}, a longer {flag('warmup_epochs')}, a higher {flag('temperature')}, "
     f"or {flag('precision')} float32"
@@ -1278,9 +1303,10 @@ def kept_checkpoints(folder: Path) -> list[Path]:
 
 def check_format(state: dict, where: Path) -> None:
     """Raise InputError if this version does not read the checkpoint."""
-    if state.get("format") != CHECKPOINT_FORMAT:
+    found = dict(state).get("format")
+    if type(found) is not int or found != CHECKPOINT_FORMAT:
         raise InputError(
-            f"{where} has a checkpoint of format {state.get('format')!r}; this version reads "
+            f"{where} has a checkpoint of format {utils.shown(found)}; this version reads "
             f"format {CHECKPOINT_FORMAT}"
         )
 
@@ -1289,7 +1315,7 @@ def check_same_run(saved: dict, saved_images: int, config: Config, images: int) 
     """Raise InputError if a run's saved configuration or number of images is not the one given."""
     differ = differences(saved, config)
     if saved_images != images:
-        differ.append(f"number of images ({saved_images} there, {images} now)")
+        differ.append(f"number of images ({utils.shown(saved_images)} there, {images} now)")
     if differ:
         raise InputError(
             f"{config.folder} holds a run with another configuration: {', '.join(differ)}. "
@@ -1303,7 +1329,7 @@ def differences(saved: dict, config: Config) -> list[str]:
     if config.dataset == "folder":
         names.append("data_dir")
     return [
-        f"{flag(name)} ({saved.get(name)} there, {getattr(config, name)} now)"
+        f"{flag(name)} ({utils.shown(saved.get(name))} there, {getattr(config, name)} now)"
         for name in names
         if saved.get(name) != getattr(config, name)
     ]
@@ -1348,21 +1374,36 @@ def load_run(file: Path) -> TrainedRun:
     """Read a checkpoint that simclr.py wrote. No code in it is executed.
 
     Raises InputError if it is damaged, of another format, or its weights are not exactly those of
-    the model that its configuration describes.
+    the model that its configuration describes. That is compared by shapes before the model is
+    made, so that a small file cannot claim a network that fills the memory.
     """
     state = utils.load_checkpoint(file)
     check_format(state, file)
-    try:
+    with utils.refusing(f"{file} is not a checkpoint of a run"):
         config = Config(**state["config"])
         check_config(config)
+        if not config.image_size:
+            raise ValueError("its configuration has no size of images")
+        with torch.device("meta"):
+            expected = SimCLR(config).state_dict()
+        if faults := utils.misfits(state["model"], expected):
+            raise ValueError(faults[0])
         model = make_model(config)
         model.load_state_dict(state["model"])
-        epoch = int(state["position"]["epoch"])
-    except InputError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise InputError(f"{file} is not a checkpoint of a run: {error}") from error
-    return TrainedRun(config, model.eval().requires_grad_(False), epoch)
+        position = read_position(state, config.epochs)
+    return TrainedRun(config, model.eval().requires_grad_(False), position.epoch)
+
+
+def read_position(state: dict, epochs: int, steps: float = math.inf) -> Position:
+    """How far a checkpoint is. Raises ValueError if that is not within the epochs and steps."""
+    position = Position(**state["position"])
+    if not {"epoch", "step"} <= set(state["position"]):
+        raise ValueError("it does not say how far it is")
+    if fault := utils.type_fault(position):
+        raise ValueError(fault)
+    if not (0 <= position.epoch <= epochs and 0 <= position.step <= steps):
+        raise ValueError(f"its epoch {position.epoch} or step {position.step} is out of range")
+    return position
 
 
 # ------------------------------------------------------------------------------ what was learned
@@ -1831,7 +1872,7 @@ def run(config: Config, overwrite: bool = False) -> dict:
         "parameters": sum(p.numel() for p in model.encoder.parameters()),
         "loss": log[-1]["loss"],
         **results,
-        "views_per_second": 2 * size * steps * config.epochs / training,
+        "views_per_second": 2 * size * steps * config.epochs / max(training, 1e-3),
         "training_seconds": training,
         "seconds": training + monitoring + time.perf_counter() - started,
     }

@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import os
+import pickletools
 import shlex
 import signal
 import sys
@@ -27,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, BinaryIO, NoReturn
 
 import numpy as np
 import torch
@@ -46,11 +47,43 @@ class InputError(ValueError):
     """Something the user can put right: reported as one line on stderr with exit code 2."""
 
 
+LONGEST_MESSAGE = 2000  # characters
+
+
 def exit_with_error(program: str, error: BaseException) -> NoReturn:
     """Print `program: error: …` as a single line on stderr and leave with exit code 2."""
-    message = " ".join(str(error).split())
+    message = one_line(str(error), LONGEST_MESSAGE)
     print(f"{program}: error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def one_line(text: str, most: int) -> str:
+    """`text` in a line that no terminal takes for a command, of at most `most` characters."""
+    text = " ".join(text[: 2 * most].split())
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+@contextlib.contextmanager
+def refusing(what: str, through: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Turns whatever is raised inside into an InputError that begins with `what`, some apart.
+
+    For what is made of a file from anywhere: there is no end to what a strange one can raise.
+    """
+    try:
+        yield
+    except through:
+        raise
+    except Exception as error:
+        raise InputError(f"{what}: {shown(error)}") from error
+
+
+def shown(value: Any) -> str:
+    """Any value, of whatever size, for a message."""
+    try:
+        return one_line(str(value), 100)
+    except (ValueError, RecursionError):  # an integer of a million digits, lists in lists in lists
+        return f"a {type(value).__name__} too large to print"
 
 
 @contextlib.contextmanager
@@ -92,6 +125,25 @@ def setting(default: Any, help: str, choices: Sequence[str] = (), identity: bool
 def flag(name: str) -> str:
     """The command-line flag of a field."""
     return "--" + name.replace("_", "-")
+
+
+PLAIN_TYPES = {"int": int, "float": (int, float), "bool": bool, "str": str}
+
+
+def type_fault(options: Any) -> str:
+    """The first field of a dataclass that has not the type it should have, and what it has, or "".
+
+    Its fields are int (of 64 bits), float (finite; an int will do), bool or str.
+    """
+    for field in dataclasses.fields(options):
+        value, kind = getattr(options, field.name), field.type
+        fits = isinstance(value, PLAIN_TYPES[kind]) and isinstance(value, bool) == (kind == "bool")
+        if not fits or (isinstance(value, int) and abs(value) >= 2**63):
+            wanted = f"of type {kind}" + " (64 bits)" * (fits and kind == "int")
+            return f"{flag(field.name)} must be {wanted}, got {shown(value)}"
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"{flag(field.name)} must be a finite number, got {value}"
+    return ""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -223,7 +275,7 @@ def read_jsonl(path: Path) -> list[dict]:
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:  # no JSON, or no text at all
+        except (ValueError, RecursionError):  # no JSON, or no text at all
             break
         if not isinstance(row, dict):
             break
@@ -243,17 +295,19 @@ def load_checkpoint(path: Path) -> dict:
 
     Returns the dict that was saved. Raises InputError if the file is missing, damaged (the
     checksums inside the zip file are verified), or holds anything but tensors and plain types.
+    Takes no more memory than a small multiple of the file's size.
     """
     path = Path(path)
     try:
-        if zipfile.is_zipfile(path):  # files of before torch 1.6 are not, and have no checksums
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise InputError(f"{path} is damaged (checksum of its part {damaged!r} is wrong)")
-        with warnings.catch_warnings():  # about protocols of files that are then refused
-            warnings.simplefilter("ignore", UserWarning)
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about files that are then refused
+            if file.read(4) == ZIP_BEGINS:
+                check_archive(file)
+            else:  # of before torch 1.6: no checksums
+                file.seek(0)
+                check_pickles(file, count=5)
+            file.seek(0)
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except InputError:
         raise
     except FileNotFoundError:
@@ -264,6 +318,92 @@ def load_checkpoint(path: Path) -> dict:
     if not isinstance(state, dict):
         raise InputError(f"{path} holds a {type(state).__name__}, not a checkpoint")
     return state
+
+
+ZIP_BEGINS = b"PK\3\4"  # by which torch, too, tells its two formats apart
+NAMED_IN_CHECKPOINTS = frozenset(
+    [
+        "argparse Namespace",
+        "collections OrderedDict",
+        "torch Size",
+        "torch device",
+        "torch._utils _rebuild_parameter",
+        "torch._utils _rebuild_tensor",
+        "torch._utils _rebuild_tensor_v2",
+        *(f"torch {name}" for name, kind in vars(torch).items() if isinstance(kind, torch.dtype)),
+        *(
+            f"torch {kind}Storage"
+            for kind in ("BFloat16", "Bool", "Byte", "Char", "Double", "Float", "Half", "Int",
+                         "Long", "Short", "ComplexFloat", "ComplexDouble")
+        ),
+    ]
+)  # fmt: skip
+
+
+def check_archive(file: BinaryIO) -> None:
+    """Raise ValueError unless the zip file is one that torch could have written, and undamaged.
+
+    torch stores the parts as they are: a compressed one could expand to any size.
+    """
+    with zipfile.ZipFile(file) as archive:
+        parts = archive.infolist()
+        for part in parts:
+            if part.compress_type != zipfile.ZIP_STORED or part.file_size != part.compress_size:
+                raise ValueError(f"its part {shown(part.filename)} is compressed")
+            if part.filename.startswith("/") or ".." in part.filename.split("/"):
+                raise ValueError(f"its part {shown(part.filename)} lies outside of it")
+        if len({part.filename for part in parts}) < len(parts):
+            raise ValueError("it has two parts of one name")
+        if sum(part.file_size for part in parts) > file.seek(0, os.SEEK_END):
+            raise ValueError("its parts overlap")
+        if (damaged := archive.testzip()) is not None:
+            raise ValueError(f"it is damaged: the checksum of {shown(damaged)} is wrong")
+        for part in parts:
+            if part.filename.endswith("data.pkl"):
+                with archive.open(part) as content:
+                    check_pickles(content, count=1)
+
+
+def check_pickles(file: IO[bytes], count: int) -> None:
+    """Raise ValueError if one of the pickles in a row names what no checkpoint needs.
+
+    Nothing is executed: neither here, nor by torch.load(weights_only=True). But that calls more
+    than builds tensors, such as bytearray(10**10), which a file of 100 bytes can ask for.
+    """
+    for _ in range(count):
+        for operation, argument, _ in pickletools.genops(file):
+            if operation.name == "GLOBAL" and argument not in NAMED_IN_CHECKPOINTS:
+                raise ValueError(f"it names {shown(argument.replace(' ', '.'))}")
+
+
+def misfits(tensors: dict[str, Any], expected: dict[str, Tensor]) -> list[str]:
+    """What keeps `tensors` from being a state dict of these names and shapes, a text each.
+
+    expected: may be on the meta device. Several tensors may not be views of the same memory, nor
+    one of less than it shows: a small file could claim a network of any size.
+    """
+    faults = [f"{shown(name)} is missing" for name in expected if name not in tensors]
+    faults += [f"{shown(name)} is surplus" for name in tensors if name not in expected]
+    for name, value in expected.items():
+        own = tensors.get(name, value)
+        if not isinstance(own, Tensor):
+            faults.append(f"{name} is a {type(own).__name__}, not a tensor")
+        elif own.shape != value.shape:
+            faults.append(f"{name} has shape {tuple(own.shape)}, not {tuple(value.shape)}")
+    if faults:
+        return faults
+    stores = [tensors[name].untyped_storage() for name in expected]
+    held = sum({store.data_ptr(): store.nbytes() for store in stores}.values())
+    if sum(tensors[name].nbytes for name in expected) > held:
+        return ["its tensors are views of the same memory"]
+    return [f"{name} {fault}" for name in expected if (fault := odd(tensors[name]))]
+
+
+def odd(value: Tensor) -> str:
+    """What is wrong with a tensor as a weight, or ""."""
+    if value.ndim and not value.is_floating_point():
+        return f"is of type {value.dtype}, not a float"
+    return "" if value.isfinite().all() else "is not finite"
 
 
 # --------------------------------------------------------------------------------------- signals

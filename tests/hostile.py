@@ -1,0 +1,698 @@
+"""Files and command lines that mean harm, or are merely strange: what must become of each.
+
+    python tests/hostile.py                  # all of it, some minutes
+    python tests/hostile.py --tries 100      # fewer fuzzed files and command lines
+
+Whatever is given, the outcome is a run or one clear line, within seconds, in bounded memory, and
+nothing is executed or written elsewhere. test_hostile.py does a sample of it.
+
+Reading order: a trial · checkpoints · images · data sets · command lines · numbers.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import copy
+import dataclasses
+import io
+import os
+import pickle
+import re
+import resource
+import struct
+import sys
+import tempfile
+import time
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import conftest  # noqa: F401  makes the scripts importable
+from outcome import Outcome
+
+# isort: split
+import load_simCLR
+import simclr
+import tSNE
+import utils
+from utils import ImageSet, InputError
+
+CPU = torch.device("cpu")
+SECONDS = 20.0  # a trial that takes longer has failed (a busy machine: usually one or two)
+MEMORY = 512 * 2**20  # bytes: what a trial may take beside what the process had
+ADDRESSES = 24 * 2**30  # bytes of address space that a trial gets, so that a bomb harms no machine
+
+# ---------------------------------------------------------------------------------------- a trial
+
+
+def memory(name: str) -> int:
+    """A line of /proc/self/status in bytes; 0 where there is no such file."""
+    with contextlib.suppress(OSError):
+        text = Path("/proc/self/status").read_text(encoding="utf-8")
+        found = re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)
+        return 1024 * int(found[1]) if found else 0
+    return 0
+
+
+@contextlib.contextmanager
+def bounded() -> Iterator[Callable[[], int]]:
+    """Limits the address space inside. Yields what the process took more at most, in bytes."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak
+    before, limits = memory("VmRSS"), resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (memory("VmSize") + ADDRESSES, limits[1]))
+    try:
+        yield lambda: memory("VmHWM") - before
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@dataclasses.dataclass
+class Trial:
+    """What became of a call. how: "run", "refused" or "broken". text: the line, or what broke."""
+
+    how: str
+    text: str
+    value: Any = None
+
+
+def attempt(call: Callable[[], Any]) -> Trial:
+    """Calls it as a command or a function of the project, and judges what comes of it."""
+    out, err = io.StringIO(), io.StringIO()
+    started, how, text, value = time.perf_counter(), "run", "", None
+    with warnings.catch_warnings(record=True) as warned, bounded() as taken:
+        warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", category=DeprecationWarning)  # Python shows these to none
+        warnings.filterwarnings("ignore", category=PendingDeprecationWarning)
+        warnings.filterwarnings("ignore", category=ResourceWarning)
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                value = call()
+        except InputError as error:
+            how, text = "refused", str(error)
+        except SystemExit as left:
+            said = err.getvalue()
+            if left.code in (None, 0):
+                how = "run"
+            elif left.code == 2 and said.count("\n") == 1 and ": error: " in said:
+                how, text = "refused", said.strip()
+            else:
+                how, text = "broken", f"exit code {left.code} and {said[-300:]!r}"
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            how, text = "broken", f"{type(error).__name__}: {str(error)[:300]}"
+        grown = taken()
+    seconds = time.perf_counter() - started
+    if how == "run" and err.getvalue():
+        how, text = "broken", f"a run that says {err.getvalue()[:300]!r}"
+    if how != "broken" and warned:
+        how, text = "broken", f"a stray warning: {warned[0].message}"
+    if how != "broken" and grown > MEMORY:
+        how, text = "broken", f"took {grown / 2**20:.0f} MiB of memory"
+    if how != "broken" and seconds > SECONDS:
+        how, text = "broken", f"took {seconds:.0f} s"
+    return Trial(how, text, value)
+
+
+class Count:
+    """Gathers an Outcome."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.tried, self.failures, self.seconds = name, 0, [], 0.0
+        self.last = time.perf_counter()
+
+    def add(self, case: str, fault: str) -> None:
+        """fault: what was wrong with what became of the case, or ""."""
+        self.tried += 1
+        if fault:
+            self.failures.append(f"{case}: {fault}")
+        now = time.perf_counter()
+        self.seconds, self.last = self.seconds + now - self.last, now
+
+    def outcome(self) -> Outcome:
+        failed = len(self.failures)
+        return Outcome(
+            self.name, self.tried, self.tried - failed, "nothing" if not failed else "see failures",
+            self.seconds, self.failures,
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def temporary() -> Iterator[Path]:
+    """A folder for a while, which is also the current one."""
+    here = Path.cwd()
+    with tempfile.TemporaryDirectory(prefix="hostile-") as name:
+        os.chdir(name)
+        try:
+            yield Path(name)
+        finally:
+            os.chdir(here)
+
+
+def fuzz(strategy: Any, tries: int, seed: int, check: Callable[[Any], None]) -> None:
+    """Calls check() with `tries` examples of a hypothesis strategy; nothing is kept on disk."""
+    import hypothesis
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=tries, deadline=None, database=None, phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )  # fmt: skip
+    @hypothesis.given(strategy)
+    def run(example: Any) -> None:
+        check(example)
+
+    run()
+
+
+# ------------------------------------------------------------------------------------ checkpoints
+
+
+class Calls:
+    """Would call function(*arguments) if it were unpickled."""
+
+    def __init__(self, function: Callable, *arguments: Any) -> None:
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self) -> tuple:
+        return self.function, self.arguments
+
+
+class Base:
+    """A run of eight images that a checkpoint may be of, and the doors through which files come."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.canary = folder, folder / "canary"
+        random = torch.Generator().manual_seed(0)
+        images = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8, generator=random)
+        labels = torch.arange(8) % 2
+        part = ImageSet(images, labels, ("a", "b"))
+        self.data = simclr.Data(part, part, part)
+        self.config = simclr.make_config(
+            dataset="digits", arch="resnet10", width=0.0625, epochs=3, batch_size=4, device="cpu",
+            image_size=8, stem="small", precision="float32", head_dim=8, knn_every=0, run="r",
+            checkpoints=str(folder / "c"), figures=str(folder / "f"),
+        )  # fmt: skip
+        self.file = self.config.folder / "last.pt"
+        self.file.parent.mkdir(parents=True)
+        run = simclr.Pretraining(self.config, self.data, CPU)
+        self.one_epoch(run)
+        self.state = run.state()
+
+    def one_epoch(self, run: simclr.Pretraining) -> None:
+        simclr.train_epoch(
+            run.model, run.optimizer, run.batches(), run.rate, run.loss, "float32", run.position,
+            lambda: False,
+        )  # fmt: skip
+        run.finish_epoch()
+
+    def resume(self) -> None:
+        """As `python simclr.py` goes on, one epoch of it; its state is kept as it would be."""
+        run = simclr.Pretraining(self.config, self.data, CPU)
+        if run.resume() and not run.complete:
+            self.one_epoch(run)
+            torch.save(run.state(), io.BytesIO())
+
+    def load_run(self) -> simclr.TrainedRun:
+        """As an ablation, or a notebook, takes a run; its encoder is used once."""
+        run = simclr.load_run(self.file)
+        side = run.config.image_size
+        run.model(torch.rand(2, 3, side, side))
+        return run
+
+    def load_encoder(self) -> None:
+        load_simCLR.load_encoder(self.file)(torch.rand(1, 3, 32, 32))
+
+    def command(self) -> None:
+        load_simCLR.main([str(self.file), "--export", "out.pt", "--device", "cpu"])
+
+    def drawing(self) -> None:
+        tSNE.main([str(self.file), "--device", "cpu", "--figures", "f", "--images", "1"])
+
+    @property
+    def doors(self) -> dict[str, Callable[[], Any]]:
+        return {
+            "simclr.py": self.resume, "load_run": self.load_run, "load_encoder": self.load_encoder,
+            "load_simCLR.py": self.command, "tSNE.py": self.drawing,
+        }  # fmt: skip
+
+    def judge(self, doors: tuple[str, ...], must: str) -> str:
+        """What is wrong with what becomes of the file, or "".
+
+        must: "refused" by the given doors ("" allows a run as well); the others do either.
+        """
+        before = {path for path in self.folder.rglob("*") if path.is_file()}
+        for name, door in self.doors.items():
+            trial = attempt(door)
+            if trial.how == "broken":
+                return f"{name} {trial.text}"
+            if name in doors and must and trial.how != must:
+                return f"{name} took it"
+            if trial.how == "refused" and not trial.text.strip():
+                return f"{name} gives no reason"
+            if self.canary.exists():
+                return f"{name} executed it"
+            after = {path for path in self.folder.rglob("*") if path.is_file()}
+            new = after - before - {self.folder / "out.pt"}
+            new = {path for path in new if "tsne" not in path.name}
+            if new:
+                return f"{name} left {sorted(map(str, new))[0]} behind"
+        return ""
+
+
+ALL = ("simclr.py", "load_run", "load_encoder", "load_simCLR.py", "tSNE.py")
+READERS = ALL[1:]  # do not look at what only training goes on from
+RESUME = ALL[:1]
+
+
+def dangerous(canary: Path) -> dict[str, Any]:
+    """Objects whose unpickling would run code, or build what no checkpoint needs."""
+    touch, storage = f"touch {canary}", torch.zeros(4)._typed_storage()
+    code, no_hooks = f"open({str(canary)!r}, 'w')", collections.OrderedDict()
+    rebuild = torch._utils._rebuild_tensor_v2
+    return {
+        "os.system": Calls(os.system, touch),
+        "eval": Calls(eval, code),
+        "exec": Calls(exec, code),
+        "open": Calls(open, str(canary), "w"),
+        "getattr": Calls(getattr, Calls(__import__, "os"), "system"),
+        "__import__": Calls(__import__, "antigravity"),
+        "subprocess": Calls(__import__("subprocess").check_output, ["touch", str(canary)]),
+        "torch.load": Calls(torch.load, str(canary)),
+        "torch.hub": Calls(torch.hub.load, "a/b", "c"),
+        "Path.touch": Calls(Path.touch, canary),
+        "numpy scalar": Calls(__import__("numpy").float64, 1.0),
+        "a class of ours": simclr.Position(),
+        "functools.partial": Calls(__import__("functools").partial, os.system, touch),
+        "rebuild_from_type": Calls(
+            torch._tensor._rebuild_from_type_v2, os.system, torch.Tensor, (touch,), {}
+        ),
+        "parameter of a call": Calls(
+            torch._utils._rebuild_parameter, Calls(os.system, touch), False, no_hooks
+        ),
+        "hooks that are calls": Calls(
+            rebuild, storage, 0, (4,), (1,), True, Calls(os.system, touch)
+        ),
+        "ten gigabytes of zeros": Calls(bytearray, 10**10),
+        "a tensor of a size alone": Calls(torch.Tensor, (10**12,)),
+        "a storage of a size alone": Calls(torch.UntypedStorage, 10**11),
+        "text that doubles": doubled(40),
+        "a view beyond its storage": Calls(rebuild, storage, 0, (10**9,), (1,), False, no_hooks),
+        "an offset beyond": Calls(rebuild, storage, 10**9, (1,), (1,), False, no_hooks),
+        "a negative offset": Calls(rebuild, storage, -8, (1,), (1,), False, no_hooks),
+        "a negative stride": Calls(rebuild, storage, 2, (2,), (-1,), False, no_hooks),
+        "a size that overflows": Calls(rebuild, storage, 0, (2**62, 4), (0, 0), False, no_hooks),
+        "a sparse tensor": torch.zeros(3, 3).to_sparse(),
+        "a meta tensor": torch.empty(10**9, device="meta"),
+        "a quantized tensor": Calls(
+            torch._utils._rebuild_qtensor, storage, 0, (4,), (1,),
+            (torch.per_tensor_affine, 0.1, 0), False, no_hooks,
+        ),
+        "a nested tensor": Calls(torch._utils._rebuild_nested_tensor, *[torch.zeros(1)] * 4),
+    }  # fmt: skip
+
+
+def doubled(times: int) -> Any:
+    """Text that would be twice as long with each of the calls around it."""
+    value: Any = "ab"
+    for _ in range(times):
+        value = Calls(__import__("_codecs").encode, value, "hex")
+    return value
+
+
+def hidden(value: Any, how: str) -> Any:
+    """The value deep in harmless things."""
+    if how == "list":
+        return [[[value]]]
+    if how == "key":
+        return {(1, value) if how == "key" else 1: 2}
+    return collections.OrderedDict(a=collections.OrderedDict(b=(value,)))
+
+
+def repacked(content: bytes, change: Callable[[zipfile.ZipFile, list], None]) -> bytes:
+    """A torch file whose zip parts [(name, bytes)] were written anew by change()."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        parts = [(part.filename, archive.read(part)) for part in archive.infolist()]
+    made = io.BytesIO()
+    with warnings.catch_warnings(), zipfile.ZipFile(made, "w") as archive:
+        warnings.simplefilter("ignore")  # about names that are there twice
+        change(archive, parts)
+    return made.getvalue()
+
+
+def write_all(archive: zipfile.ZipFile, parts: list, **options: Any) -> None:
+    for name, content in parts:
+        archive.writestr(name, content, **options)
+
+
+def with_pickle(content: bytes, new: Callable[[bytes], bytes]) -> bytes:
+    """A torch file whose pickle was replaced."""
+
+    def change(archive: zipfile.ZipFile, parts: list) -> None:
+        write_all(archive, [(n, new(c) if n.endswith("data.pkl") else c) for n, c in parts])
+
+    return repacked(content, change)
+
+
+class Zeros:
+    """A compressor of nothing but zeros, always as many: does the work once."""
+
+    def __init__(self, count: int) -> None:
+        deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
+        self.piece = deflate.compress(bytes(count)) + deflate.flush(zlib.Z_FULL_FLUSH)
+
+    def compress(self, _: bytes) -> bytes:
+        return self.piece
+
+    def flush(self) -> bytes:
+        return b"\3\0"  # an empty last block
+
+
+def bomb(archive: zipfile.ZipFile, parts: list) -> None:
+    """A gigabyte of zeros in a megabyte, under the name of a storage."""
+    write_all(archive, [part for part in parts if part[0] != "archive/data/0"])
+    info = zipfile.ZipInfo("archive/data/0", (2020, 1, 1, 0, 0, 0))
+    zeros = bytes(2**26)
+    with archive.open(info, "w", force_zip64=True) as part:
+        part._compressor, info.compress_type = Zeros(len(zeros)), zipfile.ZIP_DEFLATED
+        for _ in range(2**30 // len(zeros)):
+            part.write(zeros)
+
+
+def overlapping(content: bytes, times: int = 1000) -> bytes:
+    """A torch file whose directory names its first part `times` more often."""
+    at = content.rfind(b"PK\5\6")
+    count, size, start = struct.unpack("<HII", content[at + 10 : at + 20])
+    directory = content[start : start + size]
+    name, extra, note = struct.unpack("<HHH", directory[28:34])
+    entry = directory[: 46 + name + extra + note]
+    entries = b""
+    for i in range(times):
+        entries += entry[:46] + f"{i:0{name}d}".encode() + entry[46 + name :]
+    end = struct.pack("<HHHHIIH", 0, 0, count + times, count + times, size + len(entries), start, 0)
+    return content[:start] + directory + entries + b"PK\5\6" + end
+
+
+def saved(state: Any, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer, **options)
+    return buffer.getvalue()
+
+
+def as_file_cases(base: Base) -> dict[str, bytes]:
+    """Whole files that every door must refuse."""
+    state, good = base.state, saved(base.state)
+    cases = {}
+    for name, value in dangerous(base.canary).items():
+        with contextlib.suppress(AttributeError):  # what torch itself cannot save
+            cases[f"{name}, in the state"] = saved({**state, "more": value})
+    for how in ("list", "ordered"):
+        cases[f"os.system in a {how}"] = saved(
+            {**state, "log": hidden(Calls(os.system, f"touch {base.canary}"), how)}
+        )
+    shell = f"cos\nsystem\n(S'touch {base.canary}'\ntR.".encode()
+    imported = f"c__builtin__\neval\n(V__import__('os').system('touch {base.canary}')\ntR."
+    stacked = pickle.dumps(Calls(os.system, f"touch {base.canary}"), protocol=4)
+    cases |= {
+        "GLOBAL os.system, in the zip": with_pickle(good, lambda _: shell),
+        "GLOBAL eval, in the zip": with_pickle(good, lambda _: imported.encode()),
+        "STACK_GLOBAL, in the zip": with_pickle(good, lambda _: stacked),
+        "INST, in the zip": with_pickle(
+            good, lambda _: f"(S'touch {base.canary}'\nios\nsystem\n.".encode()
+        ),
+        "a second pickle after the first": with_pickle(good, lambda p: shell + p),
+        "a bare pickle": shell,
+        "a bare pickle of protocol 5": pickle.dumps(Calls(os.system, f"touch {base.canary}")),
+        "of before torch 1.6, with code": saved(
+            {**state, "more": Calls(os.system, f"touch {base.canary}")},
+            _use_new_zipfile_serialization=False,
+        ),
+        "of before torch 1.6, cut": saved(state, _use_new_zipfile_serialization=False)[:-40],
+        "of before torch 1.6, of a storage of terabytes": saved(
+            {"x": torch.zeros(5)}, _use_new_zipfile_serialization=False
+        ).replace(b"K\x05N", b"\x8a\x06\0\0\0\0\0\1N"),
+        "a storage of gigabytes": with_pickle(
+            saved({**state, "x": torch.zeros(5)}),
+            lambda p: p.replace(b"K\x05t", b"J\xff\xff\xff\x7ft"),
+        ),
+        "a zip bomb": repacked(good, bomb),
+        "compressed parts": repacked(
+            good, lambda a, p: write_all(a, p, compress_type=zipfile.ZIP_DEFLATED)
+        ),
+        "a thousand parts in one place": overlapping(good),
+        "a part of a name with ..": repacked(
+            good, lambda a, p: write_all(a, [*p, ("archive/../../x", b"x")])
+        ),
+        "a part of an absolute name": repacked(
+            good, lambda a, p: write_all(a, [*p, (str(base.canary), b"x")])
+        ),
+        "a part that is there twice": repacked(good, lambda a, p: write_all(a, [*p, p[0]])),
+        "no parts": repacked(good, lambda _a, _p: None),
+        "no pickle": repacked(
+            good, lambda a, p: write_all(a, [x for x in p if not x[0].endswith("data.pkl")])
+        ),
+        "no storages": repacked(
+            good, lambda a, p: write_all(a, [x for x in p if "/data/" not in x[0]])
+        ),
+        "an empty pickle": with_pickle(good, lambda _: b""),
+        "a pickle of no end": with_pickle(good, lambda p: p[:-1]),
+        "lists in lists, very deep": with_pickle(
+            good, lambda _: b"\x80\x02" + b"]" * 10**5 + b"a" * (10**5 - 1) + b"."
+        ),
+        "a format in many lists": with_pickle(
+            good,
+            lambda _: b"\x80\x02}(X\6\0\0\0format" + b"]" * 10**5 + b"a" * (10**5 - 1) + b"u.",
+        ),
+        "a number of a million digits": with_pickle(
+            good, lambda _: b"\x80\x02}(X\6\0\0\0format\x8b" + struct.pack("<I", 415_000)
+            + b"\x7f" * 415_000 + b"u.",
+        ),
+        "a state that holds itself": with_pickle(
+            good, lambda _: b"\x80\x02}q\0(X\6\0\0\0formath\0X\6\0\0\0configh\0u."
+        ),
+        "an operation that does not exist": with_pickle(good, lambda p: p[:2] + b"\xff" + p[2:]),
+        "text": b"This is no checkpoint.\n" * 100,
+        "nothing": b"",
+        "zeros": bytes(10**6),
+        "the first half": good[: len(good) // 2],
+        "a tensor alone": saved(torch.zeros(3)),
+        "a list": saved([state]),
+    }  # fmt: skip
+    return cases
+
+
+def state_cases(base: Base) -> dict[str, tuple[dict, tuple[str, ...]]]:
+    """States that are plain and wrong, and the doors that must refuse each."""
+    state, cases = base.state, {}
+
+    def put(name: str, doors: tuple[str, ...], part: str, key: Any, value: Any) -> None:
+        inner = {**state[part], key: value} if isinstance(state[part], dict) else value
+        cases[name] = {**state, part: inner}, doors
+
+    for name, value in {
+        "None": None, "a list": [], "text": "1", "minus one": -1, "two": 2, "true": True,
+        "a half": 1.0, "a tensor": torch.ones(1), "a huge number": 10**4000,
+    }.items():  # fmt: skip
+        cases[f"format {name}"] = {**state, "format": value}, ALL
+    for part in ("config", "model", "position", "optimizer", "log", "images"):
+        doors = RESUME if part in ("optimizer", "log", "images") else ALL
+        without = {k: v for k, v in state.items() if k != part}
+        if part == "config":  # which is an encoder in somebody else's format
+            cases["no config"] = without, ("simclr.py", "load_run", "tSNE.py")
+        elif part != "log":  # earlier versions kept it beside
+            cases[f"no {part}"] = without, doors
+        for value in (None, 7, "text", [1], [[]], [state["model"]], {"a": 1}, {}, torch.zeros(2)):
+            cases[f"{part} is {utils.shown(value)}"] = {**state, part: value}, doors
+    for config in (
+        {"width": 1e9}, {"width": 16.0}, {"arch": "resnet152", "width": 16.0},
+        {"width": float("nan")}, {"head_dim": 65536, "head_hidden": 65536}, {"image_size": 0},
+        {"image_size": 10**9},
+        {"arch": "vgg"}, {"stem": "large"}, {"dataset": "nowhere"}, {"epochs": 0}, {"seed": -1},
+        {"run": "../../x"}, {"run": "/x"}, {"run": "a\0b"}, {"run": "x" * 10**6}, {"run": ""},
+        {"temperature": "0.1"}, {"batch_size": 4.5}, {"head_bn": 1}, {"epochs": True},
+        {"seed": 10**5000}, {"unknown": 1}, {"lr": float("inf")}, {"projection": ["none"]},
+    ):  # fmt: skip
+        key, value = next(iter(config.items()))
+        changed = {**state["config"], **config}
+        cases[f"config of {key} {utils.shown(value)}"] = {**state, "config": changed}, READERS
+    for field in dataclasses.fields(simclr.Config):
+        for value in (None, [], b"bytes", torch.zeros(1), {"a": {}}):
+            put(
+                f"config.{field.name} is {utils.shown(value)}", READERS, "config", field.name, value
+            )
+    for key, values in {
+        "epoch": (-1, 99, 1.5, "1", True, None, 10**400), "step": (-1, "1", False),
+        "loss_sum": (float("nan"), "x", None), "seconds": (float("inf"), [], 10**400),
+        "surplus": (1,),
+    }.items():  # fmt: skip
+        for value in values:
+            put(f"position.{key} is {utils.shown(value)}", ALL, "position", key, value)
+    put("position.step of another run", RESUME, "position", "step", 10**9)
+    first, weights = next(iter(state["model"])), state["model"]
+    for name, value in {
+        "missing": None, "of another shape": torch.zeros(3), "NaN": weights[first] * float("nan"),
+        "integers": weights[first].long(), "a list": weights[first].tolist(),
+        "one number spread": torch.zeros(1).expand(weights[first].shape),
+        "a billion of one number": torch.zeros(1).expand(10**9),
+        "complex": weights[first].to(torch.complex64),
+    }.items():  # fmt: skip
+        model = {**weights, first: value}
+        if value is None:
+            del model[first]
+        cases[f"a weight {name}"] = {**state, "model": model}, ALL
+    cases["a surplus weight"] = {**state, "model": {**weights, "x": torch.zeros(1)}}, ALL
+    shared = torch.zeros(max(w.numel() for w in weights.values()))
+    views = {k: shared[: w.numel()].view(w.shape) for k, w in weights.items()}
+    cases["all weights the same memory"] = {**state, "model": views}, ALL
+    moments = state["optimizer"]["state"]
+    for name, value in {
+        "of another shape": torch.zeros(3), "a list": [1.0], "None": None,
+        "NaN": moments[0]["exp_avg"] * float("nan"), "of a billion": torch.zeros(1).expand(10**9),
+        "one number spread": torch.zeros(1).expand(moments[0]["exp_avg"].shape),
+    }.items():  # fmt: skip
+        changed = {**moments, 0: {**moments[0], "exp_avg": value}}
+        cases[f"a moment {name}"] = with_moments(state, changed), RESUME
+    cases["a moment missing"] = with_moments(state, {**moments, 0: {}}), RESUME
+    cases["a moment surplus"] = with_moments(state, {**moments, 0: {**moments[0], "x": 1}}), RESUME
+    cases["moments of another weight"] = with_moments(state, {**moments, 999: moments[0]}), RESUME
+    cases["moments in a list"] = with_moments(state, list(moments.values())), RESUME
+    row = state["log"][0]
+    for name, rows in {
+        "of texts": [dict.fromkeys(row, "1")], "of lists": [{key: [] for key in row}],
+        "of NaN": [{**row, "loss": float("nan")}], "of lists in a row": [list(row)],
+        "with a row missing": [], "of another epoch": [{**row, "epoch": 2}],
+        "with a huge number": [{**row, "seconds": 10**5000}], "without a loss": [{"epoch": 1}],
+        "with a tensor": [{**row, "knn": torch.zeros(2)}], "in a dict": {0: row},
+    }.items():  # fmt: skip
+        cases[f"a log {name}"] = {**state, "log": rows}, RESUME
+    return cases
+
+
+def with_moments(state: dict, moments: Any) -> dict:
+    return {**state, "optimizer": {**state["optimizer"], "state": moments}}
+
+
+def elsewhere(base: Base, count: Count) -> None:
+    """Folders that a checkpoint names are not written to, nor made."""
+    for key in ("checkpoints", "figures", "data_dir"):
+        target = base.folder / "elsewhere"
+        config = {**base.state["config"], key: str(target)}
+        base.file.write_bytes(saved({**base.state, "config": config}))
+        fault = base.judge((), "")
+        count.add(f"config.{key} elsewhere", fault or "written there" * target.exists())
+
+
+def nasty() -> Any:
+    """Values that a state's field should not have."""
+    from hypothesis import strategies as st
+
+    scalars = st.one_of(
+        st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20),
+        st.binary(max_size=5),
+        st.sampled_from([10**400, -(10**400), "x" * 10**5, 2**63, 0, -1, ""]),
+    )  # fmt: skip
+    tensors = st.sampled_from(
+        [
+            torch.zeros(0), torch.zeros(3), torch.zeros(1).expand(10**9), torch.ones(2).bool(),
+            torch.full((2,), float("nan")), torch.zeros(2, 2).half(), torch.tensor(1),
+            torch.zeros(1, 1, 1, 1, 1, 1), torch.nn.Parameter(torch.zeros(2)),
+        ]
+    )  # fmt: skip
+    other = st.sampled_from([torch.Size([1]), torch.float32, torch.device("cpu")])
+    leaves = scalars | tensors | other
+    keys = st.text(max_size=5) | st.integers(-1, 5)
+    return st.recursive(
+        leaves,
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3)
+        | st.tuples(inner),
+        max_leaves=5,
+    )  # fmt: skip
+
+
+def mutations() -> Any:
+    """(where to go in, what to do there, with what): each list of floats picks keys on the way."""
+    from hypothesis import strategies as st
+
+    place = st.lists(st.floats(0, 0.999), min_size=1, max_size=5)
+    how = st.sampled_from(["replace", "replace", "delete", "add", "wrap", "copy"])
+    return st.lists(st.tuples(place, how, nasty()), min_size=1, max_size=3)
+
+
+def mutated(state: dict, changes: list) -> dict:
+    """A copy of a state with the changes made, in dicts and lists on the way."""
+    state = copy.deepcopy(state)
+    for place, how, value in changes:
+        node: Any = state
+        for share in place[:-1]:
+            keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+            inner = node[keys[int(share * len(keys))]] if keys else None
+            if not isinstance(inner, dict | list) or not inner:
+                break
+            node = inner
+        keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+        if not keys:
+            continue
+        key = keys[int(place[-1] * len(keys))]
+        if how == "delete":
+            del node[key]
+        elif how == "add" and isinstance(node, dict):
+            node["surplus"] = value
+        elif how == "copy":
+            node[key] = node[keys[0]]
+        else:
+            node[key] = [node[key]] if how == "wrap" else value
+    return state
+
+
+def checkpoints(tries: int = 300, seed: int = 0, every: int = 1) -> list[Outcome]:
+    """Files that mean harm, files that are merely wrong, and `tries` fuzzed states.
+
+    every: of the hand-made files take each `every`-th.
+    """
+    with temporary() as folder:
+        base = Base(folder)
+        states = Count("wrong checkpoint states")
+        base.file.write_bytes(saved(base.state))
+        for name, door in base.doors.items():  # else a refusal would prove nothing
+            trial = attempt(door)
+            accepted = trial.how == "run" or (name == "tSNE.py" and "at least 2" in trial.text)
+            accepted = accepted or (name == "tSNE.py" and "--images must be" in trial.text)
+            states.add(f"a good one by {name}", "" if accepted else trial.text)
+        files = Count("hostile checkpoint files")
+        for name, content in list(as_file_cases(base).items())[::every]:
+            base.file.write_bytes(content)
+            files.add(name, base.judge(ALL, "refused"))
+        states.last = time.perf_counter()
+        for name, (state, doors) in list(state_cases(base).items())[::every]:
+            base.file.write_bytes(saved(state))
+            states.add(name, base.judge(doors, "refused"))
+        elsewhere(base, states)
+        fuzzed = Count("fuzzed checkpoint states")
+
+        def check(changes: list) -> None:
+            with contextlib.suppress(RuntimeError):  # what cannot be saved
+                base.file.write_bytes(saved(mutated(base.state, changes)))
+                shorter = [(place, how, utils.shown(value)) for place, how, value in changes]
+                fuzzed.add(str(shorter), base.judge((), ""))
+
+        if tries:
+            fuzz(mutations(), tries, seed, check)
+        return [count.outcome() for count in (files, states, fuzzed) if count.tried]
+
+
+def show(outcomes: list[Outcome]) -> None:
+    for row in outcomes:
+        print(f"{row.name:32}{row.survived:6}/{row.tried:<6}{row.seconds:8.1f} s")
+        for failure in row.failures[:40]:
+            print(f"    {utils.one_line(failure, 400)}")
+
+
+if __name__ == "__main__":
+    show(checkpoints(int(sys.argv[1]), 0))
