@@ -132,7 +132,7 @@ def check_options(options: Options) -> None:
         raise InputError("--out names one file: give either --embed or --classify")
     for name in ("embed", "classify"):
         folder = getattr(options, name)
-        if folder and not Path(folder).is_dir():
+        if folder and not os.path.isdir(folder):
             raise InputError(f"{flag(name)} {folder} is not a folder")
 
 
@@ -1085,7 +1085,7 @@ def use_on_new_images(source: Source, options: Options, device: torch.device) ->
         if bad:
             print(f"{len(bad):,} of {len(bad) + len(paths):,} images could not be read:")
             for reason in bad.values():
-                print(f"  {printable(reason)}")
+                print(f"  {utils.one_line(reason, 500)}")
 
 
 # -------------------------------------------------------------------------------- the command line
@@ -1154,7 +1154,7 @@ def run_evaluation(source: Source, options: Options, device: torch.device) -> di
 def check_targets(*files: str | Path) -> None:
     """Make the folders of files to be written, "" apart. What cannot be written is an error now."""
     for file in map(Path, filter(None, files)):
-        if file.is_dir():
+        if os.path.isdir(file):
             raise InputError(f"cannot write {file}: it is a folder")
         utils.make_folders(file.absolute().parent)
 

@@ -19,7 +19,10 @@ import os
 import pickletools
 import shlex
 import signal
+import stat
 import sys
+import tarfile
+import threading
 import time
 import warnings
 import zipfile
@@ -88,7 +91,15 @@ def shown(value: Any) -> str:
 
 @contextlib.contextmanager
 def quiet_without_reader() -> Iterator[None]:
-    """End as Unix tools do, without a word, when nobody reads on (`python simclr.py | head -1`)."""
+    """What all commands do about their output.
+
+    They end as Unix tools do, without a word, when nobody reads on (`python simclr.py | head -1`).
+    File names that are no text are printed escaped, and what PIL thinks of a file is not printed:
+    it is decoded, or it is an error that names it.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         try:
             yield
@@ -640,7 +651,8 @@ def load_images(dataset: str, split: str, data_dir: str | Path = "data") -> Imag
     if dataset == "digits":
         return _load_digits(split)
     if dataset == "folder":
-        return _load_folder(Path(data_dir), split)
+        with refusing(f"cannot read {data_dir}", through=(InputError,)):
+            return _load_folder(Path(data_dir), split)
     return _load_torchvision(dataset, split, Path(data_dir))
 
 
@@ -685,11 +697,11 @@ def _load_torchvision(dataset: str, split: str, root: Path) -> ImageSet:
         "fashion-mnist": lambda: tv_datasets.FashionMNIST(root, train=train, download=True),
         "stl10": lambda: tv_datasets.STL10(root, split=part, download=True),
     }
-    new = not root.exists()
+    new = not os.path.exists(root)
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # "Files already downloaded and verified"
-            source = makers[dataset]()
-    except (OSError, RuntimeError, EOFError, ValueError) as error:  # URLError is an OSError
+        with contextlib.redirect_stdout(sys.stderr), safe_extraction():
+            return _image_set(dataset, makers[dataset]())
+    except Exception as error:  # there is no end to what damaged files raise
         if new:  # leave no empty folders behind
             for folder, _, _ in os.walk(root, topdown=False):
                 with contextlib.suppress(OSError):
@@ -700,6 +712,20 @@ def _load_torchvision(dataset: str, split: str, root: Path) -> ImageSet:
             f"Without a network, put {_expected_files(dataset)} there"
         ) from error
 
+
+@contextlib.contextmanager
+def safe_extraction() -> Iterator[None]:
+    """Inside, a tar archive cannot write outside of its folder, which Python allows before 3.14."""
+    before = vars(tarfile.TarFile).get("extraction_filter")
+    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
+    try:
+        yield
+    finally:
+        tarfile.TarFile.extraction_filter = before
+
+
+def _image_set(dataset: str, source: Any) -> ImageSet:
+    """What torchvision read. Raises ValueError if the labels are not those of the images."""
     images = torch.as_tensor(source.data)
     if dataset in ("cifar10", "cifar100"):
         images = images.permute(0, 3, 1, 2)  # (N, H, W, 3) -> (N, 3, H, W)
@@ -707,8 +733,14 @@ def _load_torchvision(dataset: str, split: str, root: Path) -> ImageSet:
         images = images[:, None].repeat(1, 3, 1, 1)  # grey -> RGB
     labels = torch.as_tensor(getattr(source, "targets", getattr(source, "labels", None))).long()
     classes = tuple(getattr(source, "classes", None) or "0123456789")
-    if (labels < 0).any():  # STL-10 marks unlabelled images by -1
+    if labels.shape != (len(images),) or not len(images):
+        raise ValueError(f"it has {len(images)} images and labels of shape {tuple(labels.shape)}")
+    if dataset == "stl10" and (labels < 0).any():  # it marks unlabelled images by -1
         return ImageSet(images.contiguous(), None, classes)
+    if labels.min() < 0 or labels.max() >= len(classes):
+        raise ValueError(
+            f"its labels are {labels.min()} to {labels.max()} of {len(classes)} classes"
+        )
     return ImageSet(images.contiguous(), labels, classes)
 
 
@@ -731,10 +763,20 @@ def list_images(root: Path) -> list[str]:
 
 
 def _walk_images(root: Path) -> Iterator[str]:
-    """Linked folders are followed, each real folder once, so that a loop of links ends."""
+    """Linked folders are followed, each real folder once, so that a loop of links ends.
+
+    Raises InputError for a folder that cannot be read: its images would be missed in silence.
+    """
+
+    def refuse(error: OSError) -> NoReturn:
+        raise InputError(f"cannot read the folder {error.filename} ({error.strerror})") from error
+
     seen: set[tuple[int, int]] = set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        status = os.stat(folder)
+    for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
+        try:
+            status = os.stat(folder)
+        except OSError as error:
+            refuse(error)
         if (status.st_dev, status.st_ino) in seen:
             subfolders.clear()
             continue
@@ -788,7 +830,7 @@ def split_folders(root: Path) -> tuple[Path, Path | None]:
     test/ and val/ the first is taken that has images.
     """
     train, tests = root / "train", [root / name for name in ("test", "val")]
-    has_folders = train.is_dir() and any(path.is_dir() for path in train.iterdir())
+    has_folders = train.is_dir() and any(entry.is_dir() for entry in os.scandir(train))
     if not train.is_dir() or not (has_folders or any(test.is_dir() for test in tests)):
         return root, None
     return train, next((test for test in tests if next(_walk_images(test), None)), None)
@@ -796,7 +838,7 @@ def split_folders(root: Path) -> tuple[Path, Path | None]:
 
 def _load_folder(root: Path, split: str) -> Images:
     """`root/train/…` with `root/test` or `root/val`, `root/<class>/…`, or any tree of images."""
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise InputError(f"--data-dir {root} is not a folder")
     folder, test = split_folders(root)
     paths = list_images(folder)
@@ -873,11 +915,20 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and value in _UPRIGHT else 1
 
 
+_OPENING = threading.Lock()  # warnings.catch_warnings() is not for several threads
+
+
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Turns whatever PIL raises for a damaged file, nearly any type, into an InputError."""
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image file, its header read. What PIL raises, nearly any type, becomes an InputError."""
     try:
-        yield
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+            raise OSError("it is not a file")
+        with _OPENING, warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(path)
+        with image:
+            yield image
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise InputError(f"cannot read the image {path} ({reason})") from error
@@ -885,7 +936,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 def image_size(path: Path) -> tuple[int, int]:
     """(height, width) in pixels as displayed, from the header alone. InputError if unreadable."""
-    with _naming(path), Image.open(path) as image:
+    with _opened(path) as image:
         width, height = image.size
         if _orientation(image) in _TRANSPOSED:
             width, height = height, width
@@ -897,9 +948,9 @@ def read_image(path: Path) -> Tensor:
 
     EXIF orientation is applied, transparency is put on white, 16-bit grey is scaled to 8 bits,
     of an animation the first frame is taken. Raises InputError naming the file if it cannot be
-    read.
+    read or has more than PIL's Image.MAX_IMAGE_PIXELS, 89 million: a small file may claim any size.
     """
-    with _naming(path), Image.open(path) as image:
+    with _opened(path) as image:
         image.load()  # some formats turn the image, and drop the tag, while decoding
         orientation = _orientation(image)
         if orientation != 1:

@@ -20,8 +20,10 @@ import os
 import pickle
 import re
 import resource
+import shutil
 import struct
 import sys
+import tarfile
 import tempfile
 import time
 import warnings
@@ -30,11 +32,16 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-import torch
+from unittest import mock
 
 import conftest  # noqa: F401  makes the scripts importable
+import numpy as np
+import pytest
+import torch
+import torchvision
 from outcome import Outcome
+from PIL import Image
+from test_data import make_cifar, md5
 
 # isort: split
 import load_simCLR
@@ -687,6 +694,469 @@ def checkpoints(tries: int = 300, seed: int = 0, every: int = 1) -> list[Outcome
         return [count.outcome() for count in (files, states, fuzzed) if count.tried]
 
 
+# ----------------------------------------------------------------------------------------- images
+
+
+def grid(height: int = 6, width: int = 8, seed: int = 0) -> np.ndarray:
+    """Pixels of no pattern: uint8 (H, W, 3)."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def png(*chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG file of these chunks."""
+    parts = [b"\x89PNG\r\n\x1a\n"]
+    for kind, content in (*chunks, (b"IEND", b"")):
+        parts.append(struct.pack(">I", len(content)) + kind + content)
+        parts.append(struct.pack(">I", zlib.crc32(kind + content)))
+    return b"".join(parts)
+
+
+def png_header(width: int, height: int, depth: int = 8, kind: int = 2) -> tuple[bytes, bytes]:
+    return b"IHDR", struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
+
+
+def plain_png(pixels: np.ndarray, depth: int, kind: int, *extra: tuple[bytes, bytes]) -> bytes:
+    """A PNG of raw samples (H, W, …) as they are stored: kind 0 grey, 2 RGB, 4 grey and alpha."""
+    height, width = pixels.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2" if depth == 16 else "u1").tobytes() for row in pixels)
+    return png(png_header(width, height, depth, kind), *extra, (b"IDAT", zlib.compress(rows)))
+
+
+def written(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def on_white(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """Colours (H, W, 3) with alpha (H, W) in [0, 255] before white, rounded."""
+    share = alpha[..., None] / 255
+    return np.round(colour * share + 255 * (1 - share)).astype(np.uint8)
+
+
+def good_images() -> dict[str, tuple[bytes, np.ndarray, int]]:
+    """Strange and sound: file name -> (content, the pixels it must give, by how much at most)."""
+    x, made = grid(), {}
+    image = Image.fromarray(x)
+    deep = np.random.default_rng(1).integers(0, 65536, (6, 8), dtype=np.uint16)
+    shallow = np.round(deep / 257).astype(np.uint8)[..., None].repeat(3, 2)
+    alpha = np.random.default_rng(2).integers(0, 256, (6, 8), dtype=np.uint8)
+    jpeg = written(image, "jpeg", quality=95)
+    as_jpeg = np.asarray(Image.open(io.BytesIO(jpeg)))
+    made["a 1x1 image.png"] = written(image.crop((0, 0, 1, 1)), "png"), x[:1, :1], 0
+    long = grid(1, 60_000)
+    made["60,000 x 1.png"] = written(Image.fromarray(long), "png"), long, 0
+    made["1 x 60,000.png"] = (
+        written(Image.fromarray(long.swapaxes(0, 1)), "png"),
+        long.swapaxes(0, 1),
+        0,
+    )
+    made["16-bit grey.png"] = plain_png(deep, 16, 0), shallow, 1
+    made["16-bit grey.tif"] = written(Image.fromarray(deep), "tiff"), shallow, 1
+    wide = np.random.default_rng(3).integers(0, 65536, (6, 8, 3), dtype=np.uint16)
+    made["16-bit RGB.png"] = plain_png(wide, 16, 2), (wide / 257).astype(np.uint8), 1
+    both = np.stack([x[..., 0], alpha], 2)
+    grey = x[..., :1].repeat(3, 2)
+    made["grey and alpha.png"] = plain_png(both, 8, 4), on_white(grey, alpha), 1
+    made["RGB and alpha.png"] = (
+        written(Image.fromarray(np.dstack([x, alpha])), "png"), on_white(x, alpha), 1,
+    )  # fmt: skip
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([200, 10, 30, 20, 90, 60])
+    palette.putpixel((1, 0), 1)
+    colours = np.array([[[200, 10, 30], [20, 90, 60]]], np.uint8)
+    made["palette.png"] = written(palette, "png"), colours, 0
+    shares = np.array([[0, 128]], np.uint8)
+    made["palette, one colour clear.png"] = (
+        written(palette, "png", transparency=0), on_white(colours, np.array([[0, 255]])), 0,
+    )  # fmt: skip
+    made["palette of shares.png"] = (
+        written(palette, "png", transparency=bytes([0, 128])), on_white(colours, shares), 1,
+    )  # fmt: skip
+    made["palette, clear.gif"] = (
+        written(palette, "gif", transparency=0), on_white(colours, np.array([[0, 255]])), 0,
+    )  # fmt: skip
+    made["colour key.png"] = (
+        plain_png(x, 8, 2, (b"tRNS", struct.pack(">HHH", *map(int, x[0, 0])))),
+        on_white(x, np.where((x == x[0, 0]).all(2), 0, 255)), 0,
+    )  # fmt: skip
+    ink = Image.new("CMYK", (3, 1))
+    for i, value in enumerate([(0, 0, 0, 0), (255, 0, 0, 0), (0, 0, 0, 255)]):
+        ink.putpixel((i, 0), value)
+    paper = np.array([[[255, 255, 255], [0, 255, 255], [0, 0, 0]]], np.uint8)
+    made["CMYK.tif"] = written(ink, "tiff"), paper, 0
+    made["CMYK.jpg"] = (
+        written(Image.new("CMYK", (8, 8)), "jpeg"),
+        np.full((8, 8, 3), 255, np.uint8),
+        2,
+    )
+    frames = [Image.new("RGB", (4, 3), colour) for colour in ((255, 0, 0), (0, 0, 255))]
+    first = np.asarray(frames[0])
+    for kind in ("gif", "png", "webp"):
+        options = dict(save_all=True, append_images=frames[1:], lossless=True)
+        made[f"animated.{kind}"] = written(frames[0], kind, **options), first, 0
+    made["one bit.png"] = written(Image.new("1", (3, 2), 1), "png"), np.full((2, 3, 3), 255), 0
+    made["JPEG named.png"] = jpeg, as_jpeg, 0
+    made["PNG named.JPEG"] = written(image, "png"), x, 0
+    for orientation, turn in {
+        1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
+        5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1),
+        7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: np.rot90,
+    }.items():  # fmt: skip
+        exif = image.getexif()
+        exif[0x0112] = orientation
+        made[f"turned {orientation}.png"] = written(image, "png", exif=exif), turn(x), 0
+        made[f"turned {orientation}.jpg"] = (
+            written(image, "jpeg", quality=95, exif=exif),
+            turn(as_jpeg),
+            0,
+        )
+    png_file = written(image, "png")
+    for name in ("two  spaces .png", "new\nline.png", "emoji 🦎.png", "\udcff\udcfe.png", "-rf.png",
+                 "'quote\".png", "$(touch x).png", "\x1b[31m.png", "z" * 251 + ".png"):  # fmt: skip
+        made[name] = png_file, x, 0
+    made["odd EXIF.jpg"] = written(image, "jpeg", quality=95, exif=b"Exif\0\0junk"), as_jpeg, 0
+    made["a profile that is none.png"] = (
+        plain_png(x, 8, 2, (b"iCCP", b"x\0\0" + zlib.compress(bytes(1000)))), x, 0,
+    )  # fmt: skip
+    return made
+
+
+def bad_images() -> dict[str, bytes]:
+    """File name -> content that is no image: refused by name."""
+    image = Image.fromarray(grid(40, 40))
+    jpeg, whole = written(image, "jpeg"), written(image, "png")
+    return {
+        "nothing.jpg": b"", "text.jpg": b"This is no photograph.\n" * 50, "zeros.png": bytes(5000),
+        "cut.jpg": jpeg[: len(jpeg) // 2], "cut.png": whole[: len(whole) // 2],
+        "header alone.png": png(png_header(20, 20)), "cut.gif": written(image, "gif")[:200],
+        "cut.webp": written(image, "webp")[:300], "cut.tif": written(image, "tiff")[:2000],
+        "cut.bmp": written(image, "bmp")[:2000], "one byte.png": b"\x89",
+        "of no pixels.png": png(png_header(0, 0), (b"IDAT", zlib.compress(b""))),
+        "wrong sum.png": whole[:20] + b"\xff" + whole[21:],
+        # ten thousand megapixels, and a hundred: beyond both of PIL's limits, and the lower one
+        "bomb.png": png(png_header(100_000, 100_000), (b"IDAT", zlib.compress(bytes(1000)))),
+        "small bomb.png": png(png_header(10_000, 10_000), (b"IDAT", zlib.compress(bytes(1000)))),
+        "bomb.gif": b"GIF89a" + struct.pack("<HH", 65535, 65535) + b"\0\0\0;",
+        "text bomb.png": png(
+            png_header(4, 4), (b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8), 9)),
+            (b"IDAT", zlib.compress(bytes(100))),
+        ),
+    }  # fmt: skip
+
+
+def write_bytes(folder: Path, name: str, content: bytes) -> Path:
+    """A file of a name that need not be text."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def strange_places(folder: Path) -> dict[str, Path]:
+    """What is named as an image and is no file that can be read."""
+    os.mkfifo(folder / "pipe.jpg")
+    os.symlink(folder / "itself.jpg", folder / "itself.jpg")
+    os.symlink(folder / "nowhere", folder / "dangling.png")
+    (folder / "folder.jpg").mkdir()
+    locked = write_bytes(folder, "locked.png", written(Image.fromarray(grid()), "png"))
+    locked.chmod(0)
+    names = ("pipe.jpg", "itself.jpg", "dangling.png", "folder.jpg", "locked.png", "gone.png")
+    return {name: folder / name for name in names} | {"/dev/zero": Path("/dev/zero")}
+
+
+@contextlib.contextmanager
+def as_nobody(folder: Path) -> Iterator[None]:
+    """Without the rights of root, for whom every file is readable."""
+    folder.chmod(0o755)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+def one_image(path: Path, pixels: np.ndarray | None, tolerance: int = 0) -> str:
+    """What is wrong with how a file is read, or "". pixels: what it must give; None: an error."""
+    for read in (utils.read_image, utils.image_size):
+        trial = attempt(lambda read=read: read(path))
+        if trial.how == "broken":
+            return f"{read.__name__}: {trial.text}"
+        if pixels is None:
+            if trial.how == "run" and read is utils.read_image:
+                return "was taken for an image"
+            if trial.how == "refused" and str(path) not in trial.text:
+                return f"the error does not name it: {trial.text}"
+        elif trial.how == "refused":
+            return trial.text
+        elif read is utils.image_size and trial.value != pixels.shape[:2]:
+            return f"its size is said to be {trial.value}"
+        elif read is utils.read_image:
+            found = trial.value.permute(1, 2, 0).numpy().astype(int)
+            if found.shape != pixels.shape or np.abs(found - pixels).max() > tolerance:
+                return f"other pixels than expected: {found.ravel()[:9]}"
+    return ""
+
+
+TINY = [
+    "--dataset", "folder", "--data-dir", "photos", "--arch", "resnet10", "--width", "0.0625",
+    "--epochs", "2", "--batch-size", "8", "--image-size", "16", "--head-dim", "8", "--blur-p", "0",
+    "--device", "cpu", "--workers", "0", "--checkpoints", "c", "--figures", "f",
+]  # fmt: skip
+
+
+def train(*flags: str) -> Trial:
+    return attempt(lambda: simclr.main([*TINY, *flags]))
+
+
+def whole_runs(folder: Path, count: Count) -> None:
+    """`simclr.py --dataset folder` and `load_simCLR.py --embed` on such files."""
+    photos = folder / "photos"
+    for name, (content, *_) in good_images().items():
+        write_bytes(photos, name, content)
+    trial = train()
+    count.add("a run on all the strange ones", trial.text if trial.how != "run" else "")
+    trial = attempt(
+        lambda: load_simCLR.main(["folder_resnet10", "--embed", "photos", "--checkpoints", "c"])
+    )
+    count.add("their embedding", trial.text if trial.how != "run" else "")
+    for name in ("cut.jpg", "text.jpg", "bomb.png", "small bomb.png"):
+        file = write_bytes(photos, name, bad_images()[name])
+        trial = train("--run", "other")
+        named = trial.how == "refused" and name in trial.text
+        count.add(f"a run with {name}", "" if named else trial.text or "it ran")
+        file.unlink()
+    os.mkfifo(photos / "pipe.jpg")
+    trial = train("--run", "other")
+    count.add("a run with a pipe", "" if "pipe.jpg" in trial.text else trial.text or "it ran")
+    trial = attempt(
+        lambda: load_simCLR.main(["folder_resnet10", "--embed", "photos", "--checkpoints", "c"])
+    )
+    count.add("an embedding with a pipe", trial.text if trial.how != "run" else "")
+    (photos / "pipe.jpg").unlink()
+    vanished(photos, count)
+
+
+def vanished(photos: Path, count: Count) -> None:
+    """The folder goes away after an epoch: an error, and the run goes on when it is back."""
+    real = simclr.Pretraining.finish_epoch
+
+    def finish(run: simclr.Pretraining) -> dict:
+        row = real(run)
+        if photos.exists():
+            photos.rename("away")
+        return row
+
+    with mock.patch.object(simclr.Pretraining, "finish_epoch", finish):
+        trial = train("--run", "vanished")
+    named = trial.how == "refused" and "photos" in trial.text
+    count.add("a folder that vanishes", "" if named else trial.text or "it ran")
+    trial = train("--run", "vanished")
+    named = trial.how == "refused" and "photos" in trial.text
+    count.add("a folder that is not there", "" if named else trial.text or "it ran")
+    Path("away").rename(photos)
+    trial = train("--run", "vanished")
+    count.add("a folder that comes back", trial.text if trial.how != "run" else "")
+
+
+def images(every: int = 1) -> list[Outcome]:
+    """Odd image files: each gives exactly its pixels, or an error that names it."""
+    with temporary() as folder:
+        count = Count("odd images")
+        for name, (content, pixels, tolerance) in list(good_images().items())[::every]:
+            path = write_bytes(folder, name, content)
+            count.add(repr(name)[:60], one_image(path, pixels.astype(int), tolerance))
+        for name, content in bad_images().items():
+            count.add(name, one_image(write_bytes(folder, name, content), None))
+        for name, path in strange_places(folder).items():
+            with as_nobody(folder):
+                count.add(name, one_image(path, None))
+    with temporary() as folder:
+        whole_runs(folder, count)
+        return [count.outcome()]
+
+
+# -------------------------------------------------------------------------------------- data sets
+
+
+def refused_by(count: Count, case: str, call: Callable[[], Any], text: str) -> None:
+    """The call must be refused with a line that has `text`."""
+    trial = attempt(call)
+    fault = "" if trial.how == "refused" and text in trial.text else trial.text or "it was taken"
+    count.add(case, fault)
+
+
+def archives(folder: Path, patch: pytest.MonkeyPatch, count: Count) -> None:
+    """CIFAR's archive, whose checksum is right and whose members would be written elsewhere."""
+    source, content = make_cifar(folder / "content", patch, "cifar10")
+    patch.setattr(source, "url", "http://127.0.0.1:9/nothing")
+    root, outside = folder / "root", folder / "outside"
+    root.mkdir()
+    link, through = tarfile.TarInfo("link"), tarfile.TarInfo("link/canary")
+    link.type, link.linkname = tarfile.SYMTYPE, str(folder)
+    hard, device = tarfile.TarInfo("hard"), tarfile.TarInfo("device")
+    hard.type, hard.linkname = tarfile.LNKTYPE, "../../canary"
+    device.type = tarfile.CHRTYPE
+    for name, members in {
+        "a member with ..": [tarfile.TarInfo("../canary")],
+        "a member with .. inside": [tarfile.TarInfo("a/../../canary")],
+        "an absolute member": [tarfile.TarInfo(str(folder / "canary"))],
+        "a member through a link": [link, through],
+        "a hard link outside": [hard],
+        "a device": [device],
+    }.items():
+        archive = root / source.filename
+        with tarfile.open(archive, "w:gz") as tar:
+            for member in members:
+                tar.addfile(member)
+        patch.setattr(source, "tgz_md5", md5(archive))
+        before = set(folder.iterdir())
+        trial = attempt(lambda: utils.load_images("cifar10", "train", root))
+        fault = "" if trial.how == "refused" else trial.text or "it was taken"
+        if set(folder.iterdir()) != before or outside.exists():
+            fault = "it was written outside"
+        count.add(name, fault)
+    archive = root / source.filename
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(content, source.base_folder)
+    whole = archive.read_bytes()
+    patch.setattr(source, "tgz_md5", md5(archive))
+    for name, cut in {
+        "cut": whole[:-200],
+        "of a wrong sum": whole[:-1] + b"!",
+        "empty": b"",
+    }.items():
+        archive.write_bytes(cut)
+        call = lambda: utils.load_images("cifar10", "train", root)  # noqa: E731
+        refused_by(count, f"an archive that is {name}", call, "cifar10 could not be read")
+    archive.write_bytes(whole)
+    trial = attempt(lambda: utils.load_images("cifar10", "train", root))
+    count.add("a good archive", trial.text if trial.how != "run" else "")
+
+
+def make_fashion(root: Path, images: np.ndarray, labels: np.ndarray) -> Path:
+    """FashionMNIST's files, as torchvision looks for them."""
+    raw = root / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True, exist_ok=True)
+    for part in ("train", "t10k"):
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            shape = b"".join(n.to_bytes(4, "big") for n in array.shape)
+            head = bytes([0, 0, 8, array.ndim]) + shape
+            (raw / f"{part}-{kind}-ubyte").write_bytes(head + array.astype(np.uint8).tobytes())
+    return raw
+
+
+def damaged_sets(folder: Path, patch: pytest.MonkeyPatch, count: Count) -> None:
+    """Files that are cut, changed, or whose labels are none."""
+    source, content = make_cifar(folder, patch, "cifar10")
+    patch.setattr(source, "url", "http://127.0.0.1:9/nothing")
+    read = lambda: utils.load_images("cifar10", "train", folder)  # noqa: E731
+    batch, canary = content / "data_batch_1", folder / "canary"
+    whole = batch.read_bytes()
+    for name, changed in {
+        "cut": whole[: len(whole) // 2], "of a wrong sum": whole[:-3] + b"xx.",
+        "that runs code": pickle.dumps(Calls(os.system, f"touch {canary}")),
+    }.items():  # fmt: skip
+        batch.write_bytes(changed)
+        refused_by(count, f"a CIFAR batch {name}", read, "cifar10 could not be read")
+        count.add(f"a CIFAR batch {name}, unexecuted", "it was executed" * canary.exists())
+    for labels in ([10], [-1], [0, 1], []):
+        entry = {"data": np.zeros((1, 3072), np.uint8), "labels": labels}
+        batch.write_bytes(pickle.dumps(entry))
+        files = [[n, md5(content / n)] for n, _ in source.train_list]
+        patch.setattr(source, "train_list", files)
+        refused_by(count, f"CIFAR labels {labels}", read, "labels")
+    patch.setattr(torchvision.datasets.FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
+    fashion = lambda: utils.load_images("fashion-mnist", "train", folder)  # noqa: E731
+    pixels = np.zeros((3, 28, 28))
+    for name, images, labels in (
+        ("labels of 200", pixels, np.full(3, 200)), ("fewer labels", pixels, np.zeros(2)),
+        ("no images", pixels[:0], np.zeros(0)), ("flat images", pixels[:, 0], np.zeros(3)),
+    ):  # fmt: skip
+        make_fashion(folder, images, labels)
+        refused_by(count, f"Fashion-MNIST of {name}", fashion, "fashion-mnist could not be read")
+    raw = make_fashion(folder, pixels, np.zeros(3))
+    for name, change in {
+        "cut": lambda b: b[:-100], "empty": lambda b: b"", "of a strange kind": lambda b: b"\1" + b[1:],
+        "of terabytes": lambda b: b[:4] + b"\x7f\xff\xff\xff" * 3 + b[16:],
+    }.items():  # fmt: skip
+        file = raw / "train-images-idx3-ubyte"
+        whole = file.read_bytes()
+        file.write_bytes(change(whole))
+        refused_by(count, f"Fashion-MNIST {name}", fashion, "fashion-mnist could not be read")
+        file.write_bytes(whole)
+
+
+def odd_folders(folder: Path, count: Count) -> None:
+    """Folders of images whose classes are strange: whole runs."""
+    pixels = [written(Image.fromarray(grid(16, 16, seed)), "png") for seed in range(12)]
+
+    def lay(*classes: tuple[str, int]) -> None:
+        shutil.rmtree("photos", ignore_errors=True)
+        shutil.rmtree("c", ignore_errors=True)
+        for name, images in classes:
+            (Path("photos") / name).mkdir(parents=True)
+            for i in range(images):
+                write_bytes(Path("photos") / name, f"{i}.png", pixels[i])
+
+    for name, classes in {
+        "one class": [("a", 4)], "a class of one image": [("a", 8), ("b", 1)],
+        "classes of one image": [("a", 1), ("b", 1), ("c", 1)],
+        "an empty class": [("a", 6), ("b", 6), ("c", 0)],
+        "a test class that is empty": [
+            ("train/a", 4), ("train/b", 4), ("test/a", 2), ("test/b", 0),
+        ],
+        "a class of one in the test": [("train/a", 1), ("train/b", 4), ("test/a", 1)],
+    }.items():  # fmt: skip
+        lay(*classes)
+        trial = train()
+        count.add(f"a folder of {name}", trial.text if trial.how != "run" else "")
+        if trial.how == "run" and "one class" not in name:
+            tasks = ["--tasks", "knn", "linear", "semi", "--labels", "1", "--seeds", "1"]
+            evaluate = [*tasks, "--epochs", "1", "--checkpoints", "c", "--figures", "f"]
+            trial = attempt(lambda flags=evaluate: load_simCLR.main(["folder_resnet10", *flags]))
+            none = "no labelled test images" in trial.text
+            count.add(f"its evaluation ({name})", "" if trial.how == "run" or none else trial.text)
+    lay(("train/a", 4), ("train/b", 4), ("test/zebra", 2))
+    refused_by(count, "a test class that is new", lambda: simclr.main(TINY), "zebra")
+    lay(("a", 4), ("b", 0))
+    for i in range(3):
+        write_bytes(Path("photos/b"), f"{i}.png", b"broken")
+    refused_by(count, "a class of broken images", lambda: simclr.main(TINY), "photos/b/")
+    lay(("a", 0))
+    refused_by(count, "no images at all", lambda: simclr.main(TINY), "no images")
+    lay(("a", 4), ("b", 4))
+    for i in range(4):
+        for name in "ab":
+            write_bytes(
+                Path("photos") / name, f"{i}.png", written(Image.new("RGB", (16, 16)), "png")
+            )
+    trial = train()
+    count.add("images that are all black", trial.text if trial.how != "run" else "")
+    locked = Path("photos/b")
+    locked.chmod(0)
+    with as_nobody(folder):
+        refused_by(
+            count, "a class folder that cannot be read",
+            lambda: utils.load_images("folder", "pretrain", "photos"), "photos/b",
+        )  # fmt: skip
+    locked.chmod(0o755)
+
+
+def data_sets() -> list[Outcome]:
+    """Downloads and folders that are damaged, dangerous or strange."""
+    count = Count("strange data sets")
+    for build in (archives, damaged_sets):
+        with temporary() as folder, pytest.MonkeyPatch.context() as patch:
+            build(folder, patch, count)
+    with temporary() as folder:
+        odd_folders(folder, count)
+    return [count.outcome()]
+
+
 def show(outcomes: list[Outcome]) -> None:
     for row in outcomes:
         print(f"{row.name:32}{row.survived:6}/{row.tried:<6}{row.seconds:8.1f} s")
@@ -695,4 +1165,4 @@ def show(outcomes: list[Outcome]) -> None:
 
 
 if __name__ == "__main__":
-    show(checkpoints(int(sys.argv[1]), 0))
+    show({"c": lambda: checkpoints(100, 0), "i": images, "d": data_sets}[sys.argv[1]]())
