@@ -1054,7 +1054,7 @@ def use_on_new_images(source: Source, options: Options, device: torch.device) ->
     """--embed and --classify: writes the .npz and the .csv."""
     check_targets(options.out)
     precision = choose_precision(source, options, device)
-    workers = options.workers if options.workers >= 0 else utils.cpu_cores()
+    workers = utils.worker_count(options.workers)
     size = options.image_size or (source.config.image_size if source.config else 0)
     classifier = classes = None
     if options.classify:
@@ -1153,10 +1153,11 @@ def run_evaluation(source: Source, options: Options, device: torch.device) -> di
 
 def check_targets(*files: str | Path) -> None:
     """Make the folders of files to be written, "" apart. What cannot be written is an error now."""
-    for file in map(Path, filter(None, files)):
-        if os.path.isdir(file):
-            raise InputError(f"cannot write {file}: it is a folder")
-        utils.make_folders(file.absolute().parent)
+    wanted = [Path(file) for file in files if file]
+    for file in wanted:
+        if os.path.exists(file) and not os.path.isfile(file):
+            raise InputError(f"cannot write {file}: it is a folder, or no file")
+    utils.make_folders(*(file.absolute().parent for file in wanted))
 
 
 def earlier(file: Path, header: dict) -> dict:

@@ -708,15 +708,21 @@ def contrastive_logits(z1: Tensor, z2: Tensor, temperature: float) -> tuple[Tens
     """
     n = len(z1)
     with torch.autocast(z1.device.type, enabled=False):  # bfloat16 has 3 digits: too few here
-        z = F.normalize(torch.cat([z1, z2]).to(_at_least_float32(z1)), dim=1)  # (2N, D)
+        z = unit(torch.cat([z1, z2]))  # (2N, D)
         logits = z @ z.T / temperature  # (2N, 2N)
     logits.fill_diagonal_(float("-inf"))  # k != i
     partner = torch.arange(2 * n, device=z.device).roll(n)  # (2N,) the other view
     return logits, partner
 
 
-def _at_least_float32(z: Tensor) -> torch.dtype:
-    return torch.promote_types(z.dtype, torch.float32)
+def unit(z: Tensor) -> Tensor:
+    """Rows (N, D) scaled to length 1, in at least float32; shorter ones than 1e-12 count as 0."""
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    largest = z.detach().abs().amax(1, keepdim=True)  # (N, 1)
+    return F.normalize(z / torch.where(largest > HUGE, largest, 1.0), dim=1)
+
+
+HUGE = 1e15  # from here the sum of squares could overflow float32
 
 
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
@@ -738,6 +744,13 @@ def contrastive_accuracy(z1: Tensor, z2: Tensor) -> Tensor:
     """Share of the 2N views whose nearest other view is their partner: scalar in [0, 1]."""
     logits, partner = contrastive_logits(z1, z2, temperature=1.0)
     return (logits.argmax(1) == partner).float().mean()
+
+
+@torch.no_grad()
+def mean_cosine(z: Tensor) -> Tensor:
+    """Over all pairs of the rows (2N, D): scalar in [-1, 1]. 1: they are all the same."""
+    n = len(z)
+    return (unit(z).sum(0).square().sum() - n) / (n * (n - 1))
 
 
 # ------------------------------------------------------------------------ optimiser and schedule
@@ -849,6 +862,7 @@ class Position:
     loss_sum: float = 0.0  # over those steps
     accuracy_sum: float = 0.0
     seconds: float = 0.0  # of training in the epoch under way
+    cosine: float = 0.0  # mean over all pairs of views of the last step
 
 
 def batch_count(config: Config, n: int) -> tuple[int, int]:
@@ -858,6 +872,29 @@ def batch_count(config: Config, n: int) -> tuple[int, int]:
     """
     size = min(config.batch_size, n)
     return size, n // size
+
+
+def check_memory(config: Config, n: int, device: torch.device) -> None:
+    """Raise InputError if training on n images cannot fit into the device's memory.
+
+    Counted from below: weights, gradients and moments, the views of a batch, and what the first
+    convolution makes of them. Else the system would end the program, without a word.
+    """
+    with torch.device("meta"):
+        model = SimCLR(config)
+    conv1, side = model.encoder.conv1, config.image_size
+    outputs = conv1.out_channels * (side // conv1.stride[0]) ** 2  # of a view
+    width = 2 if config.precision == "bfloat16" else 4  # bytes of each
+    views = 2 * batch_count(config, n)[0]
+    copies = 4 if config.optimizer == "adamw" else 3
+    needed = copies * sum(p.nbytes for p in model.parameters())
+    needed += views * (4 * 3 * side**2 + width * outputs)
+    if needed > utils.memory_of(device):
+        raise InputError(
+            f"this needs more than {needed / 2**30:,.0f} GiB of memory, and {device} has "
+            f"{utils.memory_of(device) / 2**30:,.0f}: choose a smaller {flag('batch_size')}, "
+            f"{flag('image_size')} or {flag('width')}"
+        )
 
 
 def view_batches(
@@ -921,7 +958,7 @@ def random_crops(crop: RandomResizedCrop, image: Tensor, u: np.ndarray) -> Tenso
 
 
 def worker_count(config: Config) -> int:
-    return config.workers if config.workers >= 0 else utils.cpu_cores()
+    return utils.worker_count(config.workers)
 
 
 def train_epoch(
@@ -944,6 +981,7 @@ def train_epoch(
     started = time.perf_counter()
     device = next(model.parameters()).device
     sums = torch.tensor([position.loss_sum, position.accuracy_sum], device=device)
+    z = torch.eye(2, device=device)  # of no step
     for views in batches:  # (2N, 3, S, S)
         for group in optimizer.param_groups:
             group["lr"] = rate(position.step)
@@ -959,7 +997,9 @@ def train_epoch(
         position.step += 1
         if after_step():
             break
-    position.loss_sum, position.accuracy_sum = sums.tolist()  # the only wait for the device
+    numbers = [*sums, mean_cosine(z)]
+    # the only wait for the device
+    position.loss_sum, position.accuracy_sum, position.cosine = torch.stack(numbers).tolist()
     position.seconds += time.perf_counter() - started
 
 
@@ -1025,6 +1065,7 @@ class Pretraining:
 
     def __init__(self, config: Config, data: Data, device: torch.device) -> None:
         self.config, self.data, self.device = config, data, device
+        check_memory(config, len(data.pretrain), device)
         self.model = make_model(config).to(device, memory_format=torch.channels_last)
         self.optimizer = make_optimizer(config, self.model)
         self.augment = make_augment(config)
@@ -1213,6 +1254,10 @@ class Pretraining:
             "views_per_second": round(views / position.seconds, 1),
             "seconds": round(position.seconds, 3),
         }
+        if position.cosine > COLLAPSED:
+            row["collapsed"] = True
+            if not any("collapsed" in earlier for earlier in self.log):
+                print(f"after epoch {row['epoch']} {COLLAPSE}. {REMEDIES}", file=sys.stderr)
         self.position = Position(position.epoch + 1)
         every = self.config.knn_every
         due = self.complete or (every and self.position.epoch % every == 0)
@@ -1238,6 +1283,8 @@ class UntilError(Iterable[Tensor]):
             self.error = error
 
 
+COLLAPSED = 0.9999  # mean cosine
+COLLAPSE = "all views have the same z: the network has collapsed, or the images are all alike"
 SUMMARY = "summary.json"
 LOGGED = {"epoch", "loss", "contrastive_accuracy", "lr", "views_per_second", "seconds"}
 MOMENTS = {  # what the optimisers keep of each weight
@@ -1775,6 +1822,7 @@ def describe_config(config: Config) -> str:
 
 
 SHEET = (8, 8)  # images and views of each that --show-views draws
+LARGEST_TILE = 256  # px: more than the figure shows
 
 
 def draw_views(config: Config, data: Images, device: torch.device) -> Any:
@@ -1816,7 +1864,9 @@ def show_views(config: Config, file: Path) -> None:
     data = utils.load_images(config.dataset, "pretrain", config.data_dir).to(device)
     if not len(data):
         raise InputError("there are no images to show")
-    utils.save_figure(draw_views(resolve(config, data, device), data, device), file)
+    config = resolve(config, data, device)
+    config.image_size = min(config.image_size, LARGEST_TILE)
+    utils.save_figure(draw_views(config, data, device), file)
     print(f"views of {config.dataset} by the recipe {config.recipe}: {file}")
 
 

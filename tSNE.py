@@ -923,11 +923,11 @@ def draw(where: str, options: Options) -> list[Path]:
     file = simclr.find_checkpoint(where, options.checkpoints)
     run = simclr.load_run(file)
     folder = Path(options.figures) / run.config.run
-    utils.make_folders(folder)
     if options.epochs:
         kept_files(file)  # complain before the work
     print(f"{file}: {run.config.arch} after {run.epoch} epochs")
     embedding = Embedding(run, file, options)
+    utils.make_folders(folder)
     scene, config = embedding.scene, embedding.config
     print(f"drawing {scene.describe()}")
     if scene.labels is None:

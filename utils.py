@@ -223,6 +223,8 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("it is not a file")  # root could replace /dev/null
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(content)
@@ -478,6 +480,29 @@ def choose_device(name: str) -> torch.device:
 def cpu_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def worker_count(asked: int) -> int:
+    """Processes that decode images: as asked for, but few enough for this machine; -1: one a core.
+
+    More than a few a core cost memory and bring nothing.
+    """
+    return cpu_cores() if asked < 0 else min(asked, WORKERS_PER_CORE * cpu_cores())
+
+
+WORKERS_PER_CORE = 4
+
+
+def memory_of(device: torch.device) -> float:
+    """Bytes that `device` has, or this process may use of them; infinite where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    limits = [math.inf]
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # Windows has no sysconf
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with contextlib.suppress(OSError, ValueError):  # of a container; the word "max" for none
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
+    return min(limits)
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
@@ -1033,10 +1058,12 @@ def embed(
     """Features of every image, in order, without augmentation: float32 (N, D) on `device`.
 
     encoder: float (B, 3, size, size) in [0, 1] -> (B, D). A module is put in eval mode (BatchNorm
-    uses its running statistics and does not move) and back. title: of a progress bar, if any.
+    uses its running statistics and does not move) and back. batch_size: of images of 224 px;
+    larger ones go in smaller batches. title: of a progress bar, if any.
     Raises InputError if no image can be read.
     """
     features = []
+    batch_size = max(1, min(batch_size, batch_size * 224**2 // size**2))
     with evaluating(encoder):
         batches = data.batches(size, batch_size, device, workers)
         steps = math.ceil(len(data) / batch_size)

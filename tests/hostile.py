@@ -11,6 +11,7 @@ Reading order: a trial · checkpoints · images · data sets · command lines ·
 
 from __future__ import annotations
 
+import argparse
 import collections
 import contextlib
 import copy
@@ -22,10 +23,11 @@ import re
 import resource
 import shutil
 import struct
-import sys
 import tarfile
 import tempfile
 import time
+import urllib.error
+import urllib.request
 import warnings
 import zipfile
 import zlib
@@ -34,24 +36,26 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import conftest  # noqa: F401  makes the scripts importable
 import numpy as np
 import pytest
 import torch
 import torchvision
-from outcome import Outcome
 from PIL import Image
-from test_data import make_cifar, md5
+
+import conftest  # noqa: F401  makes the scripts importable
 
 # isort: split
+import ablation_SimCLR
 import load_simCLR
 import simclr
 import tSNE
 import utils
+from outcome import Outcome
+from test_data import make_cifar, md5
 from utils import ImageSet, InputError
 
 CPU = torch.device("cpu")
-SECONDS = 20.0  # a trial that takes longer has failed (a busy machine: usually one or two)
+SECONDS = 20.0  # of computing: a trial that takes longer has failed; most take a tenth
 MEMORY = 512 * 2**20  # bytes: what a trial may take beside what the process had
 ADDRESSES = 24 * 2**30  # bytes of address space that a trial gets, so that a bomb harms no machine
 
@@ -92,7 +96,7 @@ class Trial:
 def attempt(call: Callable[[], Any]) -> Trial:
     """Calls it as a command or a function of the project, and judges what comes of it."""
     out, err = io.StringIO(), io.StringIO()
-    started, how, text, value = time.perf_counter(), "run", "", None
+    started, how, text, value = time.process_time(), "run", "", None
     with warnings.catch_warnings(record=True) as warned, bounded() as taken:
         warnings.simplefilter("always")
         warnings.filterwarnings("ignore", category=DeprecationWarning)  # Python shows these to none
@@ -116,7 +120,7 @@ def attempt(call: Callable[[], Any]) -> Trial:
                 raise
             how, text = "broken", f"{type(error).__name__}: {str(error)[:300]}"
         grown = taken()
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     if how == "run" and err.getvalue():
         how, text = "broken", f"a run that says {err.getvalue()[:300]!r}"
     if how != "broken" and warned:
@@ -925,12 +929,12 @@ def whole_runs(folder: Path, count: Count) -> None:
     count.add("their embedding", trial.text if trial.how != "run" else "")
     for name in ("cut.jpg", "text.jpg", "bomb.png", "small bomb.png"):
         file = write_bytes(photos, name, bad_images()[name])
-        trial = train("--run", "other")
+        trial = train("--run", "other", "--batch-size", "512")  # none is left out
         named = trial.how == "refused" and name in trial.text
         count.add(f"a run with {name}", "" if named else trial.text or "it ran")
         file.unlink()
     os.mkfifo(photos / "pipe.jpg")
-    trial = train("--run", "other")
+    trial = train("--run", "other", "--batch-size", "512")
     count.add("a run with a pipe", "" if "pipe.jpg" in trial.text else trial.text or "it ran")
     trial = attempt(
         lambda: load_simCLR.main(["folder_resnet10", "--embed", "photos", "--checkpoints", "c"])
@@ -1080,7 +1084,8 @@ def damaged_sets(folder: Path, patch: pytest.MonkeyPatch, count: Count) -> None:
         refused_by(count, f"Fashion-MNIST of {name}", fashion, "fashion-mnist could not be read")
     raw = make_fashion(folder, pixels, np.zeros(3))
     for name, change in {
-        "cut": lambda b: b[:-100], "empty": lambda b: b"", "of a strange kind": lambda b: b"\1" + b[1:],
+        "cut": lambda b: b[:-100], "empty": lambda b: b"",
+        "of a strange kind": lambda b: b"\1" + b[1:],
         "of terabytes": lambda b: b[:4] + b"\x7f\xff\xff\xff" * 3 + b[16:],
     }.items():  # fmt: skip
         file = raw / "train-images-idx3-ubyte"
@@ -1115,8 +1120,7 @@ def odd_folders(folder: Path, count: Count) -> None:
         trial = train()
         count.add(f"a folder of {name}", trial.text if trial.how != "run" else "")
         if trial.how == "run" and "one class" not in name:
-            tasks = ["--tasks", "knn", "linear", "semi", "--labels", "1", "--seeds", "1"]
-            evaluate = [*tasks, "--epochs", "1", "--checkpoints", "c", "--figures", "f"]
+            evaluate = ["--tasks", "knn", "linear", "--checkpoints", "c", "--figures", "f"]
             trial = attempt(lambda flags=evaluate: load_simCLR.main(["folder_resnet10", *flags]))
             none = "no labelled test images" in trial.text
             count.add(f"its evaluation ({name})", "" if trial.how == "run" or none else trial.text)
@@ -1157,6 +1161,388 @@ def data_sets() -> list[Outcome]:
     return [count.outcome()]
 
 
+# ---------------------------------------------------------------------------------- command lines
+
+
+def words(text: str, *more: str) -> list[str]:
+    return [*text.split(), *more]
+
+
+WHOLE = words(
+    """0 1 2 3 7 8 16 64 -1 -5 1000 65536 4096 10000 1000000 2147483648 9223372036854775808 1e3
+    0x10 1_0 ５ nan 1.5 -0 +3 --5 many""", "", " 5", "9" * 400, "9" * 5000,
+)  # fmt: skip
+REAL = words(
+    """0 1 0.5 0.1 1e-3 100 -1 -0.0 nan inf -inf 1e308 -1e308 1e-308 1e400 1e-400 16 17 0.999 1,5 ½
+    0x1p3 many""", "", "9" * 5000,
+)  # fmt: skip
+TEXT = words(
+    """. .. nowhere a/b file file/x folder pipe empty photos /proc/x /proc/self/x/y /dev/null/x
+    ../up ~ * $HOME views.png views.xyz folder.png new/views.pdf /proc/x.png out.csv out.npz cpu
+    cuda:99 meta cpu:7 cuda:-1 mps 1% 101% 1e-9 3 0 1/2 2/1 1/0 ½/2 digits cifar10 None""",
+    "", " ", "a\nb", "a\tb", "🦎", "\udcff", "\x1b[31m", "'; touch x; '", "x" * 300, "x" * 5000,
+    "/".join("ab" * 3000),
+)  # fmt: skip
+WORDS = words(
+    """nowhere r c/r c/r/last.pt file folder all temperature -- - --nonsense --epoch 3 --help --=x
+    --lr= -h --overwrite --show-views""", "", "x" * 5000, "🦎", "\udcff", "a\nb",
+)  # fmt: skip
+NEEDED = {  # so that a line without faults is a run of little work
+    "simclr.py": ["--arch", "resnet10", "--width", "0.0625", "--epochs", "1", "--batch-size", "8",
+                  "--warmup-epochs", "0", "--head-dim", "8", "--device", "cpu"],
+    "load_simCLR.py": ["c/r", "--device", "cpu"],
+    "tSNE.py": ["c/r", "--device", "cpu", "--method", "pca"],
+    "ablation_SimCLR.py": ["temperature", "--width", "0.0625", "--device", "cpu", "--seeds", "1"],
+}  # fmt: skip
+SCRIPTS = {
+    "simclr.py": (simclr.main, (simclr.Config,)),
+    "load_simCLR.py": (load_simCLR.main, (load_simCLR.Options,)),
+    "tSNE.py": (tSNE.main, (tSNE.Options,)),
+    "ablation_SimCLR.py": (ablation_SimCLR.main, (ablation_SimCLR.Options, simclr.Config)),
+}
+LARGE = 64, 2_000_000  # px of images and number of weights: such runs end where training begins
+
+
+class Enough(SystemExit):
+    """All is decided: what is left is work."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        super().__init__(0)
+
+
+def enough(*_: Any, **__: Any) -> None:
+    raise Enough
+
+
+def few_digits(dataset: str, split: str, data_dir: str | Path = "data") -> utils.Images:
+    """Forty images in place of the digits; other data sets as they are."""
+    if dataset != "digits":
+        return LOAD_IMAGES(dataset, split, data_dir)
+    n = 20 if split == "test" else 40
+    images = torch.arange(n * 3 * 64).mul(37).remainder(256).view(n, 3, 8, 8).to(torch.uint8)
+    return ImageSet(images, torch.arange(n) % 10, tuple("0123456789"))
+
+
+LOAD_IMAGES, MAKE_MODEL = utils.load_images, simclr.make_model
+
+
+def small_model(config: simclr.Config) -> simclr.SimCLR:
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in simclr.SimCLR(config).parameters())
+    if config.image_size > LARGE[0] or weights > LARGE[1]:
+        raise Enough
+    return MAKE_MODEL(config)
+
+
+@contextlib.contextmanager
+def little_work(all_of_it: bool = False) -> Iterator[None]:
+    """Inside, commands see few digits, and stop where nothing but work is left."""
+
+    def finish(run: simclr.Pretraining) -> dict:
+        row = real(run)
+        if len(run.log) > 1:
+            raise Enough
+        return row
+
+    real = simclr.Pretraining.finish_epoch
+    offline = mock.Mock(side_effect=urllib.error.URLError("no network here"))
+    with contextlib.ExitStack() as stack:
+        patches = [(utils, "load_images", few_digits), (urllib.request, "urlopen", offline)]
+        if not all_of_it:
+            patches += [
+                (simclr, "make_model", small_model),
+                (simclr.Pretraining, "finish_epoch", finish),
+                (simclr.FigureKeeper, "update", mock.Mock()), (simclr, "evaluate", enough),
+                (load_simCLR, "evaluate", enough), (tSNE, "draw_panels", enough),
+                (ablation_SimCLR, "do", enough), (ablation_SimCLR.Clock, "seconds", enough),
+            ]  # fmt: skip
+        for where, name, new in patches:
+            stack.enter_context(mock.patch.object(where, name, new))
+        yield
+
+
+def furnish(folder: Path) -> None:
+    """What the command lines find: a run, a file, a folder, a pipe, photographs."""
+    (folder / "file").write_text("a file\n")
+    (folder / "folder").mkdir()
+    (folder / "folder.png").mkdir()
+    (folder / "empty").touch()
+    os.mkfifo(folder / "pipe")
+    for i in range(8):
+        content = written(Image.fromarray(grid(8 + i % 2, 8, i)), "png")
+        write_bytes(folder / "photos" / "ab"[i % 2], f"{i}.png", content)
+    Base(folder)
+    base = Base(folder / "made")
+    base.config.checkpoints, base.config.figures = "c", "f"
+    config = dataclasses.asdict(base.config)
+    utils.save_checkpoint(folder / "c" / "r" / "last.pt", {**base.state, "config": config})
+    shutil.rmtree(folder / "made")
+
+
+def content_of(folder: Path) -> dict[str, bytes | None]:
+    """Names below a folder, and what is in the files."""
+    found = {}
+    for place, folders, files in os.walk(folder):
+        found |= {os.path.join(place, name): None for name in folders}
+        for name in files:
+            path = os.path.join(place, name)
+            found[path] = Path(path).read_bytes() if os.path.isfile(path) else None
+    return found
+
+
+def flags_of(options: type) -> Any:
+    """A flag of a dataclass with a value that is mostly bad, as words."""
+    from hypothesis import strategies as st
+
+    def one(field: dataclasses.Field) -> Any:
+        name, choices = utils.flag(field.name), field.metadata["choices"]
+        if field.type == "bool":
+            return st.sampled_from([[name], [name.replace("--", "--no-")], [f"{name}=1"]])
+        values = {"int": WHOLE, "float": REAL}.get(field.type, TEXT)
+        value = st.sampled_from([*choices, *TEXT[:12]] if choices else values)
+        if isinstance(field.default, tuple):
+            return st.lists(value, max_size=3).map(lambda words: [name, *words])
+        joined = value.map(lambda text: [f"{name}={text}"])
+        return joined | joined | value.map(lambda text: [name, text]) | st.just([name])
+
+    return st.one_of([one(field) for field in dataclasses.fields(options)])
+
+
+def lines_of(script: str) -> Any:
+    """Command lines of a script, as lists of words."""
+    from hypothesis import strategies as st
+
+    words = st.sampled_from(WORDS).map(lambda word: [word])
+    given = st.one_of([flags_of(options) for options in SCRIPTS[script][1]])
+    parts = st.lists(st.one_of(given, given, given, given, words), max_size=4)
+    needed = st.sampled_from([NEEDED[script]] * 9 + [NEEDED[script][:1]])
+    return st.tuples(needed, parts).map(lambda x: [*x[0], *(w for part in x[1] for w in part)])
+
+
+def command_line(script: str, argv: list[str], above: Path) -> tuple[Trial, str]:
+    """What becomes of a command line, and what is wrong with that, or "". Tidies up."""
+    before = content_of(above)
+    trial = attempt(lambda: SCRIPTS[script][0](argv))
+    after = content_of(above)
+    fault = trial.text if trial.how == "broken" else ""
+    if trial.how == "refused":
+        changed = {path for path in after if path not in before or after[path] != before[path]}
+        changed |= set(before) - set(after)
+        if "not finite" in trial.text:  # it had begun: it leaves the folders that it made
+            changed = {path for path in changed if not os.path.isdir(path)}
+        if changed:
+            fault = f"it leaves {sorted(changed)[0]!r} behind: {trial.text}"
+        if len(trial.text) > utils.LONGEST_MESSAGE + 50:
+            fault = f"a line of {len(trial.text):,} characters"
+    if after != before:
+        for path in above.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        prepare(above)
+    return trial, fault
+
+
+def prepare(above: Path) -> None:
+    """A furnished folder below `above`, and go there."""
+    work = above / "work"
+    shutil.copytree(above.parent / "furnished", work, copy_function=copy_any)
+    os.chdir(work)
+
+
+def copy_any(source: str, target: str) -> str:
+    if os.path.isfile(source):
+        return shutil.copy(source, target)
+    os.mkfifo(target)
+    return target
+
+
+def commands(tries: int = 2000, seed: int = 0) -> list[Outcome]:
+    """Fuzzed command lines of all scripts, and some that are run to their end."""
+    with temporary() as folder:
+        (folder / "furnished").mkdir()
+        furnish(folder / "furnished")
+        above = folder / "above"
+        above.mkdir()
+        prepare(above)
+        outcomes = []
+        for script in SCRIPTS:
+            count, how = Count(f"command lines of {script}"), collections.Counter()
+
+            def check(argv: list[str], script: str = script, count: Count = count,
+                      how: collections.Counter = how) -> None:  # fmt: skip
+                trial, fault = command_line(script, argv, above)
+                how[trial.how] += 1
+                count.add(" ".join(word[:60] for word in argv), fault)
+
+            with little_work():
+                fuzz(lines_of(script), max(1, tries // len(SCRIPTS)), seed, check)
+            count.name += f" ({how['run']} run, {how['refused']} refused)"
+            outcomes.append(count.outcome())
+        whole = Count("command lines run to their end")
+        with little_work(all_of_it=True):
+            for line in WHOLE_LINES[:: 1 if tries >= 1000 else 4]:
+                script, *argv = line.split()
+                _, fault = command_line(script, [*NEEDED[script], *argv], above)
+                whole.add(line, fault)
+        return [*outcomes, whole.outcome()]
+
+
+WHOLE_LINES = [
+    "simclr.py", "simclr.py --batch-size 1000000000", "simclr.py --image-size 4096",
+    "simclr.py --head-dim 65536", "simclr.py --arch resnet152 --width 16",
+    "simclr.py --head-hidden 65536 --head-dim 65536 --width 4", "simclr.py --temperature 1e-30",
+    "simclr.py --temperature 1e30", "simclr.py --lr 1e30", "simclr.py --color-strength 1e30",
+    "simclr.py --seed 9223372036854775807", "simclr.py --weight-decay 1e30",
+    "simclr.py --rotation 180",
+    "simclr.py --dataset folder --data-dir photos --workers 10000 --image-size 8",
+    "simclr.py --dataset folder --data-dir photos --workers 0 --image-size 300",
+    "simclr.py --precision bfloat16 --blur-p 1 --flip 1", "simclr.py --projection none",
+    "simclr.py --show-views views.png --image-size 4096", "simclr.py --crop-min 1e-30",
+    "simclr.py --batch-size 2", "simclr.py --save-every 1000000 --keep-every 1 --optimizer lars",
+    "load_simCLR.py --tasks knn linear", "load_simCLR.py --embed photos --workers 10000",
+    "load_simCLR.py --embed photos --image-size 2000",
+    "load_simCLR.py --export x.pt --image-size 9",
+    "load_simCLR.py --classify photos --out x.csv", "tSNE.py", "tSNE.py --thumbnails --images 2",
+    "tSNE.py --method tsne --perplexity 2", "tSNE.py --method tsne --perplexity 1 --images 4",
+    "ablation_SimCLR.py --epochs 1 --batch-size 8 --dry-run",
+    "tSNE.py --panels pixels --format svg",
+]  # fmt: skip
+
+# ---------------------------------------------------------------------------------------- numbers
+
+TEMPERATURES = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
+
+
+def embeddings() -> dict[str, torch.Tensor]:
+    """Projections (2N, D) in float64 that float32 and bfloat16 hold exactly, by their kind."""
+    random = torch.Generator().manual_seed(0)
+    z = torch.randn(16, 12, generator=random).bfloat16().double()
+    one = z[:1].expand(16, -1).clone()
+    some_zero = z.clone()
+    some_zero[3] = some_zero[8] = 0
+    return {
+        "random": z, "two images": z[:4].clone(), "wide": z.repeat(1, 40),
+        "one dimension": z[:, :1].clone(),
+        "all equal": one, "partners equal": z[:8].repeat(2, 1),
+        "opposite": torch.cat([z[:8], -z[:8]]),
+        "zero": 0 * z, "some zero": some_zero, "one-hot": torch.eye(16, dtype=torch.float64),
+        "huge": (z * 2.0**100).float().double(), "tiny": (z * 2.0**-100).float().double(),
+        "of all sizes": z * 2.0 ** torch.arange(-60, 68, 8, dtype=torch.float64)[:, None],
+    }  # fmt: skip
+
+
+def value_and_gradient(
+    loss: Callable, z: torch.Tensor, tau: float, autocast: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    z = z.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        value = loss(*z.chunk(2), tau, 0.5)
+    value.backward()
+    return value.detach(), z.grad
+
+
+def losses(count: Count) -> None:
+    """Value and gradient of each loss are finite, and those of float64."""
+    for name, loss in ablation_SimCLR.LOSSES.items():
+        for kind, z in embeddings().items():
+            cosine = name != "nt-xent-dot"
+            if not cosine and kind in ("huge", "of all sizes"):
+                continue  # its value is beyond float32; check_finite() ends such a run
+            for tau in TEMPERATURES:
+                exact = value_and_gradient(loss, z, tau)
+                if "semi-hard" in name:  # of equal negatives either may be taken
+                    exact = exact[0], torch.full_like(z, torch.nan)
+                for dtype in (torch.float32, torch.bfloat16):
+                    low = z.to(dtype)
+                    for autocast in (False, True) if torch.equal(low.double(), z) else ():
+                        found = value_and_gradient(loss, low, tau, autocast)
+                        fault = differs(found, exact, z, 1 if "margin" in name else tau, cosine)
+                        case = f"{name}, {kind}, tau {tau}, {dtype}, autocast {autocast}"
+                        count.add(case, fault)
+
+
+def differs(
+    found: tuple[torch.Tensor, torch.Tensor], exact: tuple[torch.Tensor, torch.Tensor],
+    z: torch.Tensor, tau: float, cosine: bool,
+) -> str:  # fmt: skip
+    """Whether a value and a gradient (2N, D) are not float64's, as far as their dtype resolves.
+
+    float32 has 7 digits of a similarity, which is divided by tau, and the gradient by it again. A
+    gradient of cosines is inversely proportional to the length of z, and so is compared times it.
+    """
+    value, gradient = found[0].double(), found[1].double()
+    if not (value.isfinite() and gradient.isfinite().all()):
+        return f"not finite: {value.item()}, gradient {gradient.norm().item()}"
+    lengths = z.norm(dim=1, keepdim=True)
+    size = 1.0 if cosine else lengths.max().item()
+    digits = 4e-6 * size**2 / tau
+    if abs(value - exact[0]) > 1e-5 * abs(exact[0]) + digits:
+        return f"{value.item()} instead of {exact[0].item()}"
+    scale = lengths.clamp(min=1e-12) if cosine else 1.0
+    error, right = ((gradient - exact[1]) * scale).norm(dim=1), (exact[1] * scale).norm(dim=1)
+    share = 0.02 if found[1].dtype == torch.bfloat16 else 1e-4
+    if (error > share * right + (digits + 1e-6) * size / tau).any():  # never where right is NaN
+        return f"gradient off by {error.max().item()} of {right.max().item()}"
+    return ""
+
+
+def classifiers(count: Count) -> None:
+    """Features and labels from which there is nothing to learn."""
+    random = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
+    kinds = {
+        "constant": torch.ones(12, 5), "zero": torch.zeros(12, 5), "random": random,
+        "huge": random * 1e30, "tiny": random * 1e-30, "one feature": random[:, :1],
+    }  # fmt: skip
+    numbers = torch.arange(12)
+    labellings = {
+        "two": numbers % 2, "one class": 0 * numbers, "one image each": numbers,
+        "one of one": (numbers == 0).long(),
+    }  # fmt: skip
+    for kind, x in kinds.items():
+        for name, y in labellings.items():
+            classes = int(y.max()) + 1
+            trial = attempt(lambda x=x, y=y, k=classes: utils.knn_predict(x, y, x, k))
+            fine = trial.how == "run" and trial.value.min() >= 0 and trial.value.max() < classes
+            count.add(f"kNN of {kind} features, {name}", "" if fine else trial.text or "no class")
+            trial = attempt(lambda x=x, y=y, k=classes: utils.fit_linear_classifier(x, y, k)(x))
+            fine = trial.how == "run" and trial.value.isfinite().all()
+            count.add(
+                f"linear of {kind} features, {name}", "" if fine else trial.text or "not finite"
+            )
+
+
+def collapsed(count: Count) -> None:
+    """A run whose views are all alike says so, once, and in its log; another does not."""
+    with temporary() as folder:
+        base = Base(folder)
+        part = base.data.train
+        for name, images, alike in (
+            ("black images", torch.zeros_like(part.images), True), ("images", part.images, False),
+        ):  # fmt: skip
+            shown = dataclasses.replace(part, images=images)
+            run, said = (
+                simclr.Pretraining(base.config, simclr.Data(*[shown] * 3), CPU),
+                io.StringIO(),
+            )
+            with contextlib.redirect_stderr(said):
+                base.one_epoch(run)
+                base.one_epoch(run)
+            marked, text = [row.get("collapsed", False) for row in run.log], said.getvalue()
+            right = marked == [alike] * 2 and text.count("\n") == text.count("collapsed") == alike
+            count.add(f"collapse of {name}", "" if right else f"{marked}, {text!r}")
+
+
+def numbers() -> list[Outcome]:
+    """Losses at extremes, classifiers with nothing to learn, collapse."""
+    outcomes = []
+    for name, part in {
+        "losses at extremes": losses, "classifiers at extremes": classifiers, "collapse": collapsed,
+    }.items():  # fmt: skip
+        count = Count(name)
+        part(count)
+        outcomes.append(count.outcome())
+    return outcomes
+
+
 def show(outcomes: list[Outcome]) -> None:
     for row in outcomes:
         print(f"{row.name:32}{row.survived:6}/{row.tried:<6}{row.seconds:8.1f} s")
@@ -1164,5 +1550,22 @@ def show(outcomes: list[Outcome]) -> None:
             print(f"    {utils.one_line(failure, 400)}")
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--tries", type=int, default=2000, help="command lines; a sixth: states")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("parts", nargs="*", help="checkpoints images data commands numbers")
+    options = parser.parse_args()
+    parts = {
+        "checkpoints": lambda: checkpoints(options.tries // 6, options.seed),
+        "images": images,
+        "data": data_sets,
+        "commands": lambda: commands(options.tries, options.seed),
+        "numbers": numbers,
+    }
+    for name in options.parts or parts:
+        show(parts[name]())
+
+
 if __name__ == "__main__":
-    show({"c": lambda: checkpoints(100, 0), "i": images, "d": data_sets}[sys.argv[1]]())
+    main()
