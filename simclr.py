@@ -650,7 +650,22 @@ class Encoder(torchvision.models.ResNet):
     def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
         if planes == 64:  # the first stage: the stem's width is fixed at 64 in the parent
             self.inplanes = self._scaled(64)
-        return super()._make_layer(block, self._scaled(planes), blocks, stride, dilate)
+        stage = super()._make_layer(block, self._scaled(planes), blocks, stride, dilate)
+        shortcut = stage[0].downsample[0] if stride > 1 else None
+        if shortcut is not None and shortcut.in_channels < NARROW:
+            shortcut.stride = (1, 1)
+            shortcut.register_forward_pre_hook(partial(thinned, stride))
+        return stage
+
+
+# channels: with fewer, the gradient of a 1x1 convolution of stride 2 writes outside of its memory
+# on CPUs (torch 2.14, channels last, from 64 px on)
+NARROW = 16
+
+
+def thinned(stride: int, _: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    """Every stride-th pixel of a module's input: what a 1x1 convolution of that stride sees."""
+    return inputs[0][..., ::stride, ::stride]
 
 
 class SimCLR(nn.Module):
