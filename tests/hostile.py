@@ -1380,7 +1380,7 @@ def commands(tries: int = 2000, seed: int = 0) -> list[Outcome]:
             outcomes.append(count.outcome())
         whole = Count("command lines run to their end")
         with little_work(all_of_it=True):
-            for line in WHOLE_LINES[:: 1 if tries >= 1000 else 4]:
+            for line in WHOLE_LINES[:: 1 if tries >= 1000 else 10]:
                 script, *argv = line.split()
                 _, fault = command_line(script, [*NEEDED[script], *argv], above)
                 whole.add(line, fault)
@@ -1388,7 +1388,7 @@ def commands(tries: int = 2000, seed: int = 0) -> list[Outcome]:
 
 
 WHOLE_LINES = [
-    "simclr.py", "simclr.py --batch-size 1000000000", "simclr.py --image-size 4096",
+    "simclr.py", "simclr.py --batch-size 1000000000", "simclr.py --image-size 256",
     "simclr.py --head-dim 65536", "simclr.py --arch resnet152 --width 16",
     "simclr.py --head-hidden 65536 --head-dim 65536 --width 4", "simclr.py --temperature 1e-30",
     "simclr.py --temperature 1e30", "simclr.py --lr 1e30", "simclr.py --color-strength 1e30",

@@ -26,11 +26,11 @@ def check(outcomes):
 
 def test_checkpoints():
     pytest.importorskip("hypothesis")
-    check(hostile.checkpoints(tries=8, every=12))
+    check(hostile.checkpoints(tries=5, every=25))
 
 
 def test_images():
-    check(hostile.images(every=3))
+    check(hostile.images(every=4))
 
 
 def test_data_sets():
@@ -39,7 +39,7 @@ def test_data_sets():
 
 def test_command_lines():
     pytest.importorskip("hypothesis")
-    check(hostile.commands(tries=160))
+    check(hostile.commands(tries=150))
 
 
 def test_numbers():
