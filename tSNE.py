@@ -927,7 +927,7 @@ def draw(where: str, options: Options) -> list[Path]:
         kept_files(file)  # complain before the work
     print(f"{file}: {run.config.arch} after {run.epoch} epochs")
     embedding = Embedding(run, file, options)
-    utils.make_folders(folder)
+    utils.check_folders(folder)  # before the work; they are made when there is a figure
     scene, config = embedding.scene, embedding.config
     print(f"drawing {scene.describe()}")
     if scene.labels is None:

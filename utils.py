@@ -250,8 +250,8 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def make_folders(*folders: Path) -> None:
-    """Make the folders and their parents. Raises InputError, having made none, if one cannot be."""
+def check_folders(*folders: Path) -> None:
+    """Raise InputError if one of the folders is none that can be written to, or made."""
     for folder in folders:
         try:
             above = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
@@ -261,6 +261,11 @@ def make_folders(*folders: Path) -> None:
                 raise PermissionError(f"{above} is not writable")
         except OSError as error:
             raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
+def make_folders(*folders: Path) -> None:
+    """Make the folders and their parents. Raises InputError, having made none, if one cannot be."""
+    check_folders(*folders)
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -481,14 +486,8 @@ def cpu_cores() -> int:
 
 
 def worker_count(asked: int) -> int:
-    """Processes that decode images: as asked for, but few enough for this machine; -1: one a core.
-
-    More than a few a core cost memory and bring nothing.
-    """
-    return cpu_cores() if asked < 0 else min(asked, WORKERS_PER_CORE * cpu_cores())
-
-
-WORKERS_PER_CORE = 4
+    """Processes that decode images: as many as asked for, but at most one a core; -1: that."""
+    return cpu_cores() if asked < 0 else min(asked, cpu_cores())
 
 
 def memory_of(device: torch.device) -> float:

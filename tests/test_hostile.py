@@ -136,7 +136,7 @@ def test_large_images_are_embedded_in_small_batches():
 
 def test_workers_are_as_many_as_the_machine_can_use(monkeypatch):
     monkeypatch.setattr(utils, "cpu_cores", lambda: 2)
-    assert [utils.worker_count(n) for n in (-1, 0, 3, 10_000)] == [2, 0, 3, 8]
+    assert [utils.worker_count(n) for n in (-1, 0, 3, 10_000)] == [2, 0, 2, 2]
 
 
 def test_torchs_own_checkpoints_pass_as_they_are(tmp_path):
