@@ -66,8 +66,8 @@ def opposite_similarities(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
 
     Appendix B.10: the losses other than NT-Xent take negatives from one augmented side only.
     """
-    kind = torch.promote_types(z1.dtype, torch.float32)  # bfloat16 has 3 digits: too few here
-    cosine = F.normalize(z1.to(kind), dim=1) @ F.normalize(z2.to(kind), dim=1).T  # (N, N)
+    with simclr.full_precision(z1):
+        cosine = simclr.unit(z1) @ simclr.unit(z2).T  # (N, N)
     negative = ~torch.eye(len(z1), dtype=torch.bool, device=z1.device)
     return torch.cat([cosine, cosine.T]), negative.repeat(2, 1)
 
@@ -120,7 +120,9 @@ def margin_triplet(
 def dot_product_logits(z1: Tensor, z2: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """simclr.contrastive_logits() with dot products of z as it is, not normalised (Table 5)."""
     z = torch.cat([z1, z2]).to(torch.promote_types(z1.dtype, torch.float32))  # (2N, D)
-    logits = (z @ z.T / temperature).fill_diagonal_(float("-inf"))  # (2N, 2N)
+    with simclr.full_precision(z):
+        logits = z @ z.T / temperature
+    logits.fill_diagonal_(float("-inf"))  # (2N, 2N)
     return logits, torch.arange(len(z), device=z.device).roll(len(z1))
 
 

@@ -132,7 +132,7 @@ def check_options(options: Options) -> None:
         raise InputError("--out names one file: give either --embed or --classify")
     for name in ("embed", "classify"):
         folder = getattr(options, name)
-        if folder and not Path(folder).is_dir():
+        if folder and not os.path.isdir(folder):
             raise InputError(f"{flag(name)} {folder} is not a folder")
 
 
@@ -252,7 +252,7 @@ def import_encoder(state: dict, where: Path) -> Imported:
     tensors = unwrap(state)
     naming = next((n for n in NAMINGS if matches(n, tensors)), None)
     if naming is None:
-        names = ", ".join(list(tensors)[:MAX_LISTED]) or "none"
+        names = ", ".join(map(utils.shown, list(tensors)[:MAX_LISTED])) or "none"
         raise InputError(
             f"{where} is no checkpoint of a known naming (it has {len(tensors)} tensors: {names}"
             f"{', …' if len(tensors) > MAX_LISTED else ''})"
@@ -368,29 +368,12 @@ def load_strictly(
     for name in expected:
         if name.endswith("num_batches_tracked"):  # old files lack it, and it has no effect here
             named.setdefault(name, torch.tensor(0))
-    faults = [f"{name} is missing" for name in expected if name not in named]
-    faults += [f"{name} is surplus" for name in named if name not in expected]
-    faults += [
-        f"{name} has shape {tuple(named[name].shape)}, not {tuple(value.shape)}"
-        for name, value in expected.items()
-        if name in named and named[name].shape != value.shape
-    ]
-    faults = faults or [f"{name} {fault}" for name in expected if (fault := odd(named[name]))]
-    if faults:
+    if faults := utils.misfits(named, expected):
         more = f", and {len(faults) - MAX_LISTED} more" if len(faults) > MAX_LISTED else ""
         raise InputError(f"{what} does not fit: {'; '.join(faults[:MAX_LISTED])}{more}")
     encoder = Encoder(arch, width, stem)
     encoder.load_state_dict(named)
     return encoder
-
-
-def odd(value: Tensor) -> str:
-    """What is wrong with a tensor as a weight, or ""."""
-    if value.is_meta or value.layout != torch.strided or value.is_quantized:
-        return "is not a dense tensor"
-    if value.ndim and not value.is_floating_point():
-        return f"is of type {value.dtype}, not a float"
-    return "" if value.isfinite().all() else "is not finite"
 
 
 class Normalized(nn.Module):
@@ -447,10 +430,11 @@ def load_source(file: Path, normalize: str = "auto") -> Source:
         source.projector = run.model.projector
         source.description = f"{run.config.arch} at width {run.config.width:g}, epoch {run.epoch}"
     else:
-        got = import_encoder(state, file)
-        exported = exported_settings(state)
+        with utils.refusing(f"{file} is not a checkpoint", through=(InputError,)):
+            got = import_encoder(state, file)
+            exported = exported_settings(state)
         if exported:
-            got.encoder.conv1.padding = (exported["padding"],) * 2
+            got.encoder.conv1.padding = (int(exported["padding"]),) * 2
             got.normalize = exported["normalize"]
         source = Source(file, got.encoder, got.encoder, got.normalize, "", imported=got)
         origin = "written by --export" if exported else f"naming of {got.origin}"
@@ -470,7 +454,7 @@ def exported_settings(state: dict) -> dict:
     found: Any = getattr(state, "_metadata", None)
     for key in ("", EXPORTED):
         found = found.get(key) if isinstance(found, dict) else None
-    sensible = isinstance(found, dict) and found.get("padding") in (1, 2, 3)
+    sensible = isinstance(found, dict) and str(found.get("padding")) in ("1", "2", "3")
     return found if sensible and found.get("normalize") in ("none", *MEANS) else {}
 
 
@@ -1070,7 +1054,7 @@ def use_on_new_images(source: Source, options: Options, device: torch.device) ->
     """--embed and --classify: writes the .npz and the .csv."""
     check_targets(options.out)
     precision = choose_precision(source, options, device)
-    workers = options.workers if options.workers >= 0 else utils.cpu_cores()
+    workers = utils.worker_count(options.workers)
     size = options.image_size or (source.config.image_size if source.config else 0)
     classifier = classes = None
     if options.classify:
@@ -1101,7 +1085,7 @@ def use_on_new_images(source: Source, options: Options, device: torch.device) ->
         if bad:
             print(f"{len(bad):,} of {len(bad) + len(paths):,} images could not be read:")
             for reason in bad.values():
-                print(f"  {printable(reason)}")
+                print(f"  {utils.one_line(reason, 500)}")
 
 
 # -------------------------------------------------------------------------------- the command line
@@ -1169,10 +1153,11 @@ def run_evaluation(source: Source, options: Options, device: torch.device) -> di
 
 def check_targets(*files: str | Path) -> None:
     """Make the folders of files to be written, "" apart. What cannot be written is an error now."""
-    for file in map(Path, filter(None, files)):
-        if file.is_dir():
-            raise InputError(f"cannot write {file}: it is a folder")
-        utils.make_folders(file.absolute().parent)
+    wanted = [Path(file) for file in files if file]
+    for file in wanted:
+        if os.path.exists(file) and not os.path.isfile(file):
+            raise InputError(f"cannot write {file}: it is a folder, or no file")
+    utils.make_folders(*(file.absolute().parent for file in wanted))
 
 
 def earlier(file: Path, header: dict) -> dict:

@@ -218,13 +218,14 @@ def make_config(**overrides: Any) -> Config:
 
 
 def check_config(config: Config) -> None:
-    """Raise InputError for the first field that is out of range."""
+    """Raise InputError for the first field that is of another type or out of range."""
+    if fault := utils.type_fault(config):
+        raise InputError(fault)
     for field in dataclasses.fields(config):
         value, choices = getattr(config, field.name), field.metadata["choices"]
         if choices and value not in choices:
-            raise InputError(f"{flag(field.name)} {value!r}: choose from {', '.join(choices)}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"{flag(field.name)} must be a finite number, got {value}")
+            text = utils.shown(value)
+            raise InputError(f"{flag(field.name)} {text!r}: choose from {', '.join(choices)}")
 
     def need(holds: bool, name: str, range_text: str) -> None:
         if not holds:
@@ -676,7 +677,22 @@ class Encoder(torchvision.models.ResNet):
     def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
         if planes == 64:  # the first stage: the stem's width is fixed at 64 in the parent
             self.inplanes = self._scaled(64)
-        return super()._make_layer(block, self._scaled(planes), blocks, stride, dilate)
+        stage = super()._make_layer(block, self._scaled(planes), blocks, stride, dilate)
+        shortcut = stage[0].downsample[0] if stride > 1 else None
+        if shortcut is not None and shortcut.in_channels < NARROW:
+            shortcut.stride = (1, 1)
+            shortcut.register_forward_pre_hook(partial(thinned, stride))
+        return stage
+
+
+# channels: with fewer, the gradient of a 1x1 convolution of stride 2 writes outside of its memory
+# on CPUs (torch 2.14, channels last, from 64 px on)
+NARROW = 16
+
+
+def thinned(stride: int, _: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    """Every stride-th pixel of a module's input: what a 1x1 convolution of that stride sees."""
+    return inputs[0][..., ::stride, ::stride]
 
 
 class SimCLR(nn.Module):
@@ -726,6 +742,7 @@ def make_model(config: Config) -> SimCLR:
 # --------------------------------------------------------------------------------------- NT-Xent
 
 BLOCK_BYTES = 2**28  # of similarities held at a time: all of them up to 2N = 8,192 views in float32
+HUGE = 1e15  # from here the sum of squares could overflow float32
 
 
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
@@ -742,17 +759,19 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     """
     if z1.ndim != 2 or z1.shape != z2.shape:
         raise ValueError(f"need two (N, D) of one shape, got {(*z1.shape,)} and {(*z2.shape,)}")
-    with _full_precision(z1):
-        return NTXent.apply(normalized_views(z1, z2), temperature)
+    with full_precision(z1):
+        return NTXent.apply(unit(torch.cat([z1, z2])), temperature)
 
 
-def normalized_views(z1: Tensor, z2: Tensor) -> Tensor:
-    """Two (N, D) -> (2N, D), at least float32, each row of length 1."""
-    kind = torch.promote_types(z1.dtype, torch.float32)  # bfloat16 has 3 digits: too few here
-    return F.normalize(torch.cat([z1, z2]).to(kind), dim=1)
+def unit(z: Tensor) -> Tensor:
+    """Rows (N, D) scaled to length 1, in at least float32; shorter ones than 1e-12 count as 0."""
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    largest = z.detach().abs().amax(1, keepdim=True)  # (N, 1)
+    return F.normalize(z / torch.where(largest > HUGE, largest, 1.0), dim=1)
 
 
-def _full_precision(z: Tensor) -> torch.autocast:
+def full_precision(z: Tensor) -> torch.autocast:
+    """Inside, autocast does not make a product of z bfloat16: 3 digits are too few for a loss."""
     return torch.autocast(z.device.type, enabled=False)
 
 
@@ -762,8 +781,8 @@ def contrastive_logits(z1: Tensor, z2: Tensor, temperature: float) -> tuple[Tens
     z1, z2: (N, D), the two views; row i of both comes from image i. Returns logits float32
     (2N, 2N), -inf where a view meets itself, and int64 (2N,) the column of each view's partner.
     """
-    with _full_precision(z1):
-        z = normalized_views(z1, z2)  # (2N, D)
+    with full_precision(z1):
+        z = unit(torch.cat([z1, z2]))  # (2N, D)
         logits = z @ z.T / temperature  # (2N, 2N)
     logits.fill_diagonal_(float("-inf"))  # k != i
     partner = torch.arange(len(z), device=z.device).roll(len(z1))  # (2N,) the other view
@@ -820,10 +839,17 @@ class NTXent(torch.autograd.Function):
 @torch.no_grad()
 def contrastive_accuracy(z1: Tensor, z2: Tensor) -> Tensor:
     """Share of the 2N views whose nearest other view is their partner: scalar in [0, 1]."""
-    with _full_precision(z1):
-        blocks = logit_blocks(normalized_views(z1, z2), temperature=1.0)
+    with full_precision(z1):
+        blocks = logit_blocks(unit(torch.cat([z1, z2])), temperature=1.0)
         hits = [(logits.argmax(1) == partner).sum() for _, logits, partner in blocks]
     return torch.stack(hits).sum() / (2 * len(z1))
+
+
+@torch.no_grad()
+def mean_cosine(z: Tensor) -> Tensor:
+    """Over all pairs of the rows (2N, D): scalar in [-1, 1]. 1: they are all the same."""
+    n = len(z)
+    return (unit(z).sum(0).square().sum() - n) / (n * (n - 1))
 
 
 # ------------------------------------------------------------------------ optimiser and schedule
@@ -936,6 +962,7 @@ class Position:
     loss_sum: float = 0.0  # over those steps
     accuracy_sum: float = 0.0
     seconds: float = 0.0  # of training in the epoch under way
+    cosine: float = 0.0  # mean over all pairs of views of the last step
 
 
 def batch_count(config: Config, n: int) -> tuple[int, int]:
@@ -945,6 +972,29 @@ def batch_count(config: Config, n: int) -> tuple[int, int]:
     """
     size = min(config.batch_size, n)
     return size, n // size
+
+
+def check_memory(config: Config, n: int, device: torch.device) -> None:
+    """Raise InputError if training on n images cannot fit into the device's memory.
+
+    Counted from below: weights, gradients and moments, the views of a batch, and what the first
+    convolution makes of them. Else the system would end the program, without a word.
+    """
+    with torch.device("meta"):
+        model = SimCLR(config)
+    conv1, side = model.encoder.conv1, config.image_size
+    outputs = conv1.out_channels * (side // conv1.stride[0]) ** 2  # of a view
+    width = 2 if config.precision == "bfloat16" else 4  # bytes of each
+    views = 2 * batch_count(config, n)[0]
+    copies = 4 if config.optimizer == "adamw" else 3
+    needed = copies * sum(p.nbytes for p in model.parameters())
+    needed += views * (4 * 3 * side**2 + width * outputs)
+    if needed > utils.memory_of(device):
+        raise InputError(
+            f"this needs more than {needed / 2**30:,.0f} GiB of memory, and {device} has "
+            f"{utils.memory_of(device) / 2**30:,.0f}: choose a smaller {flag('batch_size')}, "
+            f"{flag('image_size')} or {flag('width')}"
+        )
 
 
 def view_batches(
@@ -1008,7 +1058,7 @@ def random_crops(crop: RandomResizedCrop, image: Tensor, u: np.ndarray) -> Tenso
 
 
 def worker_count(config: Config) -> int:
-    return config.workers if config.workers >= 0 else utils.cpu_cores()
+    return utils.worker_count(config.workers)
 
 
 def train_epoch(
@@ -1031,6 +1081,7 @@ def train_epoch(
     started = time.perf_counter()
     device = next(model.parameters()).device
     sums = torch.tensor([position.loss_sum, position.accuracy_sum], device=device)
+    z = torch.eye(2, device=device)  # of no step
     for views in batches:  # (2N, 3, S, S)
         for group in optimizer.param_groups:
             group["lr"] = rate(position.step)
@@ -1046,7 +1097,9 @@ def train_epoch(
         position.step += 1
         if after_step():
             break
-    position.loss_sum, position.accuracy_sum = sums.tolist()  # the only wait for the device
+    numbers = [*sums, mean_cosine(z)]
+    # the only wait for the device
+    position.loss_sum, position.accuracy_sum, position.cosine = torch.stack(numbers).tolist()
     position.seconds += time.perf_counter() - started
 
 
@@ -1112,6 +1165,7 @@ class Pretraining:
 
     def __init__(self, config: Config, data: Data, device: torch.device) -> None:
         self.config, self.data, self.device = config, data, device
+        check_memory(config, len(data.pretrain), device)
         self.model = make_model(config).to(device, memory_format=torch.channels_last)
         self.optimizer = make_optimizer(config, self.model)
         self.augment = make_augment(config)
@@ -1158,27 +1212,45 @@ class Pretraining:
             return False
         state, file = load_newest(self.checkpoint)
         check_format(state, file)
-        try:
+        with utils.refusing(f"{file} is not a checkpoint of this run", through=(InputError,)):
             images = len(self.data.pretrain)
             check_same_run(state["config"], state["images"], self.config, images)
+            if faults := utils.misfits(state["model"], self.model.state_dict()):
+                raise ValueError(faults[0])
             self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.position = Position(**state["position"])
+            self.load_optimizer(dict(state["optimizer"])["state"])
+            self.position = read_position(state, self.config.epochs, self.steps)
             self.log = self.logged(state)
-        except InputError:
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise InputError(
-                f"{self.checkpoint} is not a checkpoint of this run: {error}"
-            ) from error
         self.saved, self.intact = True, file == self.checkpoint
         return True
+
+    def load_optimizer(self, saved: dict) -> None:
+        """Take up the moments of each weight; the settings beside them follow from the config.
+
+        Raises ValueError if they are not those of these weights: torch would find out in a step.
+        """
+        groups = self.optimizer.state_dict()["param_groups"]
+        weights = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if not set(saved) <= set(range(len(weights))):
+            raise ValueError("its optimizer had other weights")
+        names = MOMENTS[self.config.optimizer]
+        expected = {
+            f"{name} of weight {i}": torch.empty(()) if name == "step" else weights[i]
+            for i in saved
+            for name in names
+        }
+        there = {f"{name} of weight {i}": x for i in saved for name, x in saved[i].items()}
+        if faults := utils.misfits(there, expected):
+            raise ValueError(faults[0])
+        self.optimizer.load_state_dict({"state": saved, "param_groups": groups})
 
     def logged(self, state: dict) -> list[dict]:
         """The log up to the checkpoint `state`, which holds it; earlier versions' did not."""
         rows = state["log"] if "log" in state else utils.read_jsonl(self.log_file)
         rows = rows[: self.position.epoch]  # the file may be ahead: those epochs are done again
-        whole = all(row.keys() >= LOGGED for row in rows)
+        values = [value for row in rows for value in row.values()]
+        plain = all(isinstance(value, int | float) and abs(value) < 2**63 for value in values)
+        whole = plain and all(row.keys() >= LOGGED for row in rows)
         if not whole or [row["epoch"] for row in rows] != [*range(1, self.position.epoch + 1)]:
             raise InputError(
                 f"{self.log_file} does not have the {self.position.epoch} epochs of the "
@@ -1361,6 +1433,10 @@ class Pretraining:
             "views_per_second": round(views / position.seconds, 1),
             "seconds": round(position.seconds, 3),
         }
+        if position.cosine > COLLAPSED:
+            row["collapsed"] = True
+            if not any("collapsed" in earlier for earlier in self.log):
+                print(f"after epoch {row['epoch']} {COLLAPSE}. {REMEDIES}", file=sys.stderr)
         self.position = Position(position.epoch + 1)
         every = self.config.knn_every
         due = self.complete or (every and self.position.epoch % every == 0)
@@ -1390,8 +1466,15 @@ class UntilError(Iterable[Tensor]):
             self.error = error
 
 
+COLLAPSED = 0.9999  # mean cosine
+COLLAPSE = "all views have the same z: the network has collapsed, or the images are all alike"
 SUMMARY = "summary.json"
 LOGGED = {"epoch", "loss", "contrastive_accuracy", "lr", "views_per_second", "seconds"}
+MOMENTS = {  # what the optimisers keep of each weight
+    "lars": ("momentum_buffer",),
+    "sgd": ("momentum_buffer",),
+    "adamw": ("step", "exp_avg", "exp_avg_sq"),
+}
 REMEDIES = (
     f"Try a lower {flag('lr')}, a longer {flag('warmup_epochs')}, a higher {flag('temperature')}, "
     f"or {flag('precision')} float32"
@@ -1493,10 +1576,10 @@ def load_newest(file: Path) -> tuple[dict, Path]:
 
 def check_format(state: dict, where: Path) -> None:
     """Raise InputError if this version does not read the checkpoint."""
-    found = state.get("format")
-    if not isinstance(found, int) or found not in READABLE_FORMATS:
+    found = dict(state).get("format")
+    if type(found) is not int or found not in READABLE_FORMATS:
         raise InputError(
-            f"{where} has a checkpoint of format {found!r}; this version reads "
+            f"{where} has a checkpoint of format {utils.shown(found)}; this version reads "
             f"formats {READABLE_FORMATS[0]} to {READABLE_FORMATS[-1]}"
         )
 
@@ -1505,7 +1588,7 @@ def check_same_run(saved: dict, saved_images: int, config: Config, images: int) 
     """Raise InputError if a run's saved configuration or number of images is not the one given."""
     differ = differences(saved, config)
     if saved_images != images:
-        differ.append(f"number of images ({saved_images} there, {images} now)")
+        differ.append(f"number of images ({utils.shown(saved_images)} there, {images} now)")
     if differ:
         raise InputError(
             f"{config.folder} holds a run with another configuration: {', '.join(differ)}. "
@@ -1519,7 +1602,7 @@ def differences(saved: dict, config: Config) -> list[str]:
     if config.dataset == "folder":
         names.append("data_dir")
     return [
-        f"{flag(name)} ({saved.get(name)} there, {getattr(config, name)} now)"
+        f"{flag(name)} ({utils.shown(saved.get(name))} there, {getattr(config, name)} now)"
         for name in names
         if saved.get(name) != getattr(config, name)
     ]
@@ -1571,7 +1654,8 @@ def load_run(file: Path) -> TrainedRun:
 
     Where a run's last.pt is damaged, the previous one is read, with a warning. Raises InputError if
     there is none, it is of another format, or its weights are not exactly those of the model that
-    its configuration describes.
+    its configuration describes. That is compared by shapes before the model is made, so that a
+    small file cannot claim a network that fills the memory.
     """
     return trained_run(*load_newest(file))
 
@@ -1579,17 +1663,31 @@ def load_run(file: Path) -> TrainedRun:
 def trained_run(state: dict, file: Path) -> TrainedRun:
     """load_run() of what has been read of `file`."""
     check_format(state, file)
-    try:
+    with utils.refusing(f"{file} is not a checkpoint of a run"):
         config = Config(**state["config"])
         check_config(config)
+        if not config.image_size:
+            raise ValueError("its configuration has no size of images")
+        with torch.device("meta"):
+            expected = SimCLR(config).state_dict()
+        if faults := utils.misfits(state["model"], expected):
+            raise ValueError(faults[0])
         model = make_model(config)
         model.load_state_dict(state["model"])
-        epoch = int(state["position"]["epoch"])
-    except InputError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise InputError(f"{file} is not a checkpoint of a run: {error}") from error
-    return TrainedRun(config, model.eval().requires_grad_(False), epoch, file)
+        position = read_position(state, config.epochs)
+    return TrainedRun(config, model.eval().requires_grad_(False), position.epoch, file)
+
+
+def read_position(state: dict, epochs: int, steps: float = math.inf) -> Position:
+    """How far a checkpoint is. Raises ValueError if that is not within the epochs and steps."""
+    position = Position(**state["position"])
+    if not {"epoch", "step"} <= set(state["position"]):
+        raise ValueError("it does not say how far it is")
+    if fault := utils.type_fault(position):
+        raise ValueError(fault)
+    if not (0 <= position.epoch <= epochs and 0 <= position.step <= steps):
+        raise ValueError(f"its epoch {position.epoch} or step {position.step} is out of range")
+    return position
 
 
 # ------------------------------------------------------------------------------ what was learned
@@ -1963,6 +2061,7 @@ def describe_config(config: Config) -> str:
 
 
 SHEET = (8, 8)  # images and views of each that --show-views draws
+LARGEST_TILE = 256  # px: more than the figure shows
 
 
 def draw_views(config: Config, data: Images, device: torch.device) -> Any:
@@ -2004,7 +2103,9 @@ def show_views(config: Config, file: Path) -> None:
     data = utils.load_images(config.dataset, "pretrain", config.data_dir).to(device)
     if not len(data):
         raise InputError("there are no images to show")
-    utils.save_figure(draw_views(resolve(config, data, device), data, device), file)
+    config = resolve(config, data, device)
+    config.image_size = min(config.image_size, LARGEST_TILE)
+    utils.save_figure(draw_views(config, data, device), file)
     print(f"views of {config.dataset} by the recipe {config.recipe}: {file}")
 
 
@@ -2082,7 +2183,7 @@ def train_and_evaluate(config: Config, data: Data, device: torch.device, overwri
         "parameters": sum(p.numel() for p in model.encoder.parameters()),
         "loss": log[-1]["loss"],
         **results,
-        "views_per_second": 2 * size * steps * config.epochs / training,
+        "views_per_second": 2 * size * steps * config.epochs / max(training, 1e-3),
         "training_seconds": training,
         "seconds": training + monitoring + time.perf_counter() - started,
     }

@@ -924,11 +924,11 @@ def draw(where: str, options: Options) -> list[Path]:
     run = simclr.load_run(file)
     file = run.file
     folder = Path(options.figures) / run.config.run
-    utils.make_folders(folder)
     if options.epochs:
         kept_files(file)  # complain before the work
     print(f"{file}: {run.config.arch} after {run.epoch} epochs")
     embedding = Embedding(run, file, options)
+    utils.check_folders(folder)  # before the work; they are made when there is a figure
     scene, config = embedding.scene, embedding.config
     print(f"drawing {scene.describe()}")
     if scene.labels is None:

@@ -17,9 +17,13 @@ import itertools
 import json
 import math
 import os
+import pickletools
 import shlex
 import signal
+import stat
 import sys
+import tarfile
+import threading
 import time
 import warnings
 import zipfile
@@ -28,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, BinaryIO, NoReturn
 
 import numpy as np
 import torch
@@ -47,9 +51,12 @@ class InputError(ValueError):
     """Something the user can put right: reported as one line on stderr with exit code 2."""
 
 
+LONGEST_MESSAGE = 2000  # characters
+
+
 def exit_with_error(program: str, error: BaseException) -> NoReturn:
     """Print `program: error: …` as a single line on stderr and leave with exit code 2."""
-    message = " ".join(str(error).split())
+    message = one_line(str(error), LONGEST_MESSAGE)
     print(f"{program}: error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -60,9 +67,46 @@ def exit_stopped(stop: KeyboardInterrupt) -> NoReturn:
     raise SystemExit(128 + getattr(stop, "signal", signal.SIGINT)) from None
 
 
+def one_line(text: str, most: int) -> str:
+    """`text` in a line that no terminal takes for a command, of at most `most` characters."""
+    text = " ".join(text[: 2 * most].split())
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+@contextlib.contextmanager
+def refusing(what: str, through: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Turns whatever is raised inside into an InputError that begins with `what`, some apart.
+
+    For what is made of a file from anywhere: there is no end to what a strange one can raise.
+    """
+    try:
+        yield
+    except through:
+        raise
+    except Exception as error:
+        raise InputError(f"{what}: {shown(error)}") from error
+
+
+def shown(value: Any) -> str:
+    """Any value, of whatever size, for a message."""
+    try:
+        return one_line(str(value), 100)
+    except (ValueError, RecursionError):  # an integer of a million digits, lists in lists in lists
+        return f"a {type(value).__name__} too large to print"
+
+
 @contextlib.contextmanager
 def quiet_without_reader() -> Iterator[None]:
-    """End as Unix tools do, without a word, when nobody reads on (`python simclr.py | head -1`)."""
+    """What all commands do about their output.
+
+    They end as Unix tools do, without a word, when nobody reads on (`python simclr.py | head -1`).
+    File names that are no text are printed escaped, and what PIL thinks of a file is not printed:
+    it is decoded, or it is an error that names it.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         try:
             yield
@@ -99,6 +143,25 @@ def setting(default: Any, help: str, choices: Sequence[str] = (), identity: bool
 def flag(name: str) -> str:
     """The command-line flag of a field."""
     return "--" + name.replace("_", "-")
+
+
+PLAIN_TYPES = {"int": int, "float": (int, float), "bool": bool, "str": str}
+
+
+def type_fault(options: Any) -> str:
+    """The first field of a dataclass that has not the type it should have, and what it has, or "".
+
+    Its fields are int (of 64 bits), float (finite; an int will do), bool or str.
+    """
+    for field in dataclasses.fields(options):
+        value, kind = getattr(options, field.name), field.type
+        fits = isinstance(value, PLAIN_TYPES[kind]) and isinstance(value, bool) == (kind == "bool")
+        if not fits or (isinstance(value, int) and abs(value) >= 2**63):
+            wanted = f"of type {kind}" + " (64 bits)" * (fits and kind == "int")
+            return f"{flag(field.name)} must be {wanted}, got {shown(value)}"
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"{flag(field.name)} must be a finite number, got {value}"
+    return ""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -170,6 +233,8 @@ def write_atomically(
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("it is not a file")  # root could replace /dev/null
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(content)
@@ -207,8 +272,8 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def make_folders(*folders: Path) -> None:
-    """Make the folders and their parents. Raises InputError, having made none, if one cannot be."""
+def check_folders(*folders: Path) -> None:
+    """Raise InputError if one of the folders is none that can be written to, or made."""
     for folder in folders:
         try:
             above = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
@@ -218,6 +283,11 @@ def make_folders(*folders: Path) -> None:
                 raise PermissionError(f"{above} is not writable")
         except OSError as error:
             raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
+def make_folders(*folders: Path) -> None:
+    """Make the folders and their parents. Raises InputError, having made none, if one cannot be."""
+    check_folders(*folders)
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -297,7 +367,7 @@ def read_jsonl(path: Path) -> list[dict]:
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:  # no JSON, or no text at all
+        except (ValueError, RecursionError):  # no JSON, or no text at all
             break
         if not isinstance(row, dict):
             break
@@ -324,8 +394,8 @@ def save_checkpoint(path: Path, state: dict, before: Callable[[], object] = lamb
     write_atomically(path, buffer.getbuffer(), before)
 
 
-def check_seal(path: Path) -> bool:
-    """Whether save_checkpoint() sealed the file; InputError if it did and the file is damaged.
+def check_seal(path: Path) -> None:
+    """Raise InputError if save_checkpoint() sealed the file and it is damaged.
 
     torch.save leaves no comment, so whatever is not a plain end of a zip is a seal, or was one.
     """
@@ -335,7 +405,7 @@ def check_seal(path: Path) -> bool:
         tail = file.read()
         end = tail.rfind(_ZIP_END)
         if end < 0 or (end + _ZIP_END_BYTES == len(tail) and tail.endswith(b"\0\0")):
-            return False
+            return
         file.seek(0)
         digest = hashlib.sha256()
         left = size - 2 * digest.digest_size
@@ -344,27 +414,28 @@ def check_seal(path: Path) -> bool:
             left = size - 2 * digest.digest_size - file.tell()
     if tail[-_SEAL_BYTES:] != SEAL + digest.hexdigest().encode():
         raise InputError(f"{path} is damaged (it does not have the digest that it was saved with)")
-    return True
 
 
 def load_checkpoint(path: Path) -> dict:
     """Read a checkpoint onto the CPU without running any code that it may hold.
 
-    Returns the dict that was saved. Raises InputError if the file is missing, damaged (the digest
-    or, if it has none, the checksums inside the zip file are verified), or holds anything but
-    tensors and plain types.
+    Returns the dict that was saved. Raises InputError if the file is missing, damaged (its
+    digest and the checksums inside the zip file are verified), or holds anything but tensors and
+    plain types.
+    Takes no more memory than a small multiple of the file's size.
     """
     path = Path(path)
     try:
-        # files of before torch 1.6 are no zips, and have no checksums
-        if not check_seal(path) and zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise InputError(f"{path} is damaged (checksum of its part {damaged!r} is wrong)")
-        with warnings.catch_warnings():  # about protocols of files that are then refused
-            warnings.simplefilter("ignore", UserWarning)
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        check_seal(path)
+        with open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about files that are then refused
+            if file.read(4) == ZIP_BEGINS:
+                check_archive(file)
+            else:  # of before torch 1.6: no checksums
+                file.seek(0)
+                check_pickles(file, count=5)
+            file.seek(0)
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except InputError:
         raise
     except FileNotFoundError:
@@ -375,6 +446,90 @@ def load_checkpoint(path: Path) -> dict:
     if not isinstance(state, dict):
         raise InputError(f"{path} holds a {type(state).__name__}, not a checkpoint")
     return state
+
+
+ZIP_BEGINS = b"PK\3\4"  # by which torch, too, tells its two formats apart
+NAMED_IN_CHECKPOINTS = frozenset(
+    [
+        "argparse Namespace",
+        "collections OrderedDict",
+        "torch Size",
+        "torch device",
+        "torch._utils _rebuild_parameter",
+        "torch._utils _rebuild_tensor",
+        "torch._utils _rebuild_tensor_v2",
+        *(f"torch {name}" for name, kind in vars(torch).items() if isinstance(kind, torch.dtype)),
+        *(
+            f"torch {kind}Storage"
+            for kind in ("BFloat16", "Bool", "Byte", "Char", "Double", "Float", "Half", "Int",
+                         "Long", "Short", "ComplexFloat", "ComplexDouble")
+        ),
+    ]
+)  # fmt: skip
+
+
+def check_archive(file: BinaryIO) -> None:
+    """Raise ValueError unless the zip file is one that torch could have written, and undamaged.
+
+    torch stores the parts as they are, one behind another: else they could expand to any size.
+    """
+    with zipfile.ZipFile(file) as archive:
+        parts = archive.infolist()
+        for part in parts:
+            if part.filename.startswith("/") or ".." in part.filename.split("/"):
+                raise ValueError(f"its part {shown(part.filename)} lies outside of it")
+        if len({part.filename for part in parts}) < len(parts):
+            raise ValueError("it has two parts of one name")
+        if sum(part.file_size for part in parts) > file.seek(0, os.SEEK_END):
+            raise ValueError("its parts are compressed, or lie over one another")
+        if (damaged := archive.testzip()) is not None:
+            raise ValueError(f"it is damaged: the checksum of {shown(damaged)} is wrong")
+        for part in parts:
+            if part.filename.endswith("data.pkl"):
+                with archive.open(part) as content:
+                    check_pickles(content, count=1)
+
+
+def check_pickles(file: IO[bytes], count: int) -> None:
+    """Raise ValueError if one of the pickles in a row names what no checkpoint needs.
+
+    Nothing is executed: neither here, nor by torch.load(weights_only=True). But that calls more
+    than builds tensors, such as bytearray(10**10), which a file of 100 bytes can ask for.
+    """
+    for _ in range(count):
+        for operation, argument, _ in pickletools.genops(file):
+            if operation.name == "GLOBAL" and argument not in NAMED_IN_CHECKPOINTS:
+                raise ValueError(f"it names {shown(argument.replace(' ', '.'))}")
+
+
+def misfits(tensors: dict[str, Any], expected: dict[str, Tensor]) -> list[str]:
+    """What keeps `tensors` from being a state dict of these names and shapes, a text each.
+
+    expected: may be on the meta device. Several tensors may not be views of the same memory, nor
+    one of less than it shows: a small file could claim a network of any size.
+    """
+    faults = [f"{shown(name)} is missing" for name in expected if name not in tensors]
+    faults += [f"{shown(name)} is surplus" for name in tensors if name not in expected]
+    for name, value in expected.items():
+        own = tensors.get(name, value)
+        if not isinstance(own, Tensor):
+            faults.append(f"{name} is a {type(own).__name__}, not a tensor")
+        elif own.shape != value.shape:
+            faults.append(f"{name} has shape {tuple(own.shape)}, not {tuple(value.shape)}")
+    if faults:
+        return faults
+    stores = [tensors[name].untyped_storage() for name in expected]
+    held = sum({store.data_ptr(): store.nbytes() for store in stores}.values())
+    if sum(tensors[name].nbytes for name in expected) > held:
+        return ["its tensors are views of the same memory"]
+    return [f"{name} {fault}" for name in expected if (fault := odd(tensors[name]))]
+
+
+def odd(value: Tensor) -> str:
+    """What is wrong with a tensor as a weight, or ""."""
+    if value.ndim and not value.is_floating_point():
+        return f"is of type {value.dtype}, not a float"
+    return "" if value.isfinite().all() else "is not finite"
 
 
 # --------------------------------------------------------------------------------------- signals
@@ -475,6 +630,23 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of <malloc.h>
 def cpu_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def worker_count(asked: int) -> int:
+    """Processes that decode images: as many as asked for, but at most one a core; -1: that."""
+    return cpu_cores() if asked < 0 else min(asked, cpu_cores())
+
+
+def memory_of(device: torch.device) -> float:
+    """Bytes that `device` has, or this process may use of them; infinite where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    limits = [math.inf]
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # Windows has no sysconf
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with contextlib.suppress(OSError, ValueError):  # of a container; the word "max" for none
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
+    return min(limits)
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
@@ -648,7 +820,8 @@ def load_images(dataset: str, split: str, data_dir: str | Path = "data") -> Imag
     if dataset == "digits":
         return _load_digits(split)
     if dataset == "folder":
-        return _load_folder(Path(data_dir), split)
+        with refusing(f"cannot read {data_dir}", through=(InputError,)):
+            return _load_folder(Path(data_dir), split)
     return _load_torchvision(dataset, split, Path(data_dir))
 
 
@@ -693,11 +866,11 @@ def _load_torchvision(dataset: str, split: str, root: Path) -> ImageSet:
         "fashion-mnist": lambda: tv_datasets.FashionMNIST(root, train=train, download=True),
         "stl10": lambda: tv_datasets.STL10(root, split=part, download=True),
     }
-    new = not root.exists()
+    new = not os.path.exists(root)
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # "Files already downloaded and verified"
-            source = makers[dataset]()
-    except (OSError, RuntimeError, EOFError, ValueError) as error:  # URLError is an OSError
+        with contextlib.redirect_stdout(sys.stderr), safe_extraction():
+            return _image_set(dataset, makers[dataset]())
+    except Exception as error:  # there is no end to what damaged files raise
         if new:  # leave no empty folders behind
             for folder, _, _ in os.walk(root, topdown=False):
                 with contextlib.suppress(OSError):
@@ -708,6 +881,20 @@ def _load_torchvision(dataset: str, split: str, root: Path) -> ImageSet:
             f"Without a network, put {_expected_files(dataset)} there"
         ) from error
 
+
+@contextlib.contextmanager
+def safe_extraction() -> Iterator[None]:
+    """Inside, a tar archive cannot write outside of its folder, which Python allows before 3.14."""
+    before = vars(tarfile.TarFile).get("extraction_filter")
+    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
+    try:
+        yield
+    finally:
+        tarfile.TarFile.extraction_filter = before
+
+
+def _image_set(dataset: str, source: Any) -> ImageSet:
+    """What torchvision read. Raises ValueError if the labels are not those of the images."""
     images = torch.as_tensor(source.data)
     if dataset in ("cifar10", "cifar100"):
         images = images.permute(0, 3, 1, 2)  # (N, H, W, 3) -> (N, 3, H, W)
@@ -715,8 +902,14 @@ def _load_torchvision(dataset: str, split: str, root: Path) -> ImageSet:
         images = images[:, None].repeat(1, 3, 1, 1)  # grey -> RGB
     labels = torch.as_tensor(getattr(source, "targets", getattr(source, "labels", None))).long()
     classes = tuple(getattr(source, "classes", None) or "0123456789")
-    if (labels < 0).any():  # STL-10 marks unlabelled images by -1
+    if labels.shape != (len(images),) or not len(images):
+        raise ValueError(f"it has {len(images)} images and labels of shape {tuple(labels.shape)}")
+    if dataset == "stl10" and (labels < 0).any():  # it marks unlabelled images by -1
         return ImageSet(images.contiguous(), None, classes)
+    if labels.min() < 0 or labels.max() >= len(classes):
+        raise ValueError(
+            f"its labels are {labels.min()} to {labels.max()} of {len(classes)} classes"
+        )
     return ImageSet(images.contiguous(), labels, classes)
 
 
@@ -739,10 +932,20 @@ def list_images(root: Path) -> list[str]:
 
 
 def _walk_images(root: Path) -> Iterator[str]:
-    """Linked folders are followed, each real folder once, so that a loop of links ends."""
+    """Linked folders are followed, each real folder once, so that a loop of links ends.
+
+    Raises InputError for a folder that cannot be read: its images would be missed in silence.
+    """
+
+    def refuse(error: OSError) -> NoReturn:
+        raise InputError(f"cannot read the folder {error.filename} ({error.strerror})") from error
+
     seen: set[tuple[int, int]] = set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        status = os.stat(folder)
+    for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
+        try:
+            status = os.stat(folder)
+        except OSError as error:
+            refuse(error)
         if (status.st_dev, status.st_ino) in seen:
             subfolders.clear()
             continue
@@ -796,7 +999,7 @@ def split_folders(root: Path) -> tuple[Path, Path | None]:
     test/ and val/ the first is taken that has images.
     """
     train, tests = root / "train", [root / name for name in ("test", "val")]
-    has_folders = train.is_dir() and any(path.is_dir() for path in train.iterdir())
+    has_folders = train.is_dir() and any(entry.is_dir() for entry in os.scandir(train))
     if not train.is_dir() or not (has_folders or any(test.is_dir() for test in tests)):
         return root, None
     return train, next((test for test in tests if next(_walk_images(test), None)), None)
@@ -804,7 +1007,7 @@ def split_folders(root: Path) -> tuple[Path, Path | None]:
 
 def _load_folder(root: Path, split: str) -> Images:
     """`root/train/…` with `root/test` or `root/val`, `root/<class>/…`, or any tree of images."""
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise InputError(f"--data-dir {root} is not a folder")
     folder, test = split_folders(root)
     paths = list_images(folder)
@@ -881,11 +1084,20 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and value in _UPRIGHT else 1
 
 
+_OPENING = threading.Lock()  # warnings.catch_warnings() is not for several threads
+
+
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Turns whatever PIL raises for a damaged file, nearly any type, into an InputError."""
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image file, its header read. What PIL raises, nearly any type, becomes an InputError."""
     try:
-        yield
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+            raise OSError("it is not a file")
+        with _OPENING, warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(path)
+        with image:
+            yield image
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise InputError(f"cannot read the image {path} ({reason})") from error
@@ -893,7 +1105,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 def image_size(path: Path) -> tuple[int, int]:
     """(height, width) in pixels as displayed, from the header alone. InputError if unreadable."""
-    with _naming(path), Image.open(path) as image:
+    with _opened(path) as image:
         width, height = image.size
         if _orientation(image) in _TRANSPOSED:
             width, height = height, width
@@ -905,9 +1117,9 @@ def read_image(path: Path) -> Tensor:
 
     EXIF orientation is applied, transparency is put on white, 16-bit grey is scaled to 8 bits,
     of an animation the first frame is taken. Raises InputError naming the file if it cannot be
-    read.
+    read or has more than PIL's Image.MAX_IMAGE_PIXELS, 89 million: a small file may claim any size.
     """
-    with _naming(path), Image.open(path) as image:
+    with _opened(path) as image:
         image.load()  # some formats turn the image, and drop the tag, while decoding
         orientation = _orientation(image)
         if orientation != 1:
@@ -990,10 +1202,12 @@ def embed(
     """Features of every image, in order, without augmentation: float32 (N, D) on `device`.
 
     encoder: float (B, 3, size, size) in [0, 1] -> (B, D). A module is put in eval mode (BatchNorm
-    uses its running statistics and does not move) and back. title: of a progress bar, if any.
+    uses its running statistics and does not move) and back. batch_size: of images of 224 px;
+    larger ones go in smaller batches. title: of a progress bar, if any.
     Raises InputError if no image can be read.
     """
     features = []
+    batch_size = max(1, min(batch_size, batch_size * 224**2 // size**2))
     with evaluating(encoder):
         batches = data.batches(size, batch_size, device, workers)
         steps = math.ceil(len(data) / batch_size)

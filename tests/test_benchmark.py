@@ -3,8 +3,9 @@
 import json
 import math
 
-import benchmark
 import pytest
+
+import benchmark
 
 
 @pytest.mark.filterwarnings("ignore")  # of worker processes

@@ -811,7 +811,7 @@ def spoil(kind, state):
         ("huge", "an encoder 300 times as wide is too large"),
         ("bool", r"bn1\.weight is of type torch\.bool, not a float"),
         ("nan", r"bn1\.bias is not finite"),
-        ("sparse", r"conv1\.weight is not a dense tensor"),
+        ("sparse", r"not a readable checkpoint .it names torch\._utils\._rebuild_sparse_tensor"),
         ("deep stem", "no checkpoint of a known naming"),
         ("unknown", r"no checkpoint of a known naming \(it has 1 tensors: transformer"),
         ("no tensors", r"no checkpoint of a known naming \(it has 0 tensors: none"),

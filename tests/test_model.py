@@ -86,3 +86,21 @@ def test_weights_depend_on_the_seed_and_leave_the_global_generator_alone():
     assert torch.equal(after, torch.rand(1))
     assert all(torch.equal(a, b) for a, b in zip(first.values(), weights(0).values(), strict=True))
     assert not torch.equal(first["encoder.conv1.weight"], weights(1)["encoder.conv1.weight"])
+
+
+@pytest.mark.parametrize("size", [17, 64])
+def test_narrow_shortcuts_equal_strided_convolutions(size, monkeypatch):
+    """The same names, weights and outputs; without it torch may end the process at 64 px."""
+    torch.manual_seed(0)
+    narrow = simclr.Encoder("resnet10", 0.125, "small")
+    monkeypatch.setattr(simclr, "NARROW", 0)
+    torch.manual_seed(0)
+    plain = simclr.Encoder("resnet10", 0.125, "small")
+    assert plain.layer2[0].downsample[0].stride == (2, 2)
+    assert narrow.layer2[0].downsample[0].stride == (1, 1)
+    assert list(narrow.state_dict()) == list(plain.state_dict())
+    x = torch.rand(4, 3, size, size)
+    assert torch.allclose(narrow(x), plain(x), atol=1e-6)
+    narrow.to(memory_format=torch.channels_last)
+    narrow(x.contiguous(memory_format=torch.channels_last)).sum().backward()
+    assert narrow.layer2[0].downsample[0].weight.grad.isfinite().all()
