@@ -1002,6 +1002,7 @@ def split_folders(root: Path) -> tuple[Path, Path | None]:
     has_folders = train.is_dir() and any(entry.is_dir() for entry in os.scandir(train))
     if not train.is_dir() or not (has_folders or any(test.is_dir() for test in tests)):
         return root, None
+    tests = [test for test in tests if test.is_dir()]
     return train, next((test for test in tests if next(_walk_images(test), None)), None)
 
 
