@@ -114,6 +114,7 @@ def test_the_second_ctrl_c_ends_at_once():
 def test_a_signal_outside_training_cleans_up_and_gives_its_code(
     run_folder, monkeypatch, capsys, number
 ):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a job of "&"
     config = run_folder(epochs=1)
     argv = [*simclr.flags_of(config), "--checkpoints", config.checkpoints]
 
@@ -124,6 +125,7 @@ def test_a_signal_outside_training_cleans_up_and_gives_its_code(
     monkeypatch.setattr(simclr, "train_and_evaluate", stopped)
     with pytest.raises(SystemExit) as left:
         simclr.main(argv)
+    signal.signal(signal.SIGINT, before)
     assert left.value.code == 128 + number
     assert "stopped; what had been saved before is kept" in capsys.readouterr().err
 
@@ -133,10 +135,13 @@ def test_a_lock_is_exclusive_and_dies_with_its_holder(tmp_path):
         assert free
         with utils.locked(tmp_path / "lock") as also:
             assert not also
+        reader, writer = os.pipe()
         worker = os.fork()
         if not worker:  # as a process that decodes images, which may outlive its parent
+            os.write(writer, b"here")
             time.sleep(30)
             os._exit(0)
+        os.read(reader, 4)
     try:
         with utils.locked(tmp_path / "lock") as free:
             assert free
