@@ -18,8 +18,9 @@ The idea, and the notation of the paper, which the code keeps inside formulas:
 
 Reading order, which is the paper's: configuration · augmentation (Section 3) · encoder and
 projection head (Section 4) · NT-Xent (Section 2.1) · optimiser and schedule (Section 2.2) ·
-training, Algorithm 1 · what was learned · the command line. Data sets, files and classifiers
-are in utils.py.
+training, Algorithm 1 · what was learned · the command line. The first half, up to the end of
+train_epoch(), is the paper; the second keeps runs safe, judges and draws them. Data sets, files
+and classifiers are in utils.py.
 
 A run keeps everything in checkpoints/<run>/ and draws figures/<run>/loss_plot.png. The same
 command again continues an interrupted run, killed ones too, and on the CPU, with as many threads,
