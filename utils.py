@@ -429,13 +429,15 @@ def load_checkpoint(path: Path) -> dict:
         check_seal(path)
         with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about files that are then refused
-            if file.read(4) == ZIP_BEGINS:
-                check_archive(file)
-            else:  # of before torch 1.6: no checksums
-                file.seek(0)
-                check_pickles(file, count=5)
+            begins = file.read(4)
             file.seek(0)
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            if begins == ZIP_BEGINS:
+                checked: BinaryIO = checked_archive(file)
+            else:  # of before torch 1.6: no checksums
+                check_pickles(file, count=5)
+                checked = file
+            checked.seek(0)
+            state = torch.load(checked, map_location="cpu", weights_only=True)
     except InputError:
         raise
     except FileNotFoundError:
@@ -468,26 +470,29 @@ NAMED_IN_CHECKPOINTS = frozenset(
 )  # fmt: skip
 
 
-def check_archive(file: BinaryIO) -> None:
-    """Raise ValueError unless the zip file is one that torch could have written, and undamaged.
+def checked_archive(file: BinaryIO) -> BinaryIO:
+    """A copy of a zip file that is one that torch could have written. Else raises ValueError.
 
-    torch stores the parts as they are, one behind another: else they could expand to any size.
+    torch stores the parts as they are, one behind another: else they could expand to any size. It
+    is to read the copy, and not the file, where its own reader may find another directory than
+    Python's, and so parts that were not looked at.
     """
-    with zipfile.ZipFile(file) as archive:
+    copy = io.BytesIO()
+    with zipfile.ZipFile(file) as archive, zipfile.ZipFile(copy, "w") as whole:
         parts = archive.infolist()
         for part in parts:
             if part.filename.startswith("/") or ".." in part.filename.split("/"):
                 raise ValueError(f"its part {shown(part.filename)} lies outside of it")
-        if len({part.filename for part in parts}) < len(parts):
+        if len({part.filename.lower() for part in parts}) < len(parts):
             raise ValueError("it has two parts of one name")
         if sum(part.file_size for part in parts) > file.seek(0, os.SEEK_END):
             raise ValueError("its parts are compressed, or lie over one another")
-        if (damaged := archive.testzip()) is not None:
-            raise ValueError(f"it is damaged: the checksum of {shown(damaged)} is wrong")
         for part in parts:
-            if part.filename.endswith("data.pkl"):
-                with archive.open(part) as content:
-                    check_pickles(content, count=1)
+            content = archive.read(part)  # compares its checksum
+            if part.filename.lower().endswith("data.pkl"):  # torch does not mind the case
+                check_pickles(io.BytesIO(content), count=1)
+            whole.writestr(part.filename, content)
+    return copy
 
 
 def check_pickles(file: IO[bytes], count: int) -> None:

@@ -14,8 +14,8 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
-import ctypes
 import copy
+import ctypes
 import dataclasses
 import io
 import os
@@ -414,6 +414,30 @@ def overlapping(content: bytes, times: int = 1000) -> bytes:
     return content[:start] + directory + entries + b"PK\5\6" + end
 
 
+def two_directories(harmless: bytes, harmful: bytes) -> bytes:
+    """A zip file with two directories: Python takes the one at the end, and moves what it names by
+    as many bytes as that lies behind its place; torch takes the one that is where it should be.
+
+    Both are torch files with equally long directories.
+    """
+
+    def split(content: bytes) -> tuple[bytes, bytearray]:
+        size, start = struct.unpack("<II", content[-10:-2])
+        return content[:start], bytearray(content[start : start + size])
+
+    parts, directory = split(harmless)
+    first, taken = split(harmful)
+    first += bytes(len(parts))  # so that no place becomes negative
+    at = 0
+    while at < len(directory):
+        lengths = struct.unpack("<HHH", directory[at + 28 : at + 34])
+        place = struct.unpack("<I", directory[at + 42 : at + 46])[0]
+        directory[at + 42 : at + 46] = struct.pack("<I", len(first) + place - len(parts))
+        at += 46 + sum(lengths)
+    end = harmless[-22:-6] + struct.pack("<IH", len(first), 0)
+    return first + taken + parts + directory + end
+
+
 def saved(state: Any, **options: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(state, buffer, **options)
@@ -431,6 +455,8 @@ def as_file_cases(base: Base) -> dict[str, bytes]:
         cases[f"os.system in a {how}"] = saved(
             {**state, "log": hidden(Calls(os.system, f"touch {base.canary}"), how)}
         )
+    many = saved({"x": Calls(bytearray, 2 * MEMORY)})  # bytes, asked for by a small file
+    harmless = pickle.dumps({}, protocol=2)
     shell = f"cos\nsystem\n(S'touch {base.canary}'\ntR.".encode()
     imported = f"c__builtin__\neval\n(V__import__('os').system('touch {base.canary}')\ntR."
     stacked = pickle.dumps(Calls(os.system, f"touch {base.canary}"), protocol=4)
@@ -461,6 +487,12 @@ def as_file_cases(base: Base) -> dict[str, bytes]:
             good, lambda a, p: write_all(a, p, compress_type=zipfile.ZIP_DEFLATED)
         ),
         "a thousand parts in one place": overlapping(good),
+        "a pickle that torch alone finds": repacked(
+            many, lambda a, p: write_all(a, [(n.replace("data.pkl", "DATA.PKL"), c) for n, c in p])
+        ),
+        "a directory that torch alone finds": two_directories(
+            with_pickle(many, lambda _: harmless), with_pickle(many, lambda p: p)
+        ),
         "a part of a name with ..": repacked(
             good, lambda a, p: write_all(a, [*p, ("archive/../../x", b"x")])
         ),

@@ -29,6 +29,15 @@ def test_checkpoints():
     check(hostile.checkpoints(tries=5, every=25))
 
 
+def test_torch_reads_nothing_that_was_not_looked_at():
+    with hostile.temporary() as folder:
+        base = hostile.Base(folder)
+        cases = hostile.as_file_cases(base)
+        for what in ("a pickle", "a directory"):
+            base.file.write_bytes(cases[f"{what} that torch alone finds"])
+            assert base.judge(hostile.ALL, "refused") == ""
+
+
 def test_images():
     check(hostile.images(every=4))
 
