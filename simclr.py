@@ -245,7 +245,7 @@ def check_config(config: Config) -> None:
     need(0 < config.width <= 16, "width", "in (0, 16]")
     need(1 <= config.head_dim <= MAX_HEAD, "head_dim", f"1 to {MAX_HEAD}")
     need(0 <= config.head_hidden <= MAX_HEAD, "head_hidden", f"0 to {MAX_HEAD}")
-    need(config.temperature > 0, "temperature", "positive")
+    need(config.temperature >= 1e-6, "temperature", "positive, 1e-6 or more")
     need(config.batch_size >= 2, "batch_size", "at least 2 (NT-Xent needs negatives)")
     need(config.epochs >= 1, "epochs", "at least 1")
     need(config.lr > 0, "lr", "positive")
@@ -286,7 +286,7 @@ def resolve(config: Config, data: Images, device: torch.device) -> Config:
 
 
 STREAMED_SIZE = 224  # px: what images of varying sizes are cropped to
-COMPILE_STEPS = 5000  # a compilation takes a minute; later each step saves some milliseconds
+COMPILE_STEPS = 5000  # of a run: compiling takes a minute, and saves milliseconds a step
 SMALL_STEM_SIZE = 64  # px: up to here the 3x3 stem (Appendix B.9 has 32)
 MIN_SIZE = 8  # px
 MAX_HEAD = 65_536  # width of the head's layers: more is a slip of the keyboard
@@ -765,7 +765,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
 
 
 def unit(z: Tensor) -> Tensor:
-    """Rows (N, D) scaled to length 1, in at least float32; shorter ones than 1e-12 count as 0."""
+    """Rows (N, D) scaled to length 1, in at least float32; shorter than 1e-12: divided by that."""
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     largest = z.detach().abs().amax(1, keepdim=True)  # (N, 1)
     return F.normalize(z / torch.where(largest > HUGE, largest, 1.0), dim=1)
@@ -891,7 +891,7 @@ class LARS(torch.optim.Optimizer):
         return loss
 
     def _update(self, weights: list[Tensor], group: dict[str, Any]) -> None:
-        """All weights of a group at once: on a GPU a few launches instead of a few per weight."""
+        """All weights of a group at once, with one launch a weight on a GPU instead of six."""
         for p in weights:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -1303,7 +1303,7 @@ class Pretraining:
         """Raise InputError now if checkpoints cannot be written, and not after hours."""
         trial = self.config.folder / TRIAL
         utils.save_checkpoint(trial, self.state())
-        trial.unlink()
+        trial.unlink(missing_ok=True)
 
     def keep(self) -> None:
         """Write the checkpoint that later ones do not replace, if one is due and not there."""
@@ -1437,7 +1437,7 @@ class Pretraining:
         if position.cosine > COLLAPSED:
             row["collapsed"] = True
             if not any("collapsed" in earlier for earlier in self.log):
-                print(f"after epoch {row['epoch']} {COLLAPSE}. {REMEDIES}", file=sys.stderr)
+                utils.say(f"after epoch {row['epoch']} {COLLAPSE}. {REMEDIES}")
         self.position = Position(position.epoch + 1)
         every = self.config.knn_every
         due = self.complete or (every and self.position.epoch % every == 0)

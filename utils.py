@@ -324,6 +324,11 @@ def locked(path: Path) -> Iterator[bool]:
         yield True
 
 
+def say(line: str) -> None:
+    """A line on stderr, above a progress bar if there is one."""
+    tqdm.write(line, file=sys.stderr)
+
+
 class Forgiving:
     """Lets a long run go on where a file cannot be written, with one warning a reason.
 
@@ -340,7 +345,7 @@ class Forgiving:
             reason = str(getattr(error.__cause__, "strerror", error))
             if reason not in self._failing.values():
                 said = f"warning: {error}; the run goes on and tries again"
-                tqdm.write(" ".join(said.split()), file=sys.stderr)
+                say(" ".join(said.split()))
             self._failing[write] = reason
             return False
         self._failing.pop(write, None)
@@ -409,9 +414,9 @@ def check_seal(path: Path) -> None:
         file.seek(0)
         digest = hashlib.sha256()
         left = size - 2 * digest.digest_size
-        while left > 0:
-            digest.update(file.read(min(left, 2**20)))
-            left = size - 2 * digest.digest_size - file.tell()
+        while left > 0 and (piece := file.read(min(left, 2**20))):
+            digest.update(piece)
+            left -= len(piece)
     if tail[-_SEAL_BYTES:] != SEAL + digest.hexdigest().encode():
         raise InputError(f"{path} is damaged (it does not have the digest that it was saved with)")
 
@@ -891,7 +896,8 @@ def _load_torchvision(dataset: str, split: str, root: Path) -> ImageSet:
 def safe_extraction() -> Iterator[None]:
     """Inside, a tar archive cannot write outside of its folder, which Python allows before 3.14."""
     before = vars(tarfile.TarFile).get("extraction_filter")
-    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
+    safe = getattr(tarfile, "data_filter", None)  # early releases of Python 3.11 have none
+    tarfile.TarFile.extraction_filter = safe and staticmethod(safe)
     try:
         yield
     finally:

@@ -166,13 +166,13 @@ class Setup:
         pixels = torch.cat([self.data.images] * 2).float() / 255
         return pixels.contiguous(memory_format=torch.channels_last)
 
-    def forward(self, views: Tensor) -> Tensor:
+    def forward(self, views: Tensor, model: nn.Module | None = None) -> Tensor:
         with utils.autocast(self.device, self.config.precision):
-            return self.model(views)[1]
+            return (model or self.model)(views)[1]
 
-    def network(self, views: Tensor) -> None:
-        """Encoder and head, forward and backward."""
-        self.forward(views).sum().backward()
+    def network(self, views: Tensor, model: nn.Module | None = None) -> None:
+        """Encoder and head, forward and backward. model: compiled, if it is to be."""
+        self.forward(views, model).sum().backward()
         self.optimizer.zero_grad()
 
 
@@ -313,7 +313,7 @@ class Loop:
 
 
 class Ours(Loop):
-    """simclr.train_epoch on simclr.view_batches, as in a run."""
+    """simclr.train_epoch on simclr.view_batches, as in a run, but waiting after each step."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup, self.epoch = setup, 0
@@ -433,10 +433,12 @@ BRIEF = 0.1  # seconds for a figure: with less it is only seen that all of this 
 
 
 def measure_loop(options: Options) -> None:
-    """What --loop prints: the seconds of some steps."""
-    loop = LOOPS[options.loop](Setup(options, fast=options.loop == "whole step"))
+    """What --loop prints: the seconds of some steps, and the peak of the memory in bytes."""
+    setup = Setup(options, fast=options.loop == "whole step")
+    loop = LOOPS[options.loop](setup)
     once = statistics.median(loop.steps(WARMUP))
-    print(json.dumps(loop.steps(max(2, min(MOST_STEPS, round(options.seconds / once))))))
+    seconds = loop.steps(max(2, min(MOST_STEPS, round(options.seconds / once))))
+    print(json.dumps({"seconds": seconds, "bytes": peak_memory(setup.device)}))
 
 
 def in_a_process(options: Options, *flags: str) -> Any:
@@ -457,14 +459,19 @@ def compare(setup: Setup, options: Options) -> tuple[list[Row], Timing]:
     """
     names = [n for n in LOOPS if n != "lightly's loop" or importlib.util.find_spec("lightly")]
     times: dict[str, list[float]] = {name: [] for name in names}
+    memory: dict[str, float] = {}
     ratios: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(1 if options.seconds < BRIEF else 2 if options.quick else 3):
         found = {name: in_a_process(options, "--loop", name) for name in names}
+        ours = statistics.median(found["whole step"]["seconds"])
         for name in names:
-            times[name] += found[name]
-            ours = statistics.median(found["whole step"])
-            ratios[name].append(statistics.median(found[name]) / ours)
-    rows = [rate(name, setup.views, Timing(times[name])) for name in names]
+            times[name] += found[name]["seconds"]
+            memory[name] = found[name]["bytes"]
+            ratios[name].append(statistics.median(found[name]["seconds"]) / ours)
+    rows = [
+        rate(name, setup.views, Timing(times[name]), note=f"{memory[name] / 1e6:,.0f} MB at most")
+        for name in names
+    ]
     rows += [
         Row(f"whole step ÷ {name}", statistics.median(ratios[name]), "×",
             note=f"{min(ratios[name]):.2f} to {max(ratios[name]):.2f}")
@@ -482,7 +489,7 @@ def step_and_network(setup: Setup) -> tuple[Timing, Timing]:
     steps, network = [], []
     for turn in range(TURNS + 1):
         seconds = ours.steps(2)
-        alone = [setup.watch.once(lambda: setup.network(views)) for _ in range(2)]
+        alone = [setup.watch.once(lambda: setup.network(views, ours.model)) for _ in range(2)]
         if turn:  # the first warms up
             steps += seconds
             network += alone
@@ -508,7 +515,6 @@ def shares(setup: Setup, found: dict[str, Timing], peak: dict[str, float]) -> li
     used = setup.views * flops / step.median / 1e9
     rows.append(Row("FLOP/s of the whole step", used, "GFLOP/s",
                     note=f"{used / limit:.0%} of matmul {setup.config.precision}"))  # fmt: skip
-    rows.append(Row("peak memory", peak_memory(setup.device) / 1e6, "MB"))
     return rows
 
 

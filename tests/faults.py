@@ -44,6 +44,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import conftest  # noqa: F401  makes the scripts importable
+import hostile
 from outcome import Outcome
 
 # isort: split
@@ -776,17 +777,14 @@ def groups(suite: Suite, options: argparse.Namespace) -> dict[str, Callable[[], 
         "bytes": lambda: [] if quick else suite.each_byte(),
         "soak": lambda: suite.soak(options.soak) if options.soak else [],
     }
-    with contextlib.suppress(ImportError):
-        import hostile
-
-        tries = 100 if quick else 2000
-        found |= {
-            "checkpoints": lambda: hostile.checkpoints(tries, options.seed),
-            "images": hostile.images,
-            "data_sets": hostile.data_sets,
-            "commands": lambda: hostile.commands(tries, options.seed),
-            "numbers": hostile.numbers,
-        }
+    tries = 100 if quick else 2000
+    found |= {  # last, as they compute in this process, which is not to be copied after that
+        "checkpoints": lambda: hostile.checkpoints(tries, options.seed),
+        "images": hostile.images,
+        "data_sets": hostile.data_sets,
+        "commands": lambda: hostile.commands(tries, options.seed),
+        "numbers": hostile.numbers,
+    }
     return found
 
 
@@ -832,7 +830,7 @@ def main() -> None:
         unknown = set(options.only or ()) - set(found)
         if unknown:
             raise SystemExit(f"unknown groups {unknown}; there are {', '.join(found)}")
-        for name in options.only or found:
+        for name in [name for name in found if name in (options.only or found)]:
             print(f"{name} …", file=sys.stderr, flush=True)
             done = found[name]()
             for outcome in done:

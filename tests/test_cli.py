@@ -38,7 +38,7 @@ def fails(capsys, tmp_path, *argv):
         ("--arch vgg", "invalid choice: 'vgg'"),
         ("--batch-size 1", "--batch-size must be at least 2"),
         ("--batch-size many", "invalid int value: 'many'"),
-        ("--temperature 0", "--temperature must be positive, got 0.0"),
+        ("--temperature 0", "--temperature must be positive, 1e-6 or more, got 0.0"),
         ("--temperature nan", "--temperature must be a finite number, got nan"),
         ("--lr inf", "--lr must be a finite number"),
         ("--lr -1", "--lr must be positive"),
