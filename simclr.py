@@ -248,7 +248,7 @@ def check_config(config: Config) -> None:
     need(config.temperature >= 1e-6, "temperature", "positive, 1e-6 or more")
     need(config.batch_size >= 2, "batch_size", "at least 2 (NT-Xent needs negatives)")
     need(config.epochs >= 1, "epochs", "at least 1")
-    need(config.lr > 0, "lr", "positive")
+    need(0 < config.lr <= 1e6, "lr", "positive, at most 1e6")
     need(config.warmup_epochs <= config.epochs, "warmup_epochs", f"at most epochs={config.epochs}")
     need(0 <= config.momentum < 1, "momentum", "in [0, 1)")
     need(config.save_every >= 1, "save_every", "at least 1")
@@ -1540,19 +1540,33 @@ def kept_checkpoints(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def held(config: Config) -> Iterator[None]:
-    """Inside, no other process works on the run. Raises InputError if one does."""
-    utils.make_folders(config.folder, config.figure_folder)
-    with utils.locked(config.folder / LOCK) as free:
-        if not free:
-            raise InputError(
-                f"another process is working on {config.folder}; wait for it, or choose another "
-                f"name with {flag('run')}"
-            )
-        own = (CHECKPOINT, KEPT_CHECKPOINT.format(0).replace("0000", "*"), TRIAL, SUMMARY)
-        utils.remove_leftovers(config.folder, *own, "config.json", "log.jsonl")
-        utils.remove_leftovers(config.figure_folder, FIGURE)
-        (config.folder / TRIAL).unlink(missing_ok=True)
-        yield
+    """Inside, no other process works on the run. Raises InputError if one does.
+
+    Where nothing has been saved at the end, no folder is left behind either.
+    """
+    new = utils.make_folders(config.folder, config.figure_folder)
+    lock = config.folder / LOCK
+    try:
+        with utils.locked(lock) as free:
+            if not free:
+                raise InputError(
+                    f"another process is working on {config.folder}; wait for it, or choose "
+                    f"another name with {flag('run')}"
+                )
+            own = (CHECKPOINT, KEPT_CHECKPOINT.format(0).replace("0000", "*"), TRIAL, SUMMARY)
+            utils.remove_leftovers(config.folder, *own, "config.json", "log.jsonl")
+            utils.remove_leftovers(config.figure_folder, FIGURE)
+            (config.folder / TRIAL).unlink(missing_ok=True)
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):
+                    if list(config.folder.iterdir()) == [lock]:
+                        lock.unlink()
+    finally:
+        for folder in new:
+            with contextlib.suppress(OSError):  # it is in use
+                folder.rmdir()
 
 
 def load_newest(file: Path) -> tuple[dict, Path]:

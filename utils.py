@@ -285,14 +285,20 @@ def check_folders(*folders: Path) -> None:
             raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
 
 
-def make_folders(*folders: Path) -> None:
-    """Make the folders and their parents. Raises InputError, having made none, if one cannot be."""
+def make_folders(*folders: Path) -> list[Path]:
+    """Make the folders and their parents. Returns those that are new, the deepest first.
+
+    Raises InputError, having made none, if one cannot be.
+    """
     check_folders(*folders)
+    every = {path for folder in folders for path in (folder, *folder.parents)}
+    new = sorted((path for path in every if not path.exists()), reverse=True)
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
+    return new
 
 
 @contextlib.contextmanager
@@ -320,8 +326,19 @@ def locked(path: Path) -> Iterator[bool]:
         except OSError:  # the file system has no locks
             yield True
             return
+        if not same_file(file.fileno(), path):  # its last holder has just deleted it
+            yield False
+            return
         os.register_at_fork(after_in_child=file.close)  # a worker may outlive a killed holder
         yield True
+
+
+def same_file(descriptor: int, path: Path) -> bool:
+    """Whether `path` still names the file that is open."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def say(line: str) -> None:

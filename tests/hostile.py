@@ -57,7 +57,7 @@ from utils import ImageSet, InputError
 
 CPU = torch.device("cpu")
 SECONDS = 20.0  # of computing: a trial that takes longer has failed; most take a tenth
-MEMORY = 512 * 2**20  # bytes: what a trial may take beside what the process had
+MEMORY = 640 * 2**20  # bytes: what a trial may take beside what the process had
 ADDRESSES = 24 * 2**30  # bytes of address space that a trial gets, so that a bomb harms no machine
 
 # ---------------------------------------------------------------------------------------- a trial
@@ -543,7 +543,7 @@ def state_cases(base: Base) -> dict[str, tuple[dict, tuple[str, ...]]]:
         cases[name] = {**state, part: inner}, doors
 
     for name, value in {
-        "None": None, "a list": [], "text": "1", "minus one": -1, "two": 2, "true": True,
+        "None": None, "a list": [], "text": "1", "minus one": -1, "nought": 0, "true": True,
         "a half": 1.0, "a tensor": torch.ones(1), "a huge number": 10**4000,
     }.items():  # fmt: skip
         cases[f"format {name}"] = {**state, "format": value}, ALL

@@ -76,7 +76,7 @@ def says(text, code):
         (lambda: {}["x"], "broken"),
         (lambda: print("careful", file=sys.stderr), "broken"),
         (lambda: hostile.warnings.warn("stray", stacklevel=1), "broken"),
-        (lambda: bytearray(b"1") * (600 * 2**20), "broken"),
+        (lambda: bytearray(b"1") * (800 * 2**20), "broken"),
     ],
 )
 def test_the_judge_sees_what_is_wrong(call, how):
