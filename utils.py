@@ -984,6 +984,10 @@ def _walk_images(root: Path) -> Iterator[str]:
                 yield os.path.relpath(os.path.join(folder, name), root)
 
 
+def has_images(folder: Path) -> bool:
+    return folder.is_dir() and next(_walk_images(folder), None) is not None
+
+
 def why_unlabelled(paths: Sequence[str], classes: Sequence[str] = ()) -> str:
     """What keeps files from being labelled by the layout `<class>/<file>`; "" if nothing does.
 
@@ -1030,8 +1034,7 @@ def split_folders(root: Path) -> tuple[Path, Path | None]:
     has_folders = train.is_dir() and any(entry.is_dir() for entry in os.scandir(train))
     if not train.is_dir() or not (has_folders or any(test.is_dir() for test in tests)):
         return root, None
-    tests = [test for test in tests if test.is_dir()]
-    return train, next((test for test in tests if next(_walk_images(test), None)), None)
+    return train, next((test for test in tests if has_images(test)), None)
 
 
 def _load_folder(root: Path, split: str) -> Images:
