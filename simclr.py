@@ -248,7 +248,7 @@ def check_config(config: Config) -> None:
     need(config.temperature >= 1e-6, "temperature", "positive, 1e-6 or more")
     need(config.batch_size >= 2, "batch_size", "at least 2 (NT-Xent needs negatives)")
     need(config.epochs >= 1, "epochs", "at least 1")
-    need(0 < config.lr <= 1e6, "lr", "positive, at most 1e6")
+    need(0 < config.lr <= 1e30, "lr", "positive, at most 1e30")
     need(config.warmup_epochs <= config.epochs, "warmup_epochs", f"at most epochs={config.epochs}")
     need(0 <= config.momentum < 1, "momentum", "in [0, 1)")
     need(config.save_every >= 1, "save_every", "at least 1")
