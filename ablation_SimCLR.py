@@ -26,7 +26,6 @@ results, their reading, table and figure · going through a grid · the command 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import csv
 import dataclasses
@@ -1711,8 +1710,6 @@ def parse_command_line(
         prog="ablation_SimCLR.py",
         usage="python ablation_SimCLR.py [STUDY|all] [--seeds N] [--shard i/n] [--flag value ...]",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("study", nargs="?", default="", help=f"all, or: {', '.join(STUDIES)}")
     utils.add_flags(parser, Options, {"seeds": "the grid"})

@@ -1189,8 +1189,6 @@ def parse_command_line(argv: Sequence[str] | None = None) -> tuple[str, Options]
         usage="python load_simCLR.py [RUN|FILE] [--tasks TASK ...] [--flag value ...]",
         description=__doc__,
         epilog="tasks:\n" + "\n".join(f"  {name:17} {text}" for name, text in TASKS.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "run", nargs="?", default="", help="a run's name or folder, or a file (default: the newest)"

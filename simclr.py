@@ -29,7 +29,6 @@ ends bit for bit as if it had not been interrupted: all randomness derives from 
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import copy
@@ -2049,8 +2048,6 @@ def parse_command_line(argv: Sequence[str] | None = None) -> tuple[Config, bool,
         usage="python simclr.py [--dataset NAME] [--recipe NAME] [--flag value ...]",
         description=__doc__,
         epilog=describe_recipes(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="start anew, replacing a run of the same name"

@@ -28,7 +28,6 @@ the command line · the page's template.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import contextlib
 import dataclasses
@@ -905,8 +904,6 @@ def parse_command_line(argv: Sequence[str] | None = None) -> tuple[str, Options]
         prog="tSNE.py",
         usage="python tSNE.py [RUN] [--flag value ...]",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("run", nargs="?", default="", help="name, folder or checkpoint of a run")
     utils.add_flags(parser, Options, {})

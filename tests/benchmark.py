@@ -14,7 +14,6 @@ evaluation · growth · the table.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import importlib.util
@@ -663,10 +662,7 @@ def benchmark(options: Options) -> dict[str, list[Row]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = utils.OneLineParser(
-        prog="benchmark.py", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    )  # fmt: skip
+    parser = utils.OneLineParser(prog="benchmark.py", description=__doc__)
     utils.add_flags(parser, Options, {})
     options = Options(**vars(parser.parse_args(argv)))
     options.seconds = options.seconds or (0.5 if options.quick else 2.0)
