@@ -6,6 +6,7 @@ Chen, Kornblith, Norouzi and Hinton, ICML 2020, https://arxiv.org/abs/2002.05709
     python simclr.py --dataset cifar10                    # ResNet-18, on a GPU
     python simclr.py --dataset folder --data-dir photos   # one's own images, labelled or not
     python simclr.py --show-views views.png               # see the augmentation before training
+    torchrun --nproc_per_node=8 simclr.py --dataset cifar10    # on eight GPUs, the same result
 
 The idea, and the notation of the paper, which the code keeps inside formulas:
 
@@ -107,7 +108,13 @@ class Config:
     head_bn: bool = setting(False, "BatchNorm in the head's hidden layer")
     # loss and optimiser (Section 2)
     temperature: float = setting(0.1, "tau of NT-Xent")
-    batch_size: int = setting(256, "N, images per step; each gives two views")
+    batch_size: int = setting(
+        256, "N, images per step of all processes together; each gives two views"
+    )
+    micro_batch: int = setting(
+        0, "images, of all processes, whose activations are held at a time; BatchNorm sees these; "
+        "0: the whole batch"
+    )  # fmt: skip
     epochs: int = setting(100, "passes over the data")
     optimizer: str = setting("lars", "update rule", ("lars", "sgd", "adamw"))
     lr: float = setting(0.3, "learning rate before scaling with the batch size")
@@ -246,6 +253,7 @@ def check_config(config: Config) -> None:
     need(0 <= config.head_hidden <= MAX_HEAD, "head_hidden", f"0 to {MAX_HEAD}")
     need(config.temperature >= 1e-6, "temperature", "positive, 1e-6 or more")
     need(config.batch_size >= 2, "batch_size", "at least 2 (NT-Xent needs negatives)")
+    need(config.micro_batch >= 0, "micro_batch", "0 or more")
     need(config.epochs >= 1, "epochs", "at least 1")
     need(0 < config.lr <= 1e30, "lr", "positive, at most 1e30")
     need(config.warmup_epochs <= config.epochs, "warmup_epochs", f"at most epochs={config.epochs}")
@@ -275,7 +283,8 @@ def resolve(config: Config, data: Images, device: torch.device) -> Config:
         stem = "small" if size <= SMALL_STEM_SIZE else "imagenet"
     if compiled == "auto":
         long = config.epochs * batch_count(config, len(data))[1] >= COMPILE_STEPS
-        compiled = "on" if device.type == "cuda" and long else "off"
+        plain = not config.micro_batch and utils.world_size() == 1
+        compiled = "on" if device.type == "cuda" and long and plain else "off"
     data_dir = config.data_dir
     if config.dataset == "folder":
         data_dir = str(Path(data_dir).resolve())
@@ -765,7 +774,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
 
 def unit(z: Tensor) -> Tensor:
     """Rows (N, D) scaled to length 1, in at least float32; shorter than 1e-12: divided by that."""
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    z = utils.at_least_float32(z)
     largest = z.detach().abs().amax(1, keepdim=True)  # (N, 1)
     return F.normalize(z / torch.where(largest > HUGE, largest, 1.0), dim=1)
 
@@ -985,15 +994,38 @@ def check_memory(config: Config, n: int, device: torch.device) -> None:
     conv1, side = model.encoder.conv1, config.image_size
     outputs = conv1.out_channels * (side // conv1.stride[0]) ** 2  # of a view
     width = 2 if config.precision == "bfloat16" else 4  # bytes of each
-    views = 2 * batch_count(config, n)[0]
+    batch = batch_count(config, n)[0]
+    views, held = (2 * size / utils.world_size() for size in (batch, config.micro_batch or batch))
     copies = 4 if config.optimizer == "adamw" else 3
     needed = copies * sum(p.nbytes for p in model.parameters())
-    needed += views * (4 * 3 * side**2 + width * outputs)
+    needed += views * 4 * 3 * side**2 + held * width * outputs
     if needed > utils.memory_of(device):
         raise InputError(
             f"this needs more than {needed / 2**30:,.0f} GiB of memory, and {device} has "
-            f"{utils.memory_of(device) / 2**30:,.0f}: choose a smaller {flag('batch_size')}, "
-            f"{flag('image_size')} or {flag('width')}"
+            f"{utils.memory_of(device) / 2**30:,.0f}: choose a smaller {flag('micro_batch')}, "
+            f"{flag('batch_size')}, {flag('image_size')} or {flag('width')}"
+        )
+
+
+def check_parts(config: Config, n: int) -> None:
+    """Raise InputError if the batch of n images or fewer is not made of equal parts.
+
+    Each process gets the same number of images, and each of them computes as many at a time.
+    """
+    processes, batch = utils.world_size(), batch_count(config, n)[0]
+    micro = config.micro_batch or batch
+    if micro > batch:
+        raise InputError(f"{flag('micro_batch')} {micro} is larger than the batch of {batch}")
+    if micro % processes:
+        name = flag("micro_batch" if config.micro_batch else "batch_size")
+        above = max(1, micro // processes) * processes
+        raise InputError(f"{name} {micro} is not divisible by {processes} processes; {above} is")
+    if batch % micro:
+        fitting = [m for m in range(processes, batch + 1, processes) if batch % m == 0]
+        nearest = min(fitting, key=lambda m: abs(m - micro), default=0)
+        more = f"; {nearest} does" if nearest else ""
+        raise InputError(
+            f"{flag('micro_batch')} {micro} does not divide the batch of {batch}{more}"
         )
 
 
@@ -1003,7 +1035,8 @@ def view_batches(
     """The epoch's batches from step `start` on: two views of N images, float32 (2N, 3, S, S).
 
     Row i and row N + i are the views of one image. Order and views follow from (seed, epoch,
-    step) alone, whatever was drawn before and however many workers decode.
+    step) alone, whatever was drawn before and however many workers decode. Of W processes each
+    gets its N / W images of a batch, every W-th, with the views that they have with one process.
     """
     size, steps = batch_count(config, len(data))
     order = torch.randperm(len(data), generator=utils.generator("cpu", config.seed, SHUFFLE, epoch))
@@ -1025,22 +1058,27 @@ def augmented_batches(
 
     batches: int64 (steps, N), rows of `data`. keys: for each batch the stream of randomness that
     its views follow from (utils.generator). Rows i, N + i, 2N + i … are the views of one image.
-    workers: processes that decode, where `data` is streamed.
+    workers: processes that decode, where `data` is streamed. Of several processes that work
+    together each gets its part of every batch.
     """
-    draws = views * batches.shape[1]
+    mine = slice(utils.rank(), None, utils.world_size())
+
+    def draw(key: tuple[int, ...], where: torch.device | str) -> Tensor:
+        u = augment.draw(views * batches.shape[1], utils.generator(where, *key))
+        return u.unflatten(0, (views, -1))[:, mine].flatten(0, 1)  # (views·N, draws of a view)
+
     if isinstance(data, ImageSet):
-        for rows, key in zip(batches.to(device), keys, strict=True):
+        for rows, key in zip(batches[:, mine].to(device), keys, strict=True):
             images = data.images[rows]
-            u = augment.draw(draws, utils.generator(device, *key))  # (views·N, draws of a view)
-            yield augment(torch.cat([images] * views), u)
+            yield augment(torch.cat([images] * views), draw(key, device))
         return
 
     crop: RandomResizedCrop = augment.steps[0]  # made by the workers, the rest on the device
     randomness: collections.deque[Tensor] = collections.deque()  # of the batches under way
 
     def items() -> Iterator[list[tuple[int, np.ndarray]]]:
-        for rows, key in zip(batches.tolist(), keys, strict=True):
-            randomness.append(augment.draw(draws, utils.generator("cpu", *key)))
+        for rows, key in zip(batches[:, mine].tolist(), keys, strict=True):
+            randomness.append(draw(key, "cpu"))
             u = randomness[-1][:, : crop.draws].unflatten(0, (views, -1)).numpy()
             yield [(row, u[:, i]) for i, row in enumerate(rows)]
 
@@ -1062,7 +1100,7 @@ def worker_count(config: Config) -> int:
 
 
 def train_epoch(
-    model: nn.Module,
+    network: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Iterable[Tensor],
     rate: Callable[[int], float],
@@ -1070,30 +1108,41 @@ def train_epoch(
     precision: str,
     position: Position,
     after_step: Callable[[], bool],
+    pieces: int = 1,
 ) -> None:
-    """Algorithm 1 over the batches of an epoch. Updates model, optimizer and position.
+    """Algorithm 1 over the batches of an epoch. Updates network, optimizer and position.
 
     batches: float32 (2N, 3, S, S), both views of N images. rate: learning rate of a step of this
     epoch. loss_function: (z1, z2), each (N, D) -> scalar. after_step: is called after each step;
-    True asks to leave the epoch, which position then lets another call go on with.
+    True asks to leave the epoch, which position then lets another call go on with. pieces: see
+    cached_gradients(). With several processes, `batches` has this one's part of each.
     """
-    model.train()
+    network.train()
     started = time.perf_counter()
-    device = next(model.parameters()).device
+    device = next(network.parameters()).device
     sums = torch.tensor([position.loss_sum, position.accuracy_sum], device=device)
     z = torch.eye(2, device=device)  # of no step
+
+    def project(views: Tensor) -> Tensor:
+        with utils.autocast(device, precision):
+            return network(views.contiguous(memory_format=torch.channels_last))[1]
+
+    def contrast(z: Tensor) -> tuple[Tensor, Tensor]:
+        z = of_all_processes(z)  # (2N, D)
+        return loss_function(*z.chunk(2)), z.detach()
+
     for views in batches:  # (2N, 3, S, S)
         for group in optimizer.param_groups:
             group["lr"] = rate(position.step)
-        with utils.autocast(device, precision):
-            _, z = model(views.contiguous(memory_format=torch.channels_last))  # (2N, D)
-        z1, z2 = z.chunk(2)  # both views in one pass: BatchNorm sees all 2N
-        loss = loss_function(z1, z2)
-        loss.backward()
+        if pieces == 1:
+            loss, z = contrast(project(views))  # both views in one pass: BatchNorm sees all 2N
+            loss.backward()
+        else:
+            loss, z = cached_gradients(network, project, views, contrast, pieces)
         optimizer.step()
         optimizer.zero_grad()
 
-        sums += torch.stack([loss.detach(), contrastive_accuracy(z1, z2)])
+        sums += torch.stack([loss.detach(), contrastive_accuracy(*z.chunk(2))])
         position.step += 1
         if after_step():
             break
@@ -1101,6 +1150,56 @@ def train_epoch(
     # the only wait for the device
     position.loss_sum, position.accuracy_sum, position.cosine = torch.stack(numbers).tolist()
     position.seconds += time.perf_counter() - started
+
+
+def cached_gradients(
+    network: nn.Module,
+    project: Callable[[Tensor], Tensor],
+    views: Tensor,
+    contrast: Callable[[Tensor], tuple[Tensor, Tensor]],
+    pieces: int,
+) -> tuple[Tensor, Any]:
+    """A step's gradients with the activations of one piece of the batch in memory at a time.
+
+    The loss needs all z at once, but z is small. So: compute z without activations, take the
+    gradient of the loss by z, then compute each piece again and push its part of that gradient
+    into the weights (Gao et al. 2021, https://arxiv.org/abs/2101.06983). That is the whole batch's
+    gradient, for a third more time, but for BatchNorm, whose statistics are those of a piece, both
+    views of its images (a "ghost batch"). The running statistics move in the second pass alone.
+
+    network: of which project(views (B, 3, S, S)) -> z (B, D) is a pass. views: (2N, 3, S, S).
+    contrast: (2N, D) -> loss and more. Returns what it returns; the gradients are in the weights.
+    """
+
+    def projected(part: Tensor) -> Tensor:  # (2, M, 3, S, S) -> (2, M, D)
+        return utils.at_least_float32(project(part.flatten(0, 1)).unflatten(0, (2, -1)))
+
+    parts = views.unflatten(0, (2, -1)).chunk(pieces, dim=1)  # (2, M, 3, S, S): both views
+    states, projections = [], []  # states: so that dropout is the same in both passes
+    with torch.no_grad(), utils.running_statistics_kept(network):
+        for part in parts:
+            states.append(utils.random_state(views.device))
+            projections.append(projected(part))
+    z = torch.cat(projections, 1).flatten(0, 1).requires_grad_()  # (2N, D)
+    loss, more = contrast(z)
+    loss.backward()
+    gradients = z.grad.unflatten(0, (2, -1)).chunk(pieces, dim=1)  # (2, M, D)
+    for i, (part, state, gradient) in enumerate(zip(parts, states, gradients, strict=True)):
+        utils.set_random_state(state, views.device)
+        with utils.gradients_exchanged(network, i == pieces - 1):
+            projected(part).backward(gradient)
+    return loss, more
+
+
+def of_all_processes(z: Tensor) -> Tensor:
+    """z of the whole batch from each process's part of it, with gradient: (2N / W, D) -> (2N, D).
+
+    In the order of the batch, of which a process has every W-th image.
+    """
+    if utils.world_size() == 1:
+        return z
+    whole = utils.Gather.apply(utils.at_least_float32(z).unflatten(0, (2, -1)))  # (W, 2, N / W, D)
+    return whole.permute(1, 2, 0, 3).flatten(1, 2).flatten(0, 1)
 
 
 class Interrupted(Exception):
@@ -1129,7 +1228,7 @@ class Data:
 
 def load_data(config: Config, device: torch.device) -> Data:
     """All splits of config.dataset; images that are held in memory are moved to `device`."""
-    pretrain = utils.load_images(config.dataset, "pretrain", config.data_dir)
+    pretrain = utils.one_by_one(utils.load_images, config.dataset, "pretrain", config.data_dir)
     if len(pretrain) < 2:
         raise InputError(f"need at least 2 images to contrast, got {len(pretrain)}")
     pretrain = pretrain.to(device)
@@ -1165,14 +1264,17 @@ class Pretraining:
 
     def __init__(self, config: Config, data: Data, device: torch.device) -> None:
         self.config, self.data, self.device = config, data, device
+        check_parts(config, len(data.pretrain))
         check_memory(config, len(data.pretrain), device)
-        self.model = make_model(config).to(device, memory_format=torch.channels_last)
+        model = utils.with_common_statistics(make_model(config), device)
+        self.model = model.to(device, memory_format=torch.channels_last)
         self.optimizer = make_optimizer(config, self.model)
         self.augment = make_augment(config)
         self.position = Position()
         self.log: list[dict] = []
         self.lines: list[str] = []  # of it, as written: encoding thousands takes time every epoch
         self.batch_size, self.steps = batch_count(config, len(data.pretrain))  # steps per epoch
+        self.pieces = self.batch_size // config.micro_batch if config.micro_batch else 1
         self.checkpoint = config.folder / CHECKPOINT
         self.log_file = config.folder / "log.jsonl"
         self.saved = False  # whether the files there are this run's
@@ -1208,9 +1310,10 @@ class Pretraining:
         Raises InputError if both are damaged or one is of another configuration, naming what
         differs.
         """
-        if not (self.checkpoint.exists() or self.checkpoint.with_name(PREVIOUS).exists()):
+        found = utils.from_first(self.read_checkpoint)
+        if found is None:
             return False
-        state, file = load_newest(self.checkpoint)
+        state, file = found
         check_format(state, file)
         with utils.refusing(f"{file} is not a checkpoint of this run", through=(InputError,)):
             images = len(self.data.pretrain)
@@ -1223,6 +1326,11 @@ class Pretraining:
             self.log = self.logged(state)
         self.saved, self.intact = True, file == self.checkpoint
         return True
+
+    def read_checkpoint(self) -> tuple[dict, Path] | None:
+        """What load_newest() returns; None if there is nothing to read."""
+        files = (self.checkpoint, self.checkpoint.with_name(PREVIOUS))
+        return load_newest(self.checkpoint) if any(file.exists() for file in files) else None
 
     def load_optimizer(self, saved: dict) -> None:
         """Take up the moments of each weight; the settings beside them follow from the config.
@@ -1337,51 +1445,61 @@ class Pretraining:
         not finite, Interrupted if a signal asked to stop, after saving.
         """
         figure = FigureKeeper(self.config, self.batch_size)
-        network = self.compiled() if self.config.compile == "on" else self.model
+        network = utils.distributed(self.model)
+        if self.config.compile == "on":
+            network = self.compiled(network)
         total, done = self.config.epochs * self.steps, self.position.epoch * self.steps
         with (
             utils.StopRequest() as stop,
             utils.Progress(total, done + self.position.step, unit="step") as progress,
         ):
 
+            def decide() -> list[int]:
+                """The signal that asks to stop, or 0, and whether to save: for all processes."""
+                return utils.largest(stop.signal or 0, time.monotonic() >= self.next_save)
+
             def after_step() -> bool:
                 progress.advance()
-                return bool(stop) or time.monotonic() >= self.next_save
+                decided[:] = decide()
+                return any(decided)
 
+            decided = [0, 0]
             while not self.complete:
                 batches = UntilError(self.batches())
                 train_epoch(
                     network, self.optimizer, batches, self.rate, self.loss,
-                    self.config.precision, self.position, after_step,
+                    self.config.precision, self.position, after_step, self.pieces,
                 )  # fmt: skip
                 self.check_finite()
+                signal = decided[0]
                 if self.position.step < self.steps:
-                    if stop or batches.error:
-                        self.stop_inside_epoch(batches.error, stop)
+                    if signal or batches.error:
+                        self.stop_inside_epoch(batches.error, signal)
                     self.forgiving(self.save)
                     continue
                 row = self.finish_epoch()
-                due = not self.saved or self.position.epoch % self.config.save_every == 0
-                due = due or time.monotonic() >= self.next_save
-                if self.complete or stop:
+                signal, save = decide()
+                due = save or not self.saved or self.position.epoch % self.config.save_every == 0
+                if self.complete or signal:
                     self.save()
                 elif not (due and self.forgiving(self.save)) and self.saved:
                     self.bring_up_to_date()
                 if figure.due or self.complete:
                     self.forgiving(figure.draw, self.log)
                 progress.show(*describe(row, self.log, self.config), last=self.complete)
-                if stop:
-                    raise Interrupted(stop.signal)
+                if signal:
+                    raise Interrupted(signal)
 
-    def compiled(self) -> nn.Module:
-        """The model, sharing its weights, with a forward and backward pass made by torch.compile.
+    def compiled(self, network: nn.Module) -> nn.Module:
+        """`network` (the model, or what runs it in several processes) made by torch.compile.
 
-        Where it cannot be compiled, as without a C compiler, a line says so and it is the model.
+        It shares the weights. Where it cannot be, as without a C compiler, a line says so.
         """
         weights = copy.deepcopy(self.model.state_dict())
         size = self.config.image_size
-        views = torch.zeros(2 * self.batch_size, 3, size, size, device=self.device)
-        network = torch.compile(self.model.train(), **COMPILE)
+        count = 2 * self.batch_size // self.pieces // utils.world_size()
+        views = torch.zeros(count, 3, size, size, device=self.device)
+        plain, network = network, torch.compile(network.train(), **COMPILE)
         started = time.perf_counter()
         try:
             for _ in range(COMPILE_WARMUP):
@@ -1391,20 +1509,20 @@ class Pretraining:
                 self.optimizer.zero_grad()
         except Exception as error:  # compilers raise nearly anything
             reason = " ".join(str(error).split())[:200]
-            print(f"torch.compile cannot be used here, so it is not ({reason})", file=sys.stderr)
-            return self.model
+            utils.say(f"torch.compile cannot be used here, so it is not ({reason})")
+            return plain
         finally:
             self.optimizer.zero_grad()
             self.model.load_state_dict(weights)  # BatchNorm's statistics have moved
         print(f"compiled in {time.perf_counter() - started:.0f} s")
         return network
 
-    def stop_inside_epoch(self, error: InputError | None, stop: utils.StopRequest) -> NoReturn:
+    def stop_inside_epoch(self, error: InputError | None, signal: int) -> NoReturn:
         """Save what has been done of the epoch, and raise why it ends here."""
         if self.position.step or self.position.epoch:
             self.save()
         if error is None:
-            raise Interrupted(stop.signal)
+            raise Interrupted(signal)
         raise InputError(f"{error}; mend the file, and the run continues here") from error
 
     @torch.no_grad()
@@ -1541,8 +1659,12 @@ def kept_checkpoints(folder: Path) -> list[Path]:
 def held(config: Config) -> Iterator[None]:
     """Inside, no other process works on the run. Raises InputError if one does.
 
-    Where nothing has been saved at the end, no folder is left behind either.
+    Where nothing has been saved at the end, no folder is left behind either. Processes that work
+    together are one: the first of them holds it.
     """
+    if not utils.is_first():
+        yield
+        return
     new = utils.make_folders(config.folder, config.figure_folder)
     lock = config.folder / LOCK
     try:
@@ -1754,10 +1876,11 @@ def knn_accuracy(
 ) -> float:
     """Test accuracy in [0, 1] of k = 10 nearest neighbours by cosine among the training images."""
     train, test = (features(encoder, part, config, device) for part in (data.train, data.test))
+    mine = utils.share(len(test)).to(device)
     predicted = utils.knn_predict(
-        train, data.train.labels, test, len(data.train.classes), KNN_NEIGHBOURS
+        train, data.train.labels, test[mine], len(data.train.classes), KNN_NEIGHBOURS
     )
-    return utils.accuracy(predicted, data.test.labels)
+    return utils.accuracy(utils.gathered(predicted, len(test)), data.test.labels)
 
 
 def evaluate(model: SimCLR, data: Data, config: Config, device: torch.device) -> dict[str, dict]:
@@ -2148,10 +2271,16 @@ def run(config: Config, overwrite: bool = False) -> dict:
     Raises InputError, also if another process works on the run, and Interrupted.
     """
     device = utils.choose_device(config.device)
+    with utils.together(device):
+        return run_on(config, device, overwrite and not utils.restarts())
+
+
+def run_on(config: Config, device: torch.device, overwrite: bool) -> dict:
+    """run() on a device, in one process or in several that work together."""
     data = load_data(config, device)
     as_given, config = config, resolve(config, data.pretrain, device)
     print(describe_config(config))
-    summary = None if overwrite else finished_summary(config, data)
+    summary = None if overwrite else utils.from_first(finished_summary, config, data)
     if summary is not None:
         print(f"\n{config.folder} is finished; --overwrite trains it again")
         if "knn" in summary:
@@ -2159,7 +2288,7 @@ def run(config: Config, overwrite: bool = False) -> dict:
         return summary
     print(
         f"\n{describe_data(data)}\n"
-        f"on {device} in {config.precision}; files in {config.folder}, "
+        f"on {place(device)} in {config.precision}; files in {config.folder}, "
         f"figure in {config.figure_folder}"
     )
 
@@ -2180,11 +2309,24 @@ def run(config: Config, overwrite: bool = False) -> dict:
     return summary
 
 
+def place(device: torch.device) -> str:
+    """The device, for people; of several processes how many there are."""
+    processes = utils.world_size()
+    return str(device) if processes == 1 else f"{processes} processes on {device.type}"
+
+
 def train_and_evaluate(config: Config, data: Data, device: torch.device, overwrite: bool) -> dict:
     """Pre-train, evaluate, draw the last figure and write the summary, which is returned."""
     model = pretrain(config, data, device, overwrite=overwrite)
     started = time.perf_counter()
     results = evaluate(model, data, config, device) if data.labelled else {}
+    return utils.from_first(write_summary, config, data, model, results, started)
+
+
+def write_summary(
+    config: Config, data: Data, model: SimCLR, results: dict[str, dict], started: float
+) -> dict:
+    """The summary, and the last figure, of a trained model. started: when its evaluation did."""
     log = utils.read_jsonl(config.folder / "log.jsonl")
     training = sum(row["seconds"] for row in log)
     monitoring = sum(row.get("knn_seconds", 0) for row in log)
@@ -2251,15 +2393,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         config, overwrite, views_file = parse_command_line(argv)
         with utils.InterruptedBySignals():
             if views_file:
-                show_views(config, Path(views_file))
+                if utils.launched().rank == 0:
+                    show_views(config, Path(views_file))
             else:
                 run(config, overwrite)
     except InputError as error:
         utils.exit_with_error("simclr.py", error)
     except Interrupted as stop:
         given = [sys.argv[0], *(word for word in sys.argv[1:] if word != "--overwrite")]
-        command = utils.python_command(*given) if argv is None else "the same call"
-        print(f"\nstopped and saved; continue with: {command}", file=sys.stderr)
+        alone = argv is None and utils.launched().size == 1
+        command = utils.python_command(*given) if alone else "the same call"
+        if utils.launched().rank == 0:
+            print(f"\nstopped and saved; continue with: {command}", file=sys.stderr)
         raise SystemExit(128 + stop.signal) from None
     except KeyboardInterrupt as stop:
         utils.exit_stopped(stop)

@@ -1,8 +1,8 @@
 """What the scripts share and what has no SimCLR in it.
 
-Reading order: errors · command lines · randomness · files · signals · devices · data sets ·
-embedding · classifiers on embeddings · pictures · progress. Everything takes tensors, modules and
-paths; nothing here knows a configuration.
+Reading order: errors · command lines · randomness · files · signals · devices · several processes ·
+data sets · embedding · classifiers on embeddings · pictures · progress. Everything takes tensors,
+modules and paths; nothing here knows a configuration.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -30,12 +32,14 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NoReturn
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
@@ -55,15 +59,22 @@ LONGEST_MESSAGE = 2000  # characters
 
 
 def exit_with_error(program: str, error: BaseException) -> NoReturn:
-    """Print `program: error: …` as a single line on stderr and leave with exit code 2."""
-    message = one_line(str(error), LONGEST_MESSAGE)
-    print(f"{program}: error: {message}", file=sys.stderr)
+    """Print `program: error: …` as a single line on stderr and leave with exit code 2.
+
+    Of several processes (see Processes) only the first that fails says why.
+    """
+    if first_to_fail():
+        message = one_line(str(error), LONGEST_MESSAGE)
+        print(f"{program}: error: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(1)  # as soon as one ends, torchrun ends the others: let that one speak first
     raise SystemExit(2)
 
 
 def exit_stopped(stop: KeyboardInterrupt) -> NoReturn:
     """Say on stderr that the program was stopped, and leave with 128 + the signal, as shells do."""
-    print("\nstopped; what had been saved before is kept", file=sys.stderr)
+    if launched().rank == 0:
+        print("\nstopped; what had been saved before is kept", file=sys.stderr)
     raise SystemExit(128 + getattr(stop, "signal", signal.SIGINT)) from None
 
 
@@ -232,8 +243,10 @@ def write_atomically(
 
     before: is called when `content` is safe on the disk, and next takes the place of `path`.
     Raises InputError when the folder cannot be written or the disk is full; `path` is untouched
-    then.
+    then. Of several processes the first writes; in the others this does nothing.
     """
+    if not is_first():
+        return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -292,8 +305,10 @@ def check_folders(*folders: Path) -> None:
 def make_folders(*folders: Path) -> list[Path]:
     """Make the folders and their parents. Returns those that are new, the deepest first.
 
-    Raises InputError, having made none, if one cannot be.
+    Raises InputError, having made none, if one cannot be. Of several processes the first does it.
     """
+    if not is_first():
+        return []
     check_folders(*folders)
     every = {path for folder in folders for path in (folder, *folder.parents)}
     new = sorted((path for path in every if not path.exists()), reverse=True)
@@ -346,8 +361,9 @@ def same_file(descriptor: int, path: Path) -> bool:
 
 
 def say(line: str) -> None:
-    """A line on stderr, above a progress bar if there is one."""
-    tqdm.write(line, file=sys.stderr)
+    """A line on stderr, above a progress bar if there is one, from one of several processes."""
+    if is_first():
+        tqdm.write(line, file=sys.stderr)
 
 
 class Forgiving:
@@ -412,6 +428,8 @@ def save_checkpoint(path: Path, state: dict, before: Callable[[], object] = lamb
     The file is torch.save's, with a digest where torch.load does not look, so that any damage
     shows: the checksums inside say nothing of headers and padding. before: see write_atomically().
     """
+    if not is_first():
+        return
     buffer = io.BytesIO()
     torch.save(state, buffer)
     buffer.seek(-2, os.SEEK_END)  # the length of the comment, 0 so far
@@ -623,10 +641,24 @@ class InterruptedBySignals(StopRequest):
 def choose_device(name: str) -> torch.device:
     """`auto` (CUDA if there is one, else the CPU) or a torch device string; see make_fast().
 
-    Raises InputError for a device that this machine or this build of torch does not have.
+    Of several processes each takes a GPU of its own. Raises InputError for a device that this
+    machine or this build of torch does not have, or that several processes cannot share.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    place = launched()
+    if place.size > 1 and name not in ("cpu", "cuda"):
+        raise InputError(
+            f"--device {name} is one device for {place.size} processes: say cuda, and each takes "
+            "its own, or cpu"
+        )
+    if place.size > 1 and name == "cuda" and torch.cuda.is_available():
+        if place.local_size > torch.cuda.device_count():
+            raise InputError(
+                f"{place.local_size} processes, but this machine has {torch.cuda.device_count()} "
+                "GPUs: start torchrun with as many with --nproc_per_node, or say --device cpu"
+            )
+        name = f"cuda:{place.local_rank}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -664,8 +696,12 @@ def cpu_cores() -> int:
 
 
 def worker_count(asked: int) -> int:
-    """Processes that decode images: as many as asked for, but at most one a core; -1: that."""
-    return cpu_cores() if asked < 0 else min(asked, cpu_cores())
+    """Processes that decode images: as many as asked for, but at most one a core; -1: that.
+
+    Of several processes that torchrun started on this machine each gets its share of the cores.
+    """
+    cores = max(1, cpu_cores() // launched().local_size)
+    return cores if asked < 0 else min(asked, cores)
 
 
 def memory_of(device: torch.device) -> float:
@@ -677,7 +713,7 @@ def memory_of(device: torch.device) -> float:
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     with contextlib.suppress(OSError, ValueError):  # of a container; the word "max" for none
         limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
-    return min(limits)
+    return min(limits) / launched().local_size
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
@@ -690,9 +726,284 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return False
 
 
+def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Of torch's own generators, which dropout draws from."""
+    cuda = device.type == "cuda"
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if cuda else None
+
+
+def set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    """Back to a random_state()."""
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
+
+
+@contextlib.contextmanager
+def running_statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Inside, BatchNorm in train mode normalises as ever, but its running statistics stay."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    tracking = [norm.track_running_stats for norm in norms]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm, value in zip(norms, tracking, strict=True):
+            norm.track_running_stats = value
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """float64 stays what it is; float16 and bfloat16 have too few digits to sum up in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The autocast region for `precision` "bfloat16", or a disabled one for "float32"."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+
+
+# ----------------------------------------------------------------------------- several processes
+#
+# torchrun starts a script several times, and each copy, a process, finds its number (the rank) in
+# the environment. Inside together() they work as one on torch.distributed: each computes its part
+# of a batch or of a data set, and what they need of each other they exchange. The first of them,
+# rank 0, is the one that writes files and speaks. Alone, all of this does nothing.
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of how many processes this is, on all machines and on this one."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+
+def launched() -> Place:
+    """What torchrun says of this process; alone if it was not started by it."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    found = [os.environ.get(name, "") for name in names]
+    if not all(text.isdecimal() for text in found) or "MASTER_ADDR" not in os.environ:
+        return Place()
+    return Place(*map(int, found))
+
+
+def rank() -> int:
+    """The number of this process among those that work together, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes work together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes files and speaks."""
+    return rank() == 0
+
+
+@functools.cache
+def _store() -> dist.Store:
+    """What the processes of torchrun can all read and write, also before they work together.
+
+    It outlives them: what those wrote that torchrun has started again must not be read.
+    """
+    store, *_ = next(dist.rendezvous("env://", timeout=PATIENCE))
+    return dist.PrefixStore(f"attempt {restarts()}", store)
+
+
+PATIENCE = timedelta(hours=1)  # for a process that downloads, or evaluates, while others wait
+
+
+def first_to_fail() -> bool:
+    """Whether no other process of this run has asked this before."""
+    if launched().size == 1:
+        return True
+    try:
+        return _store().add("failed", 1) == 1
+    except RuntimeError:  # whoever kept the store has ended
+        return True
+
+
+@contextlib.contextmanager
+def together(device: torch.device) -> Iterator[None]:
+    """Inside, the processes that torchrun started work as one: NCCL for CUDA, Gloo for the CPU.
+
+    Only the first prints. Raises InputError where this build of torch cannot, and when another
+    process has ended: it has said why, or torchrun does.
+    """
+    place = launched()
+    if place.size == 1:
+        yield
+        return
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+        if not dist.is_nccl_available():
+            raise InputError("several processes on GPUs need NCCL, which this torch has not")
+    silent = contextlib.redirect_stdout(io.StringIO()) if place.rank else contextlib.nullcontext()
+    try:
+        dist.init_process_group(
+            backend, store=_store(), rank=place.rank, world_size=place.size, timeout=PATIENCE
+        )
+        with silent:
+            yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not any(x in str(error) for x in LOST):
+            raise
+        raise InputError(
+            f"process {place.rank} lost another one of the run, which ended or cannot be reached "
+            f"({one_line(str(error), 80)}); torchrun --max-restarts continues by itself"
+        ) from error
+    dist.destroy_process_group()  # not after an error: the others would be first to say something
+
+
+LOST = ("gloo", "NCCL", "onnection closed", "onnection reset")  # of torch's texts
+
+
+def restarts() -> int:
+    """How often torchrun has started this process again after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def largest(*numbers: int) -> list[int]:
+    """The largest of each number over all processes, in all of them. They wait for each other."""
+    if world_size() == 1:
+        return [*numbers]
+    found = torch.tensor(numbers)  # on the CPU: nobody waits for a GPU
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.tolist()
+
+
+def from_first(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What `function` returns in the first process, in all of them. The others do not call it."""
+    value = [function(*arguments) if is_first() else None]
+    if world_size() > 1:
+        dist.broadcast_object_list(value, device=torch.device("cpu"))
+    return value[0]
+
+
+def one_by_one(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls it in one process of each machine, and then in the others, which need no download."""
+    if world_size() == 1:
+        return function(*arguments)
+    first = launched().local_rank == 0
+    value = function(*arguments) if first else None
+    largest(0)
+    return value if first else function(*arguments)
+
+
+def share(n: int) -> Tensor:
+    """Which of n rows this process computes, int64: as many as the others, the last row again."""
+    size = math.ceil(n / world_size())
+    return (torch.arange(size) + rank() * size).clamp(max=n - 1)
+
+
+def gathered(part: Tensor, n: int) -> Tensor:
+    """All n rows, in all processes, of which each has computed its share(): -> (n, …)."""
+    if world_size() == 1:
+        return part
+    parts = [torch.empty_like(part) for _ in range(world_size())]
+    dist.all_gather(parts, part.contiguous())
+    return torch.cat(parts)[:n]
+
+
+class Gather(torch.autograd.Function):
+    """What all W processes have computed of a batch: (n, …) in each -> (W, n, …) in all.
+
+    For a loss of all of it, which every process then computes, and whose gradient is therefore
+    whole in each: a process takes its part of that. DistributedDataParallel, at the end of the
+    backward pass, takes the mean over the processes where the sum is the gradient: hence W times.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor) -> Tensor:
+        whole = part.new_empty(world_size(), *part.shape)
+        dist.all_gather([*whole.unbind()], part.contiguous())
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return world_size() * gradient[rank()]
+
+
+class SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes, in all, which all then compute with."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor) -> Tensor:
+        whole = part.clone()
+        dist.all_reduce(whole)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return SumOverProcesses.forward(ctx, gradient.contiguous())
+
+
+class CommonBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm over the batches of all processes, exactly, on any device.
+
+    torch's SyncBatchNorm, which is faster, has none for the CPU. Takes (B, C) or (B, C, H, W).
+    """
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.ndim < 2:
+            raise ValueError(f"need (B, C, ...), got {tuple(x.shape)}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        dims = [0, *range(2, x.ndim)]
+        shape = [1, -1, *[1] * (x.ndim - 2)]
+        n = world_size() * x.numel() / x.shape[1]  # all processes have as many
+        wide = at_least_float32(x)
+        mean = SumOverProcesses.apply(wide.sum(dims)) / n  # (C,)
+        centred = wide - mean.view(shape)
+        variance = SumOverProcesses.apply(centred.square().sum(dims)) / n  # (C,)
+        if self.track_running_stats:
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(variance * (n / (n - 1)), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()  # (C,)
+        return (centred * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
+
+
+def distributed(module: nn.Module) -> nn.Module:
+    """The module with its gradients averaged over all processes in each backward pass."""
+    if world_size() == 1:
+        return module
+    kind = nn.parallel.DistributedDataParallel
+    new = "forward_sync_buffers"  # and from torch 2.14 on the old name warns
+    name = new if new in inspect.signature(kind).parameters else "broadcast_buffers"
+    # BatchNorm's buffers are the same everywhere: no need to send them in each pass
+    return kind(module, **{name: False}, gradient_as_bucket_view=True)
+
+
+def gradients_exchanged(network: nn.Module, now: bool) -> contextlib.AbstractContextManager:
+    """Inside, backward passes of a distributed() network sum up here, until one with now=True."""
+    return contextlib.nullcontext() if now or world_size() == 1 else network.no_sync()
+
+
+def with_common_statistics(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module with each BatchNorm replaced by one over all processes, of the same state dict."""
+    if world_size() == 1:
+        return module
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for name, child in module.named_children():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            common = CommonBatchNorm(child.num_features, child.eps, child.momentum)
+            common.load_state_dict(child.state_dict())
+            setattr(module, name, common)
+        else:
+            with_common_statistics(child, device)
+    return module
 
 
 # ------------------------------------------------------------------------------------- data sets
@@ -1082,7 +1393,7 @@ def _read_folder(
         return ImageFiles(root, names, targets, classes)
     with ThreadPoolExecutor() as pool:  # PIL decodes without holding Python's lock
         decoded = pool.map(lambda path: read_image(root / path), paths)
-        bar = tqdm(decoded, f"reading {root}", len(paths), unit="img", leave=False, disable=None)
+        bar = progress_bar(decoded, f"reading {root}", len(paths))
         images = torch.stack(list(bar))
     return ImageSet(images, targets, classes, names)
 
@@ -1239,21 +1550,23 @@ def embed(
 
     encoder: float (B, 3, size, size) in [0, 1] -> (B, D). A module is put in eval mode (BatchNorm
     uses its running statistics and does not move) and back. batch_size: of images of 224 px;
-    larger ones go in smaller batches. title: of a progress bar, if any.
-    Raises InputError if no image can be read.
+    larger ones go in smaller batches. title: of a progress bar, if any. Several processes embed a
+    share each, and all get all features. Raises InputError if no image can be read.
     """
-    features = []
+    features, n = [], len(data)
+    if world_size() > 1:
+        data = take(data, share(n))
     batch_size = max(1, min(batch_size, batch_size * 224**2 // size**2))
     with evaluating(encoder):
         batches = data.batches(size, batch_size, device, workers)
         steps = math.ceil(len(data) / batch_size)
-        for images in tqdm(batches, title, steps, leave=False, disable=None if title else True):
+        for images in progress_bar(batches, title, steps):
             images = images.contiguous(memory_format=torch.channels_last)  # noqa: PLW2901
             with autocast(device, precision):
                 features.append(encoder(images).float())
     if not features:
         raise InputError("none of the images can be read")
-    return torch.cat(features)
+    return gathered(torch.cat(features), n)
 
 
 @contextlib.contextmanager
@@ -1553,6 +1866,12 @@ def save_figure(figure: Any, path: Path, dpi: int = 150) -> None:
 # -------------------------------------------------------------------------------------- progress
 
 
+def progress_bar(items: Iterable, title: str, total: int) -> Iterable:
+    """The items, with a bar on a terminal that vanishes; none without a title."""
+    hidden = None if title and is_first() else True
+    return tqdm(items, title, total, leave=False, disable=hidden)
+
+
 class Progress:
     """A tqdm bar on a terminal; elsewhere plain lines, at most one every few seconds.
 
@@ -1562,7 +1881,7 @@ class Progress:
     SECONDS_BETWEEN_LINES = 5.0
 
     def __init__(self, total: int, done: int, unit: str) -> None:
-        self.on_terminal = sys.stderr.isatty()
+        self.on_terminal = sys.stderr.isatty() and is_first()
         self.bar = tqdm(total=total, initial=done, unit=unit, disable=not self.on_terminal)
         self._next_line = 0.0
 
