@@ -4,6 +4,7 @@
     python ablation_SimCLR.py temperature          # one of them, on the embedded digits
     python ablation_SimCLR.py temperature --dataset cifar10 --epochs 100 --seeds 3
     python ablation_SimCLR.py all --shard 1/4      # a quarter of all runs; the last shard draws
+    torchrun --nproc_per_node=4 ablation_SimCLR.py all     # the same, a GPU each
 
 Each run is an ordinary run of simclr.py in checkpoints/ablation/<study>/<setting>-seed<k>. The same
 command again continues where it stopped; runs that studies share are done once. Results are
@@ -1702,6 +1703,14 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(first), int(second)
 
 
+def shard_of(options: Options) -> tuple[int, int]:
+    """Which of how many shards this process does: the one asked for, or torchrun's."""
+    place = utils.launched()
+    if place.size > 1 and options.shard:
+        raise InputError("--shard: torchrun makes a shard of each process by itself")
+    return parse_shard(options.shard or f"{place.rank + 1}/{place.size}")
+
+
 def parse_command_line(
     argv: Sequence[str] | None = None,
 ) -> tuple[list[str], Options, dict[str, Any]]:
@@ -1720,7 +1729,7 @@ def parse_command_line(
     options = Options(**{name: given.pop(name) for name in names if name in given})
     if options.seeds < 1:
         raise InputError(f"--seeds must be at least 1, got {options.seeds}")
-    parse_shard(options.shard or "1/1")
+    shard_of(options)
     if study and study != "all" and study not in STUDIES:
         raise InputError(f"unknown study {study!r}; there are {', '.join(STUDIES)}, and all")
     if options.redraw and not study:
@@ -1769,6 +1778,8 @@ def list_runs(grid_: Grid) -> None:
 
 def run(names: Sequence[str], options: Options, given: dict[str, Any]) -> bool:
     """What `python ablation_SimCLR.py` does. Returns whether no run failed."""
+    if utils.launched().rank and (not names or options.redraw or options.dry_run):
+        return True  # once is enough
     if not names:
         list_studies(given, options.seeds)
         return True
@@ -1792,7 +1803,7 @@ def run(names: Sequence[str], options: Options, given: dict[str, Any]) -> bool:
     utils.make_folders(grids[0].csv.parent, base.folder.parent)
     print(f"{describe_base(given)}: {simclr.describe_data(data)}; on {device}", flush=True)
     for each in grids:
-        each.go(data, device, parse_shard(options.shard or "1/1"))
+        each.go(data, device, shard_of(options))
         each.finish()
     failed = {run: why for each in grids for run, why in each.failed.items()}
     if failed:
@@ -1806,7 +1817,9 @@ def run(names: Sequence[str], options: Options, given: dict[str, Any]) -> bool:
 def main(argv: Sequence[str] | None = None) -> None:
     try:
         with utils.InterruptedBySignals():
-            if not run(*parse_command_line(argv)):
+            fine = run(*parse_command_line(argv))
+            utils.wait_for_others()
+            if not fine:
                 raise SystemExit(1)
     except InputError as error:
         utils.exit_with_error("ablation_SimCLR.py", error)

@@ -721,7 +721,8 @@ def describe_amount(amount: str) -> str:
 @contextlib.contextmanager
 def steps_bar(total: int, title: str) -> Iterator[Callable[[], Any]]:
     """A progress bar, on a terminal only. Yields what advances it by a step."""
-    with tqdm(total=total, desc=title, unit="step", leave=False, disable=None) as bar:
+    hidden = None if utils.is_first() else True
+    with tqdm(total=total, desc=title, unit="step", leave=False, disable=hidden) as bar:
         yield bar.update
 
 
@@ -1204,6 +1205,16 @@ def parse_command_line(argv: Sequence[str] | None = None) -> tuple[str, Options]
 def run(where: str, options: Options) -> dict | None:
     """What `python load_simCLR.py` does. Returns the evaluation, if there was one."""
     device = utils.choose_device(options.device)
+    if utils.launched().size > 1 and (training := set(options.tasks) - {"knn", "linear"}):
+        raise InputError(
+            f"--tasks {' '.join(sorted(training))}: they train in one process; without torchrun"
+        )
+    with utils.together(device):
+        return run_on(where, options, device)
+
+
+def run_on(where: str, options: Options, device: torch.device) -> dict | None:
+    """run() on a device, in one process or in several that share the embedding."""
     source = load_source(simclr.find_checkpoint(where, options.checkpoints), options.normalize)
     if options.export:
         how = export_encoder(source, Path(options.export))

@@ -314,7 +314,8 @@ CROP_TRIES = 10  # as torchvision: crops that stick out are drawn again, at last
 BLUR_SIGMA = (0.1, 2.0)  # px
 BLUR_KERNEL = 0.1  # kernel size as a share of the image's side
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as torchvision
-PIECE_BYTES = 2**21  # bytes of float32 images that are augmented together on a CPU: its cache
+# bytes of float32 images that are augmented together: a CPU's cache, a small part of a GPU's memory
+PIECE_BYTES = {"cpu": 2**21, "gpu": 2**28}
 
 
 def lerp(low: float, high: float, u: Tensor) -> Tensor:
@@ -613,10 +614,9 @@ class Augment:
     def __call__(self, images: Tensor, u: Tensor | None = None, first: int = 0) -> Tensor:
         if u is None:
             u = self.draw(len(images), device=images.device)
-        if images.device.type != "cpu":
-            return self._apply(images, u, first).clamp(0, 1)
-        piece = max(8, PIECE_BYTES // (12 * self.size**2))
-        out = torch.empty(len(images), 3, self.size, self.size)
+        limit = PIECE_BYTES["cpu" if images.device.type == "cpu" else "gpu"]
+        piece = max(8, limit // (12 * self.size**2))
+        out = torch.empty(len(images), 3, self.size, self.size, device=images.device)
         for x, v, result in zip(*(y.split(piece) for y in (images, u, out)), strict=True):
             torch.clamp(self._apply(x, v, first), 0, 1, out=result)
         return out
@@ -1042,7 +1042,9 @@ def view_batches(
     order = torch.randperm(len(data), generator=utils.generator("cpu", config.seed, SHUFFLE, epoch))
     batches = order[: size * steps].view(steps, size)[start:]
     keys = ((config.seed, VIEWS, epoch, step) for step in range(start, steps))
-    yield from augmented_batches(data, batches, keys, augment, 2, device, worker_count(config))
+    mine = slice(utils.rank(), None, utils.world_size())
+    workers = worker_count(config)
+    yield from augmented_batches(data, batches, keys, augment, 2, device, workers, mine)
 
 
 def augmented_batches(
@@ -1053,15 +1055,15 @@ def augmented_batches(
     views: int,
     device: torch.device,
     workers: int,
+    mine: slice = slice(None),
 ) -> Iterator[Tensor]:
     """Augmented views of given images: float32 (views·N, 3, S, S) on `device`, a batch each.
 
     batches: int64 (steps, N), rows of `data`. keys: for each batch the stream of randomness that
     its views follow from (utils.generator). Rows i, N + i, 2N + i … are the views of one image.
-    workers: processes that decode, where `data` is streamed. Of several processes that work
-    together each gets its part of every batch.
+    workers: processes that decode, where `data` is streamed. mine: which images of each batch are
+    made, with the views that they have in the whole of it.
     """
-    mine = slice(utils.rank(), None, utils.world_size())
 
     def draw(key: tuple[int, ...], where: torch.device | str) -> Tensor:
         u = augment.draw(views * batches.shape[1], utils.generator(where, *key))
@@ -1228,7 +1230,7 @@ class Data:
 
 def load_data(config: Config, device: torch.device) -> Data:
     """All splits of config.dataset; images that are held in memory are moved to `device`."""
-    pretrain = utils.one_by_one(utils.load_images, config.dataset, "pretrain", config.data_dir)
+    pretrain = utils.load_images(config.dataset, "pretrain", config.data_dir)
     if len(pretrain) < 2:
         raise InputError(f"need at least 2 images to contrast, got {len(pretrain)}")
     pretrain = pretrain.to(device)

@@ -828,6 +828,16 @@ def first_to_fail() -> bool:
         return True
 
 
+def wait_for_others() -> None:
+    """Until all processes of this run have come here: torchrun ends the others when one fails."""
+    size = launched().size
+    if size > 1:
+        here = _store().add("arrived", 1)
+        while here < size:
+            time.sleep(0.5)
+            here = _store().add("arrived", 0)
+
+
 @contextlib.contextmanager
 def together(device: torch.device) -> Iterator[None]:
     """Inside, the processes that torchrun started work as one: NCCL for CUDA, Gloo for the CPU.
@@ -885,16 +895,6 @@ def from_first(function: Callable[..., Any], *arguments: Any) -> Any:
     if world_size() > 1:
         dist.broadcast_object_list(value, device=torch.device("cpu"))
     return value[0]
-
-
-def one_by_one(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls it in one process of each machine, and then in the others, which need no download."""
-    if world_size() == 1:
-        return function(*arguments)
-    first = launched().local_rank == 0
-    value = function(*arguments) if first else None
-    largest(0)
-    return value if first else function(*arguments)
 
 
 def share(n: int) -> Tensor:
@@ -1210,7 +1210,7 @@ def _load_torchvision(dataset: str, split: str, root: Path) -> ImageSet:
     }
     new = not os.path.exists(root)
     try:
-        with contextlib.redirect_stdout(sys.stderr), safe_extraction():
+        with one_at_a_time(root), contextlib.redirect_stdout(sys.stderr), safe_extraction():
             return _image_set(dataset, makers[dataset]())
     except Exception as error:  # there is no end to what damaged files raise
         if new:  # leave no empty folders behind
@@ -1222,6 +1222,23 @@ def _load_torchvision(dataset: str, split: str, root: Path) -> ImageSet:
             f"{dataset} could not be read from or downloaded to {root.absolute()} ({reason}). "
             f"Without a network, put {_expected_files(dataset)} there"
         ) from error
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Inside, no other process downloads to the folder: whoever comes waits. It is made if need be.
+
+    Where it cannot be written, or there are no such locks, nobody waits, nor downloads.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, ImportError):
+            import fcntl
+
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(folder / ".lock", "a", encoding="utf-8"))
+            stack.callback((folder / ".lock").unlink, missing_ok=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ would start threads; a few start them with torchrun, as users do.
 """
 
 import dataclasses
+import json
 import multiprocessing
 import os
 import re
@@ -20,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import ablation_SimCLR
+import load_simCLR
 import simclr
 import utils
 from utils import InputError
@@ -29,7 +32,9 @@ CPU = torch.device("cpu")
 
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["simclr", "pytest", "sklearn.datasets", "sklearn.model_selection"])
+CONTEXT.set_forkserver_preload(
+    ["load_simCLR", "pytest", "sklearn.datasets", "sklearn.model_selection"]
+)
 
 
 def work(folder, environment, function, arguments):
@@ -399,6 +404,65 @@ def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(InputError, match="3 processes, but this machine has 2 GPUs"):
         utils.choose_device("auto")
+
+
+def load(arguments):
+    load_simCLR.main(arguments)
+
+
+def test_evaluation_by_processes_is_that_of_one(group, tiny_config, monkeypatch):
+    config = tiny_config(precision="float32", epochs=1, knn_every=0)
+    monkeypatch.setattr(simclr, "evaluate", lambda *_: {})
+    simclr.run(config)
+    where = [str(config.folder), "--device", "cpu", "--figures", config.figures]
+    refused = group(2, load, [*where, "--tasks", "knn", "semi"])
+    assert refused.codes() == [2, 2]
+    assert "semi: they train in one process" in refused.said()
+
+    shared = group(3, load, [*where, "--tasks", "knn"])
+    shared.results()
+    file = config.folder / "evaluation.json"
+    found = json.loads(file.read_text())["columns"]
+    file.unlink()
+    load([*where, "--tasks", "knn"])
+    expected = json.loads(file.read_text())["columns"]
+    assert len(found) == len(expected) == 2
+    for column, other in zip(found, expected, strict=True):
+        assert column["title"] == other["title"]
+        assert column["scores"].keys() == other["scores"].keys()
+        for name, scores in other["scores"].items():
+            assert column["scores"][name] == pytest.approx(scores, abs=0.003)
+    assert shared.said("out").count("kNN, k = 10") == 1
+
+
+def ablate(arguments):
+    ablation_SimCLR.do = note  # training is tested elsewhere
+    ablation_SimCLR.main(arguments)
+
+
+def note(job, data, device):
+    """As do() of a job, but that it fails: which process had it is all that is asked."""
+    print(f"process {os.environ['RANK']} has {job.config.run}", flush=True)
+    if os.environ["RANK"] == "0":
+        raise InputError("it failed")
+    time.sleep(0.2)
+
+
+def test_an_ablation_gives_each_process_its_runs(group, tiny_config):
+    """A failure in one process does not end the others."""
+    config = tiny_config()
+    places = ["--checkpoints", config.checkpoints, "--figures", config.figures]
+    arguments = ["temperature", "--seeds", "1", "--device", "cpu", *places]
+    found = group(2, ablate, arguments)
+    assert found.codes() == [1, 0], found.said()
+    runs = re.findall("process (.) has (.*)", found.said("out"))
+    names = [job.config.run for job in ablation_SimCLR.Grid("temperature", {}, 1).jobs]
+    assert sorted(name for _, name in runs) == sorted(names)
+    assert [name for rank, name in runs if rank == "0"] == names[::2]
+
+    refused = group(2, ablate, [*arguments, "--shard", "1/2"])
+    assert refused.codes() == [2, 2]
+    assert len(refused.said().splitlines()) == 1
 
 
 def children(pid):
