@@ -1624,8 +1624,23 @@ def pretrain(
         if not run.complete:
             say(f"continuing {config.folder} after {run.position.epoch} of {config.epochs} epochs")
     if not run.complete:
-        run.train()
+        try:
+            run.train()
+        except RuntimeError as error:
+            if not utils.is_out_of_memory(error):
+                raise
+            raise InputError(too_large(config, run.batch_size, device)) from error
     return run.model
+
+
+def too_large(config: Config, batch: int, device: torch.device) -> str:
+    """What to do where a step needs more memory than there is."""
+    held, processes = config.micro_batch or batch, utils.world_size()
+    smaller = [m for m in range(processes, held // 2 + 1, processes) if batch % m == 0]
+    remedy = f"a smaller {flag('batch_size')}, {flag('image_size')} or {flag('width')}"
+    if smaller:
+        remedy = f"{flag('micro_batch')} {smaller[-1]}, or {remedy}"
+    return f"{device} has too little memory for the activations of {held} images: try {remedy}"
 
 
 def describe(row: dict, log: list[dict], config: Config) -> tuple[dict[str, str], str]:

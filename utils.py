@@ -716,6 +716,11 @@ def memory_of(device: torch.device) -> float:
     return min(limits) / launched().local_size
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch could not get memory, of a GPU or of this machine."""
+    return isinstance(error, torch.OutOfMemoryError) or "t allocate memory" in str(error)
+
+
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether `device` computes in bfloat16 in hardware (Ampere GPUs on, AVX512-BF16 or AMX)."""
     if device.type == "cuda":

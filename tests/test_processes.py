@@ -303,6 +303,20 @@ def test_micro_batches_that_do_not_fit(micro_batch, message, tiny_config):
         simclr.run(tiny_config(micro_batch=micro_batch))
 
 
+@pytest.mark.parametrize(
+    ("micro_batch", "remedy"),
+    [(0, "try --micro-batch 150, or"), (100, "try --micro-batch 50, or"),
+     (1, "try a smaller --batch-size")],
+)  # fmt: skip
+def test_too_little_memory_suggests_micro_batches(micro_batch, remedy, tiny_config, monkeypatch):
+    def train_epoch(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(simclr, "train_epoch", train_epoch)
+    with pytest.raises(InputError, match=remedy):
+        simclr.run(tiny_config(micro_batch=micro_batch))
+
+
 def test_micro_batches_need_less_memory(tiny_config, monkeypatch):
     monkeypatch.setattr(utils, "memory_of", lambda _: 2 * 2**30)
     config = dict(arch="resnet50", width=1.0, stem="small", image_size=32, batch_size=4096)
