@@ -1447,9 +1447,7 @@ class Pretraining:
         not finite, Interrupted if a signal asked to stop, after saving.
         """
         figure = FigureKeeper(self.config, self.batch_size)
-        network = utils.distributed(self.model)
-        if self.config.compile == "on":
-            network = self.compiled(network)
+        network = self.network()
         total, done = self.config.epochs * self.steps, self.position.epoch * self.steps
         with (
             utils.StopRequest() as stop,
@@ -1492,10 +1490,15 @@ class Pretraining:
                 if signal:
                     raise Interrupted(signal)
 
-    def compiled(self, network: nn.Module) -> nn.Module:
-        """`network` (the model, or what runs it in several processes) made by torch.compile.
+    def network(self) -> nn.Module:
+        """What is trained: the model, or what runs it in several processes, or compiled."""
+        network = utils.distributed(self.model)
+        return self.compiled(network) if self.config.compile == "on" else network
 
-        It shares the weights. Where it cannot be, as without a C compiler, a line says so.
+    def compiled(self, network: nn.Module) -> nn.Module:
+        """`network`, of the same weights, made by torch.compile.
+
+        Where it cannot be, as without a C compiler, a line says so and it is what it was.
         """
         weights = copy.deepcopy(self.model.state_dict())
         size = self.config.image_size
@@ -1660,8 +1663,9 @@ def describe(row: dict, log: list[dict], config: Config) -> tuple[dict[str, str]
 
 CHECKPOINT = "last.pt"
 PREVIOUS = "previous.pt"  # the checkpoint before
-CHECKPOINT_FORMAT = 2
-READABLE_FORMATS = (1, 2)  # format 1 has no checkpoint_minutes in its configuration, and no digest
+CHECKPOINT_FORMAT = 3
+# format 1 has no checkpoint_minutes in its configuration, and no digest; 2 no micro_batch, no files
+READABLE_FORMATS = (1, 2, 3)
 KEPT_CHECKPOINT = "epoch{:04d}.pt"  # --keep-every
 TRIAL = "trial.pt"  # whether there is room for checkpoints
 LOCK = ".lock"
@@ -1750,14 +1754,18 @@ def check_same_run(saved: dict, saved_images: int, config: Config, images: int) 
 
 
 def differences(saved: dict, config: Config) -> list[str]:
-    """The identity fields in which two configurations differ, with both values."""
+    """The identity fields in which two configurations differ, with both values.
+
+    A setting that there was not when `saved` was written had the default.
+    """
+    saved = {**{f.name: f.default for f in dataclasses.fields(config)}, **saved}
     names = [f.name for f in dataclasses.fields(config) if f.metadata["identity"]]
     if config.dataset == "folder":
         names.append("data_dir")
     return [
-        f"{flag(name)} ({utils.shown(saved.get(name))} there, {getattr(config, name)} now)"
+        f"{flag(name)} ({utils.shown(saved[name])} there, {getattr(config, name)} now)"
         for name in names
-        if saved.get(name) != getattr(config, name)
+        if saved[name] != getattr(config, name)
     ]
 
 

@@ -9,7 +9,7 @@ between the quartiles as its spread; what is compared is measured in turn, so th
 while the machine's speed drifts. The images are noise: no time here depends on what they show.
 
 Reading order: measuring · limits · parts of a step · the whole step · the reference loops ·
-evaluation · growth · the table.
+evaluation · growth · micro-batches and several processes · the table.
 """
 
 from __future__ import annotations
@@ -57,11 +57,14 @@ class Options:
     image_size: int = setting(32, "side of the images in px")
     batch_size: int = setting(256, "N, images per step")
     compile: str = setting("off", "torch.compile the network", ("on", "off"))
+    micro_batch: int = setting(0, "images whose activations are held at a time; 0: all of a batch")
+    processes: int = setting(2, "the most processes to compare with one, on CUDA a GPU each")
     quick: bool = setting(False, "fewer repeats, smaller sizes of what grows")
     seconds: float = setting(0.0, "time for each figure; 0: 2, or 0.5 with --quick")
     json: str = setting("checkpoints/benchmark.json", "file for the results")
     nt_xent: int = setting(0, "measure only the loss, for so many views, and print it as JSON")
     loop: str = setting("", "measure only one of the loops, and print it as JSON")
+    threads: int = setting(0, "of each process that measures a loop; 0: torch's default")
 
 
 # ------------------------------------------------------------------------------------- measuring
@@ -143,6 +146,7 @@ class Setup:
         config = simclr.make_config(
             dataset="cifar10", arch=options.arch, width=options.width, batch_size=n,
             image_size=options.image_size, lr=0.01, compile=options.compile,
+            micro_batch=options.micro_batch,
         )  # fmt: skip
         side = options.image_size
         random = torch.Generator().manual_seed(0)
@@ -317,7 +321,7 @@ class Ours(Loop):
     def __init__(self, setup: Setup) -> None:
         self.setup, self.epoch = setup, 0
         run = setup.run
-        self.model = run.compiled() if run.config.compile == "on" else run.model
+        self.model = run.network()
 
     def steps(self, count: int) -> list[float]:
         run, setup = self.setup.run, self.setup
@@ -336,7 +340,7 @@ class Ours(Loop):
         setup.watch.wait()
         simclr.train_epoch(
             self.model, run.optimizer, batches, lambda _: 0.01, run.loss,
-            setup.config.precision, simclr.Position(), after_step,
+            setup.config.precision, simclr.Position(), after_step, run.pieces,
         )  # fmt: skip
         return [b - a for a, b in itertools.pairwise(times)]
 
@@ -433,17 +437,31 @@ BRIEF = 0.1  # seconds for a figure: with less it is only seen that all of this 
 
 def measure_loop(options: Options) -> None:
     """What --loop prints: the seconds of some steps, and the peak of the memory in bytes."""
-    setup = Setup(options, fast=options.loop == "whole step")
-    loop = LOOPS[options.loop](setup)
-    once = statistics.median(loop.steps(WARMUP))
-    seconds = loop.steps(max(2, min(MOST_STEPS, round(options.seconds / once))))
-    print(json.dumps({"seconds": seconds, "bytes": peak_memory(setup.device)}))
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    with utils.together(utils.choose_device(options.device)):
+        setup = Setup(options, fast=options.loop == "whole step")
+        loop = LOOPS[options.loop](setup)
+        warmup = loop.steps(1 if options.batch_size > LARGE_BATCH else WARMUP)
+        once = statistics.median(warmup)
+        count = max(2, min(MOST_STEPS, round(options.seconds / once)))
+        seconds = loop.steps(utils.largest(count)[0])
+        print(json.dumps({"seconds": seconds, "bytes": peak_memory(setup.device)}))
 
 
-def in_a_process(options: Options, *flags: str) -> Any:
-    """What this program prints with other flags, from JSON."""
-    command = [sys.executable, __file__, *flags, "--seconds", str(options.seconds)]
-    for name in ("device", "arch", "width", "image_size", "batch_size", "compile"):
+LARGE_BATCH = 1024  # images: a step takes long enough to be measured as it is
+
+
+def in_a_process(options: Options, *flags: str, processes: int = 1) -> Any:
+    """What this program prints with other flags, from JSON; in several processes by torchrun."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command += ["--"]
+    command += [__file__, *flags, "--seconds", str(options.seconds)]
+    for name in (
+        "device", "arch", "width", "image_size", "batch_size", "compile", "micro_batch", "threads",
+    ):  # fmt: skip
         command += [utils.flag(name), str(getattr(options, name))]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
@@ -612,6 +630,71 @@ def measure_nt_xent(options: Options) -> None:
     print(json.dumps({"seconds": statistics.median(found), "bytes": taken}))
 
 
+# --------------------------------------------------------------- micro-batches, several processes
+
+PIECES = (2, 8)  # of a batch
+LINKS = {  # bytes a second that a GPU can send, and receive at the same time
+    "NVLink 4, 450 GB/s": 450e9, "PCIe 5 x16, 64 GB/s": 64e9,
+    "InfiniBand NDR, 50 GB/s": 50e9, "10 Gbit Ethernet, 1.25 GB/s": 1.25e9,
+}  # fmt: skip
+
+
+def micro_batches(setup: Setup, options: Options) -> list[Row]:
+    """The step with the activations of a part of the batch in memory, against the plain one."""
+    plain = dataclasses.replace(options, micro_batch=0)
+    cases = {"whole batch": plain}
+    for pieces in PIECES:
+        cases[f"in {pieces} pieces"] = dataclasses.replace(
+            options, micro_batch=options.batch_size // pieces
+        )
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    memory: dict[str, float] = {}
+    for _ in range(1 if options.seconds < BRIEF else 2):
+        for name, case in cases.items():  # in turn, as the machine's speed drifts
+            found = in_a_process(case, "--loop", "whole step")
+            times[name] += found["seconds"]
+            memory[name] = found["bytes"]
+    rows = [
+        rate(name, setup.views, Timing(seconds), note=f"{memory[name] / 1e6:,.0f} MB at most")
+        for name, seconds in times.items()
+    ]
+    whole = statistics.median(times["whole batch"])
+    for name in list(cases)[1:]:
+        rows.append(Row(f"time {name} ÷ whole", statistics.median(times[name]) / whole, "×"))
+    return rows
+
+
+def several_processes(setup: Setup, options: Options) -> list[Row]:
+    """The same batch by one process and by more; what they exchange, and how long that would take.
+
+    On a CPU each process has one thread, so that more of them have more cores. The rows in ms are
+    calculated from the bytes and the links' speeds: a ring, nothing hidden behind the computing,
+    no latency. Half of the statistics are exchanged in the backward pass.
+    """
+    one = dataclasses.replace(options, threads=1 if setup.device.type == "cpu" else 0)
+    rows, first = [], math.nan
+    for processes in (1, options.processes):
+        found = in_a_process(one, "--loop", "whole step", processes=processes)
+        row = rate(f"{processes} processes", setup.views, Timing(found["seconds"]))
+        first = row.value if processes == 1 else first
+        rows.append(row)
+    rows.append(Row("speedup", rows[-1].value / first, "×"))
+
+    norms = [m for m in setup.model.modules() if isinstance(m, nn.BatchNorm2d)]
+    exchanged = {
+        "gradients": 4 * sum(p.numel() for p in setup.model.parameters()),
+        "z": 4 * setup.views * setup.config.head_dim,
+        "BatchNorm's statistics": 4 * 4 * sum(m.num_features for m in norms),
+    }
+    rows += [Row(f"{name} a step", size / 1e6, "MB") for name, size in exchanged.items()]
+    for processes, (link, speed) in itertools.product((8, 64), LINKS.items()):
+        ring = (processes - 1) / processes  # what a process sends in a ring, of all there is
+        sent = 2 * ring * (exchanged["gradients"] + exchanged["BatchNorm's statistics"])
+        sent += ring * exchanged["z"]
+        rows.append(Row(f"{processes} GPUs, {link}", 1e3 * sent / speed, "ms", note="calculated"))
+    return rows
+
+
 # ------------------------------------------------------------------------------------- the table
 
 
@@ -658,6 +741,8 @@ def benchmark(options: Options) -> dict[str, list[Row]]:
     add("share of the step", shares(setup, parts(setup), peak))
     add("evaluation", evaluation(setup, step))
     add("growth", growth(setup, options))
+    add("micro-batches", micro_batches(setup, options))
+    add("several processes", several_processes(setup, options))
     return table
 
 
