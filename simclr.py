@@ -135,6 +135,9 @@ class Config:
         ("auto", "on", "off"), identity=False,
     )  # fmt: skip
     knn_every: int = setting(10, "epochs between measurements of kNN accuracy; 0: only at the end")
+    stop_at_knn: float = setting(
+        0.0, "kNN accuracy in [0, 1] at which the run ends before its last epoch; 0: none"
+    )
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", identity=False)
     workers: int = setting(
         -1, "processes that decode streamed images; -1: one per core", identity=False
@@ -258,6 +261,8 @@ def check_config(config: Config) -> None:
     need(0 < config.lr <= 1e30, "lr", "positive, at most 1e30")
     need(config.warmup_epochs <= config.epochs, "warmup_epochs", f"at most epochs={config.epochs}")
     need(0 <= config.momentum < 1, "momentum", "in [0, 1)")
+    need(0 <= config.stop_at_knn <= 1, "stop_at_knn", "an accuracy in [0, 1]")
+    need(config.knn_every > 0 or not config.stop_at_knn, "knn_every", "at least 1 to stop at a kNN")
     need(config.save_every >= 1, "save_every", "at least 1")
     need(config.workers >= -1, "workers", "-1 or more")
     parts = Path(config.run).parts
@@ -1266,6 +1271,8 @@ class Pretraining:
 
     def __init__(self, config: Config, data: Data, device: torch.device) -> None:
         self.config, self.data, self.device = config, data, device
+        if config.stop_at_knn and not data.labelled:
+            raise InputError(f"{flag('stop_at_knn')}: there are no labels to measure it by")
         check_parts(config, len(data.pretrain))
         check_memory(config, len(data.pretrain), device)
         model = utils.with_common_statistics(make_model(config), device)
@@ -1304,7 +1311,7 @@ class Pretraining:
 
     @property
     def complete(self) -> bool:
-        return self.position.epoch >= self.config.epochs
+        return self.position.epoch >= self.config.epochs or reached(self.config, self.log)
 
     def resume(self) -> bool:
         """Take up the run's checkpoint, or the previous one. Returns whether there is one.
@@ -1569,6 +1576,11 @@ class Pretraining:
             row["knn_seconds"] = round(time.perf_counter() - started, 3)
         self.log.append(row)
         return row
+
+
+def reached(config: Config, log: list[dict]) -> bool:
+    """Whether the last epoch's kNN accuracy is the one that the run was to end at."""
+    return 0 < config.stop_at_knn <= (log[-1].get("knn", 0) if log else 0)
 
 
 COMPILE = {"mode": "reduce-overhead"}  # of torch.compile: on CUDA with CUDA graphs
@@ -2324,8 +2336,9 @@ def run_on(config: Config, device: torch.device, overwrite: bool) -> dict:
     else:
         print("\nNo labelled test images, so the representation was not evaluated")
     print(
-        f"\n{summary['training_seconds']:.0f} s of training, "
-        f"{summary['views_per_second']:,.0f} views/s; "
+        f"\n{summary['epochs']} of {config.epochs} epochs: {summary['training_seconds']:.0f} s of "
+        f"training, {summary['views_per_second']:,.0f} views/s; "
+        f"{summary['monitoring_seconds']:.0f} s of monitoring kNN; "
         f"{summary['seconds']:.0f} s with the evaluation\n"
         f"curves        {config.figure_folder / FIGURE}\n"
         f"weights, log  {config.folder}\n"
@@ -2362,8 +2375,10 @@ def write_summary(
         "parameters": sum(p.numel() for p in model.encoder.parameters()),
         "loss": log[-1]["loss"],
         **results,
-        "views_per_second": 2 * size * steps * config.epochs / max(training, 1e-3),
+        "epochs": len(log),
+        "views_per_second": 2 * size * steps * len(log) / max(training, 1e-3),
         "training_seconds": training,
+        "monitoring_seconds": monitoring,
         "seconds": training + monitoring + time.perf_counter() - started,
     }
     baselines = {key: results["knn"][key] for key in ("pixels", "untrained")} if results else None

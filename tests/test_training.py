@@ -634,3 +634,31 @@ def test_the_figure_shows_a_loss_above_chance():
     rows = [{"epoch": 1, "loss": 30.0, "contrastive_accuracy": 0.0, "lr": 1.0}]
     loss = simclr.draw_training(rows, chance=6.2).axes[0]
     assert loss.get_ylim()[1] > 30
+
+
+def test_a_run_ends_at_the_knn_accuracy_that_was_asked_for(tiny_config, monkeypatch, capsys):
+    """In the epoch in which it is reached; a stopped run knows that it is not there yet."""
+    found = iter([0.5, 0.8, 0.7])
+    monkeypatch.setattr(simclr, "knn_accuracy", lambda *_: next(found))
+    monkeypatch.setattr(simclr, "evaluate", lambda *_: {})
+    config = tiny_config(stop_at_knn=0.8, knn_every=1)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        with pytest.raises(simclr.Interrupted):
+            run(config)
+    summary = run(config)
+    assert summary["epochs"] == len(log(config)) == 2
+    rows = utils.read_jsonl(config.folder / "log.jsonl")
+    assert summary["monitoring_seconds"] == sum(row["knn_seconds"] for row in rows)
+    assert summary["training_seconds"] == sum(row["seconds"] for row in rows)
+    assert "2 of 4 epochs" in capsys.readouterr().out
+    assert run(config) == summary
+    assert next(found) == 0.7
+
+
+@pytest.mark.parametrize(
+    "wrong", [dict(stop_at_knn=90.0), dict(stop_at_knn=-0.1), dict(stop_at_knn=0.9, knn_every=0)]
+)
+def test_a_knn_accuracy_that_cannot_be_reached(wrong, tiny_config):
+    with pytest.raises(InputError, match=r"--stop-at-knn|--knn-every"):
+        tiny_config(**wrong)
