@@ -28,16 +28,10 @@ from utils import ImageSet, InputError
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory):
-    """A finished run of a few seconds on digits: its checkpoint file."""
-    root = tmp_path_factory.mktemp("trained")
-    config = simclr.make_config(
-        dataset="digits", width=0.125, epochs=3, batch_size=256, warmup_epochs=1.0, device="cpu",
-        checkpoints=str(root / "checkpoints"), figures=str(root / "figures"),
-    )  # fmt: skip
-    simclr.run(config)
-    return config.folder / "last.pt"
+@pytest.fixture
+def trained(finished):
+    """The checkpoint file of a finished run on digits."""
+    return finished.folder / "last.pt"
 
 
 @pytest.fixture
