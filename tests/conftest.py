@@ -53,8 +53,9 @@ def tiny_config(tmp_path):
 @pytest.fixture
 def no_figure(monkeypatch):
     """Leaves the drawing of the curves out, which takes longer than a tiny run itself."""
-    import simclr
     from matplotlib.figure import Figure
+
+    import simclr
 
     monkeypatch.setattr(simclr, "draw_training", lambda *_: Figure(figsize=(1, 1)))
 

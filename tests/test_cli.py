@@ -234,7 +234,7 @@ def test_the_command_runs_from_anywhere(finished):
 
 
 def test_a_signal_saves_and_says_how_to_continue(tmp_path):
-    """Ctrl-C; faults.py sends SIGTERM, SIGUSR1 and this one anywhere, to processes that it forks."""
+    """Ctrl-C; faults.py sends the other signals, anywhere, to processes that it forks."""
     log = tmp_path / "c" / "digits_resnet10" / "log.jsonl"
     process = subprocess.Popen(
         command(tmp_path, "--epochs", "10000", "--overwrite"), cwd=tmp_path, text=True,
