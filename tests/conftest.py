@@ -77,8 +77,11 @@ def few_digits(monkeypatch):
 
 
 @pytest.fixture
-def small_config(tiny_config, few_digits, no_figure):
+def small_config(tiny_config, few_digits, no_figure, monkeypatch):
     """tiny_config for a run of half a second: on few digits, of four steps an epoch."""
+    import simclr
+
+    monkeypatch.setattr(simclr, "LABEL_DRAWS", 2)
 
     def make(**overrides):
         return tiny_config(**{"batch_size": 50, **overrides})
