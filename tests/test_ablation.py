@@ -339,14 +339,14 @@ def test_an_interrupted_grid_continues(fast, places, capsys, monkeypatch, tmp_pa
 @pytest.mark.parametrize(
     "fields", [dict(branch=("cutout", "noise")), dict(passes=2, extra="noise")]
 )
-def test_a_resumed_run_ends_as_if_it_had_not_been_stopped(tiny_config, fields):
+def test_a_resumed_run_ends_as_if_it_had_not_been_stopped(small_config, fields):
     def made(name):
-        config = tiny_config(epochs=2, precision="float32", run=name, knn_every=0)
+        config = small_config(epochs=2, precision="float32", run=name, knn_every=0)
         config = simclr.resolve(config, data.pretrain, device)
         return ablation.AblationRun(config, data, device, ablation.Variant(**fields))
 
     device = torch.device("cpu")
-    data = simclr.load_data(tiny_config(), device)
+    data = simclr.load_data(small_config(), device)
     whole, first, second = made("whole"), made("parts"), made("parts")
     whole.train()
     first.checkpoint.parent.mkdir(parents=True)
