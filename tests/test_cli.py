@@ -14,7 +14,7 @@ import simclr
 import utils
 from conftest import ROOT
 
-TINY_FLAGS = ["--width", "0.125", "--epochs", "2", "--batch-size", "300", "--warmup-epochs", "1"]
+TINY_FLAGS = ["--width", "0.02", "--epochs", "2", "--batch-size", "300", "--warmup-epochs", "1"]
 
 
 def fails(capsys, tmp_path, *argv):

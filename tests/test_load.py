@@ -370,7 +370,8 @@ def test_what_was_measured_is_kept_whatever_happens_then(places, tmp_path, monke
     assert [c["task"] for c in json.loads(file.read_text())["columns"]] == ["knn", "knn"]
 
 
-def test_other_settings_are_named_and_not_mixed(places, few_digits):
+def test_other_settings_are_named_and_not_mixed(places, few_digits, monkeypatch):
+    monkeypatch.setattr(LabelTraining, "steps", lambda *_: 5)
     first = call(*places, "--tasks", "supervised", "--epochs", "1", "--seeds", "1")
     assert first["columns"][0]["title"] == "supervised, all labels, 1 epochs"
     other = call(*places, "--tasks", "knn", "--precision", "float32")

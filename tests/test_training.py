@@ -461,7 +461,7 @@ def test_another_configuration_of_the_same_name_is_refused(small_config, unjudge
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_run_on_other_images_is_refused(
-    tiny_config, tmp_path, write_image, monkeypatch, finished
+    tiny_config, no_figure, tmp_path, write_image, monkeypatch, finished
 ):
     for i in range(6):
         write_image(tmp_path / "photos" / f"{i}.png", seed=i)
@@ -503,7 +503,7 @@ def test_an_image_that_cannot_be_read_costs_no_step_that_was_done(
 
 
 @pytest.mark.parametrize("n", [2, 3, 5])
-def test_very_small_data_sets(tiny_config, tmp_path, write_image, n):
+def test_very_small_data_sets(tiny_config, no_figure, tmp_path, write_image, n):
     for i in range(n):
         write_image(tmp_path / "photos" / f"{i}.png", seed=i)
     options = dict(dataset="folder", recipe="digits", data_dir=str(tmp_path / "photos"))

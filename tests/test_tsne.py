@@ -789,13 +789,23 @@ def test_names_of_classes_are_text_wherever_they_stand(chrome, tmp_path):
 
 
 @needs_browser
-@pytest.mark.parametrize("dark", [False, True])
-def test_a_narrow_window_scrolls_down_only(drawn, tmp_path, dark):
-    with browser.Browser(tmp_path, 360, 640, dark=dark) as phone:
+def test_a_narrow_window_scrolls_down_only(drawn, tmp_path):
+    with browser.Browser(tmp_path, 360, 640, dark=True) as phone:
         phone.open(drawn.figures / "tsne.html")
         assert phone.run("document.documentElement.scrollWidth") == 360
         assert phone.run("document.getElementById('map').clientHeight") >= 300
         phone.click("#legend button")
         assert text(phone, "#count") != f"{IMAGES} images"
-        paper = phone.run("getComputedStyle(document.body).backgroundColor")
-        assert (paper == "rgb(255, 255, 255)") is not dark
+        assert paper(phone) != WHITE
+
+
+@needs_browser
+def test_the_page_is_white_where_nothing_else_is_asked_for(page):
+    assert paper(page) == WHITE
+
+
+WHITE = "rgb(255, 255, 255)"
+
+
+def paper(window):
+    return window.run("getComputedStyle(document.body).backgroundColor")
