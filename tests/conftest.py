@@ -1,5 +1,6 @@
 """Small things that several tests need. No test downloads anything."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,11 @@ TINY = dict(  # a run of seconds
     dataset="digits", width=0.125, epochs=4, batch_size=300, warmup_epochs=1.0, knn_every=2,
     device="cpu",
 )  # fmt: skip
+
+
+def pytest_configure():
+    """Of tiny tensors, threads wait for each other longer than they work."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
@@ -106,7 +112,10 @@ def finished(tmp_path_factory):
         "--batch-size", "300", "--warmup-epochs", "1", "--knn-every", "2", "--device", "cpu",
         "--keep-every", "1", "--checkpoints", str(root / "c"), "--figures", str(root / "f"),
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=where, capture_output=True, text=True, check=False)
+    threads = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: tests compare numbers exactly
+    done = subprocess.run(
+        command, cwd=where, env=threads, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return SimpleNamespace(config=config, folder=config.folder, said=done.stdout, where=where)
 
