@@ -1,7 +1,10 @@
 """Small things that several tests need. No test downloads anything."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +18,11 @@ TINY = dict(  # a run of seconds
     dataset="digits", width=0.125, epochs=4, batch_size=300, warmup_epochs=1.0, knn_every=2,
     device="cpu",
 )  # fmt: skip
+
+
+def pytest_configure():
+    """Of tiny tensors, threads wait for each other longer than they work."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
@@ -46,6 +54,70 @@ def tiny_config(tmp_path):
         return simclr.make_config(**{**TINY, **places, **overrides})
 
     return make
+
+
+@pytest.fixture
+def no_figure(monkeypatch):
+    """Leaves the drawing of the curves out, which takes longer than a tiny run itself."""
+    from matplotlib.figure import Figure
+
+    import simclr
+
+    monkeypatch.setattr(simclr, "draw_training", lambda *_: Figure(figsize=(1, 1)))
+
+
+@pytest.fixture
+def few_digits(monkeypatch):
+    """210 digits to learn from instead of 1,437, and 40 held out."""
+    import utils
+
+    real = utils.load_images
+
+    def load_images(dataset, split, data_dir="data"):
+        found = real(dataset, split, data_dir)
+        if dataset != "digits":
+            return found
+        return utils.take(found, torch.arange(40 if split == "test" else 210))
+
+    monkeypatch.setattr(utils, "load_images", load_images)
+
+
+@pytest.fixture
+def small_config(tiny_config, few_digits, no_figure, monkeypatch):
+    """tiny_config for a run of half a second: on few digits, of four steps an epoch."""
+    import simclr
+
+    monkeypatch.setattr(simclr, "LABEL_DRAWS", 2)
+
+    def make(**overrides):
+        return tiny_config(**{"batch_size": 50, **overrides})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A whole run of TINY by the real command, from another folder. Tests read it only.
+
+    config: its configuration, not resolved. folder: of its checkpoints, an epoch each too.
+    said: what it printed. where: the folder in which it was started.
+    """
+    import simclr
+
+    root, where = tmp_path_factory.mktemp("finished"), tmp_path_factory.mktemp("elsewhere")
+    places = dict(checkpoints=str(root / "c"), figures=str(root / "f"))
+    config = simclr.make_config(**TINY, **places, keep_every=1)
+    command = [
+        sys.executable, str(ROOT / "simclr.py"), "--width", "0.125", "--epochs", "4",
+        "--batch-size", "300", "--warmup-epochs", "1", "--knn-every", "2", "--device", "cpu",
+        "--keep-every", "1", "--checkpoints", str(root / "c"), "--figures", str(root / "f"),
+    ]  # fmt: skip
+    threads = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: tests compare numbers exactly
+    done = subprocess.run(
+        command, cwd=where, env=threads, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return SimpleNamespace(config=config, folder=config.folder, said=done.stdout, where=where)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import gc
 import hashlib
 import io
 import json
@@ -823,6 +824,7 @@ def parse_command_line() -> argparse.Namespace:
 def main() -> None:
     options = parse_command_line()
     torch.set_num_threads(1)
+    gc.freeze()  # else a collection in a fork writes to, and so copies, all that it shares
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as folder:
         suite = Suite(Path(folder), options.seed)

@@ -38,7 +38,7 @@ def test_torch_reads_nothing_that_was_not_looked_at():
             assert base.judge(hostile.ALL, "refused") == ""
 
 
-def test_images():
+def test_images(no_figure):
     check(hostile.images(every=4))
 
 

@@ -208,15 +208,15 @@ def test_streamed_views_equal_views_from_memory(tiny_config, tmp_path, write_ima
 
 @pytest.fixture
 def unjudged(monkeypatch):
-    """Leaves the final evaluation out, which takes longer than a tiny run itself."""
+    """Leaves the final evaluation out, which takes as long as a small run itself."""
     monkeypatch.setattr(simclr, "evaluate", lambda *_: {})
 
 
-def test_a_run_writes_its_files(tiny_config, capsys):
-    config = tiny_config()
-    summary = run(config)
+def test_a_run_writes_its_files(finished):
+    config = finished.config
     assert sorted(p.name for p in config.folder.iterdir()) == [
-        ".lock", "config.json", "last.pt", "log.jsonl", "previous.pt", "summary.json",
+        ".lock", "config.json", *(f"epoch000{i}.pt" for i in range(1, 5)), "last.pt", "log.jsonl",
+        "previous.pt", "summary.json",
     ]  # fmt: skip
     rows = utils.read_jsonl(config.folder / "log.jsonl")
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
@@ -226,7 +226,7 @@ def test_a_run_writes_its_files(tiny_config, capsys):
     saved = json.loads((config.folder / "config.json").read_text())
     assert saved["image_size"] == 16
     assert saved["stem"] == "small"
-    assert summary == json.loads((config.folder / "summary.json").read_text())
+    summary = json.loads((config.folder / "summary.json").read_text())
     for key in ("knn", "linear_10", "linear_all"):
         assert set(summary[key]) == {"pixels", "untrained", "simclr"}
         assert all(0.3 < value <= 1 for value in summary[key].values())
@@ -237,20 +237,20 @@ def test_a_run_writes_its_files(tiny_config, capsys):
     assert summary["parameters"] == sum(p.numel() for p in encoder.parameters())
     with Image.open(config.figure_folder / "loss_plot.png") as picture:
         assert picture.width > 800
-    assert "SimCLR h" in capsys.readouterr().out
+    assert "SimCLR h" in finished.said
 
 
-def test_two_runs_are_bit_identical_and_a_seed_changes_them(tiny_config):
-    a, b, c = tiny_config(run="a"), tiny_config(run="b"), tiny_config(run="c", seed=1)
+def test_two_runs_are_bit_identical_and_a_seed_changes_them(small_config):
+    a, b, c = small_config(run="a"), small_config(run="b"), small_config(run="c", seed=1)
     for config in (a, b, c):
         run(config)
     assert_equal_runs(a, b)
     assert log(a) != log(c)
 
 
-def test_a_compiled_run_is_the_same_run(tiny_config, unjudged, monkeypatch, capsys):
+def test_a_compiled_run_is_the_same_run(small_config, unjudged, monkeypatch, capsys):
     monkeypatch.setattr(simclr, "COMPILE", {"backend": "aot_eager"})  # needs no compiler
-    plain, compiled = tiny_config(run="a"), tiny_config(run="b", compile="on")
+    plain, compiled = small_config(run="a"), small_config(run="b", compile="on")
     run(plain)
     assert "compiled in" not in capsys.readouterr().out
     run(compiled)
@@ -260,12 +260,12 @@ def test_a_compiled_run_is_the_same_run(tiny_config, unjudged, monkeypatch, caps
         assert torch.equal(left, right)
 
 
-def test_a_run_that_cannot_be_compiled_is_run_as_it_is(tiny_config, unjudged, monkeypatch, capsys):
+def test_a_run_that_cannot_be_compiled_is_run_as_it_is(small_config, unjudged, monkeypatch, capsys):
     def broken(graph, inputs):
         raise RuntimeError("no compiler\nof any kind")
 
     monkeypatch.setattr(simclr, "COMPILE", {"backend": broken})
-    plain, compiled = tiny_config(run="a"), tiny_config(run="b", compile="on")
+    plain, compiled = small_config(run="a"), small_config(run="b", compile="on")
     run(plain)
     run(compiled)
     assert log(compiled) == log(plain)
@@ -281,14 +281,14 @@ def test_long_runs_on_a_gpu_are_compiled(tiny_config):
         assert simclr.resolve(config, data, torch.device(device)).compile == expected
 
 
-def test_the_logged_rates_are_the_schedules(tiny_config, unjudged):
+def test_the_logged_rates_are_the_schedules(small_config, unjudged):
     """Four steps an epoch, so a warm-up counted in epochs or a peak of the wrong batch shows."""
-    config = tiny_config(epochs=4, warmup_epochs=2.0, lr=0.02, lr_scaling="linear", batch_size=300)
+    config = small_config(epochs=4, warmup_epochs=2.0, lr=0.02, lr_scaling="linear", batch_size=50)
     run(config)
     last_steps = [4 * epoch - 1 for epoch in (1, 2, 3, 4)]
-    expected = [simclr.learning_rate(step, 16, 8, 0.02 * 300 / 256) for step in last_steps]
+    expected = [simclr.learning_rate(step, 16, 8, 0.02 * 50 / 256) for step in last_steps]
     assert [row["lr"] for row in log(config)] == pytest.approx(expected)
-    assert expected[:2] == pytest.approx([0.02 * 300 / 512, 0.02 * 300 / 256])
+    assert expected[:2] == pytest.approx([0.02 * 50 / 512, 0.02 * 50 / 256])
 
 
 def test_the_rate_scales_with_the_images_that_there_are(tiny_config):
@@ -315,12 +315,12 @@ def test_precision_is_that_of_the_forward_pass(tiny_config, precision):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lars", "sgd"])
-def test_interrupted_and_continued_is_bit_identical(tiny_config, monkeypatch, optimizer):
+def test_interrupted_and_continued_is_bit_identical(small_config, monkeypatch, optimizer):
     """Stopped in the middle of epoch 2 (of 4 steps each) and at the end of epoch 3."""
     settings = dict(optimizer=optimizer, lr=1e-3, lr_scaling="none")
-    whole = tiny_config(run="whole", **settings)
+    whole = small_config(run="whole", **settings)
     run(whole)
-    pieces = tiny_config(run="pieces", **settings)
+    pieces = small_config(run="pieces", **settings)
     for steps in (6, 6):
         with monkeypatch.context() as patch:
             interrupt_after(patch, steps)
@@ -334,9 +334,9 @@ def test_interrupted_and_continued_is_bit_identical(tiny_config, monkeypatch, op
     assert_equal_runs(whole, pieces)
 
 
-def test_resuming_from_an_older_checkpoint_is_bit_identical(tiny_config, monkeypatch):
+def test_resuming_from_an_older_checkpoint_is_bit_identical(small_config, monkeypatch):
     """The log is ahead of the checkpoint, as after a kill: its rows are written again."""
-    whole, killed = tiny_config(run="whole"), tiny_config(run="killed", save_every=2)
+    whole, killed = small_config(run="whole"), small_config(run="killed", save_every=2)
     run(whole)
     with monkeypatch.context() as patch:
 
@@ -353,8 +353,8 @@ def test_resuming_from_an_older_checkpoint_is_bit_identical(tiny_config, monkeyp
     assert_equal_runs(whole, killed)
 
 
-def test_a_finished_run_is_left_alone_and_overwrite_starts_anew(tiny_config, capsys):
-    config = tiny_config(epochs=1)
+def test_a_finished_run_is_left_alone_and_overwrite_starts_anew(small_config, capsys):
+    config = small_config(epochs=1)
     first = run(config)
     stamp = (config.folder / "last.pt").stat().st_mtime_ns
     assert run(config) == first
@@ -365,8 +365,10 @@ def test_a_finished_run_is_left_alone_and_overwrite_starts_anew(tiny_config, cap
     assert again["loss"] == first["loss"]
 
 
-def test_a_signal_in_the_last_epoch_stops_before_the_evaluation(tiny_config, monkeypatch, unjudged):
-    config = tiny_config(epochs=1)
+def test_a_signal_in_the_last_epoch_stops_before_the_evaluation(
+    small_config, monkeypatch, unjudged
+):
+    config = small_config(epochs=1)
     interrupt_after(monkeypatch, 4)
     with pytest.raises(simclr.Interrupted):
         run(config)
@@ -376,28 +378,28 @@ def test_a_signal_in_the_last_epoch_stops_before_the_evaluation(tiny_config, mon
 
 
 def test_a_run_that_is_overwritten_is_whole_until_the_first_checkpoint(
-    tiny_config, monkeypatch, unjudged
+    small_config, monkeypatch, unjudged
 ):
-    old = tiny_config(epochs=1, save_every=3)
+    old = small_config(epochs=1, save_every=3)
     run(old)
     (old.folder / "summary.json").write_text("damaged")
     before = {path: path.read_bytes() for path in old.folder.iterdir()}
     with monkeypatch.context() as patch:
         patch.setattr(simclr, "nt_xent", lambda z1, z2, _: (z1 * z2).sum() * float("nan"))
         with pytest.raises(InputError, match="not finite in epoch 1"):
-            run(tiny_config(epochs=2, save_every=3), overwrite=True)
+            run(small_config(epochs=2, save_every=3), overwrite=True)
     assert {path: path.read_bytes() for path in old.folder.iterdir()} == before
     with monkeypatch.context() as patch:
         interrupt_after(patch, 6)
         with pytest.raises(simclr.Interrupted):
-            run(tiny_config(epochs=2, save_every=3), overwrite=True)
+            run(small_config(epochs=2, save_every=3), overwrite=True)
     assert not (old.folder / "summary.json").exists()
     assert [row["epoch"] for row in log(old)] == [1]
     assert json.loads((old.folder / "config.json").read_text())["epochs"] == 2
 
 
-def test_the_log_is_rebuilt_from_the_checkpoint(tiny_config, unjudged):
-    config = tiny_config(epochs=2)
+def test_the_log_is_rebuilt_from_the_checkpoint(small_config, unjudged):
+    config = small_config(epochs=2)
     first, file = run(config), config.folder / "log.jsonl"
     whole = file.read_text()
     for damage in (None, b"", b"5\n", b"\xff\xfe", whole.splitlines()[0].encode()):
@@ -408,9 +410,9 @@ def test_the_log_is_rebuilt_from_the_checkpoint(tiny_config, unjudged):
         assert again["views_per_second"] == first["views_per_second"]
 
 
-def test_a_checkpoint_that_does_not_hold_the_log_needs_the_file(tiny_config, unjudged):
+def test_a_checkpoint_that_does_not_hold_the_log_needs_the_file(small_config, unjudged):
     """As earlier versions wrote it."""
-    config = tiny_config(epochs=2)
+    config = small_config(epochs=2)
     run(config)
     file, state = config.folder / "log.jsonl", utils.load_checkpoint(config.folder / "last.pt")
     whole = file.read_text()
@@ -431,11 +433,11 @@ def test_a_checkpoint_that_does_not_hold_the_log_needs_the_file(tiny_config, unj
 
 
 @pytest.mark.parametrize("key", ["linear_10", "config", None])
-def test_a_damaged_summary_is_named(tiny_config, monkeypatch, key):
+def test_a_damaged_summary_is_named(small_config, monkeypatch, key):
     scores = dict.fromkeys(simclr.FINAL_TABLE, 0.5)
     names = ("knn", "linear_10", "linear_10_std", "linear_all")
     monkeypatch.setattr(simclr, "evaluate", lambda *_: dict.fromkeys(names, scores))
-    config = tiny_config(epochs=1)
+    config = small_config(epochs=1)
     summary, file = run(config), config.folder / "summary.json"
     assert run(config) == summary
     summary.pop(key, None)
@@ -445,21 +447,21 @@ def test_a_damaged_summary_is_named(tiny_config, monkeypatch, key):
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_another_configuration_of_the_same_name_is_refused(tiny_config, unjudged, finished):
-    config = tiny_config(epochs=1)
+def test_another_configuration_of_the_same_name_is_refused(small_config, unjudged, finished):
+    config = small_config(epochs=1)
     run(config)
     if not finished:
         (config.folder / "summary.json").unlink()
     before = (config.folder / "last.pt").read_bytes()
     with pytest.raises(InputError, match=r"--temperature \(0\.3 there, 0\.7 now\)"):
-        run(tiny_config(epochs=1, temperature=0.7))
+        run(small_config(epochs=1, temperature=0.7))
     assert (config.folder / "last.pt").read_bytes() == before
-    run(tiny_config(epochs=1, workers=0))  # not part of what the run is
+    run(small_config(epochs=1, workers=0))  # not part of what the run is
 
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_run_on_other_images_is_refused(
-    tiny_config, tmp_path, write_image, monkeypatch, finished
+    tiny_config, no_figure, tmp_path, write_image, monkeypatch, finished
 ):
     for i in range(6):
         write_image(tmp_path / "photos" / f"{i}.png", seed=i)
@@ -501,7 +503,7 @@ def test_an_image_that_cannot_be_read_costs_no_step_that_was_done(
 
 
 @pytest.mark.parametrize("n", [2, 3, 5])
-def test_very_small_data_sets(tiny_config, tmp_path, write_image, n):
+def test_very_small_data_sets(tiny_config, no_figure, tmp_path, write_image, n):
     for i in range(n):
         write_image(tmp_path / "photos" / f"{i}.png", seed=i)
     options = dict(dataset="folder", recipe="digits", data_dir=str(tmp_path / "photos"))
@@ -534,9 +536,9 @@ def test_labelled_folder_of_photographs(tiny_config, tmp_path, write_image):
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
-    tiny_config, monkeypatch
+    small_config, monkeypatch
 ):
-    config = tiny_config()
+    config = small_config()
     real, calls = simclr.nt_xent, [0]
 
     def explode(z1, z2, temperature):
@@ -553,10 +555,10 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
 
 
 @pytest.mark.parametrize("knn_every", [0, 1])
-def test_weights_that_are_finite_and_useless_are_not_kept(tiny_config, knn_every):
+def test_weights_that_are_finite_and_useless_are_not_kept(small_config, knn_every):
     """One step at such a rate: the loss before it was fine, and so was the last checkpoint."""
-    config = tiny_config(
-        epochs=2, batch_size=1437, optimizer="sgd", lr=1e30, lr_scaling="none", warmup_epochs=0.0,
+    config = small_config(
+        epochs=2, batch_size=210, optimizer="sgd", lr=1e30, lr_scaling="none", warmup_epochs=0.0,
         knn_every=knn_every,
     )  # fmt: skip
     with pytest.raises(InputError, match=r"not finite in epoch 1 .* lower --lr"):
@@ -600,8 +602,8 @@ def test_ctrl_c_during_a_save_leaves_no_file_behind(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("part", ["config", "position", "images", "model", "optimizer"])
-def test_a_checkpoint_with_a_strange_part_is_refused(tiny_config, unjudged, part):
-    config = tiny_config(epochs=1)
+def test_a_checkpoint_with_a_strange_part_is_refused(small_config, unjudged, part):
+    config = small_config(epochs=1)
     run(config)
     (config.folder / "summary.json").unlink()
     state = utils.load_checkpoint(config.folder / "last.pt")

@@ -6,6 +6,7 @@ The page is tried in a real browser (browser.py) where there is one.
 import base64
 import itertools
 import re
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -40,12 +41,18 @@ def train(root, **overrides):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run on the digits that kept three epochs. folder: of its checkpoints; places: flags."""
+def run(finished, tmp_path_factory):
+    """A copy of the run on the digits, which kept its epochs, for the cache and the figures.
+
+    config: resolved; folder: of its checkpoints; places: flags.
+    """
     root = tmp_path_factory.mktemp("run")
-    config = train(root, keep_every=1, epochs=3)
-    places = ["--checkpoints", config.checkpoints, "--figures", config.figures]
-    return SimpleNamespace(config=config, folder=config.folder, places=places)
+    shutil.copytree(finished.folder, root / "c" / finished.config.run)
+    places = dict(checkpoints=str(root / "c"), figures=str(root / "f"))
+    trained = simclr.load_run(finished.folder / "last.pt").config
+    config = simclr.dataclasses.replace(trained, **places)
+    flags = [word for name, place in places.items() for word in (f"--{name}", place)]
+    return SimpleNamespace(config=config, folder=config.folder, places=flags)
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +78,10 @@ def embedding(run, *flags):
 
 def test_the_command_draws_the_newest_run(run, drawn):
     for name in ("tsne", "neighbours", "tsne_thumbnails", "tsne_epochs"):
-        picture = np.asarray(Image.open(drawn.figures / f"{name}.png").convert("RGB"))
-        assert min(picture.shape[:2]) > 250
-        assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
-        assert (picture[:, [0, -1]] == 255).all()  # nothing is cut off
+        image = Image.open(drawn.figures / f"{name}.png").convert("RGB")
+        assert min(image.size) > 250
+        assert len(image.getcolors(image.width * image.height)) > 50
+        assert (np.asarray(image)[:, [0, -1]] == 255).all()  # nothing is cut off
     page = (drawn.figures / "tsne.html").read_text(encoding="utf-8")
     assert page.startswith("<!doctype html>")
     assert "http" not in page.replace("http-equiv", "")  # nothing is fetched
@@ -104,7 +111,7 @@ def test_accuracies_in_the_titles_are_those_of_simclr(run, drawn):
 
 def test_epochs_begin_with_the_untrained_encoder_and_lie_on_each_other(run, drawn):
     strip = embedding(run, "--epochs").epochs()
-    assert [p.title for p in strip] == ["untrained", "epoch 1", "epoch 2", "epoch 3"]
+    assert [p.title for p in strip] == ["untrained", *(f"epoch {i}" for i in range(1, 5))]
     for before, panel in itertools.pairwise(strip):
         # no turn or reflection fits the panel before better
         best, _ = scipy.linalg.orthogonal_procrustes(panel.xy, before.xy - before.xy.mean(0))
@@ -530,18 +537,21 @@ def test_a_sheet_of_an_unknown_format_is_refused(tmp_path, capsys, name):
     assert "the file's ending must be one of" in capsys.readouterr().err
 
 
-def test_kept_epochs_are_checkpoints_and_go_when_the_run_is_overwritten(run, tmp_path, monkeypatch):
+def test_kept_epochs_are_checkpoints_and_go_when_the_run_is_overwritten(
+    run, small_config, monkeypatch
+):
     files = simclr.kept_checkpoints(run.folder)
-    assert [file.name for file in files] == ["epoch0001.pt", "epoch0002.pt", "epoch0003.pt"]
+    assert [file.name for file in files] == [f"epoch000{i}.pt" for i in range(1, 5)]
     runs = [simclr.load_run(file) for file in files]
-    assert [r.epoch for r in runs] == [1, 2, 3]
+    assert [r.epoch for r in runs] == [1, 2, 3, 4]
     last = simclr.load_run(run.folder / "last.pt")
     for name, value in last.model.state_dict().items():
-        assert torch.equal(value, runs[2].model.state_dict()[name])
+        assert torch.equal(value, runs[3].model.state_dict()[name])
     assert not torch.equal(runs[0].model.encoder.conv1.weight, runs[1].model.encoder.conv1.weight)
-    config = train(tmp_path, keep_every=2, epochs=3)
-    assert [file.name for file in simclr.kept_checkpoints(config.folder)] == ["epoch0002.pt"]
     monkeypatch.setattr(simclr, "evaluate", lambda *_: {})  # takes long
+    config = small_config(keep_every=2, epochs=3)
+    simclr.run(config)
+    assert [file.name for file in simclr.kept_checkpoints(config.folder)] == ["epoch0002.pt"]
     simclr.run(simclr.dataclasses.replace(config, keep_every=0, epochs=1), overwrite=True)
     assert simclr.kept_checkpoints(config.folder) == []
 
@@ -724,7 +734,7 @@ def test_switching_the_panel_moves_the_points(page, run):
     np.testing.assert_allclose(at(), tSNE.unit_square(panels[3].xy), atol=1e-3)
     page.press("[")
     assert pressed() == 2
-    assert len(page.run("Array.from(document.querySelectorAll('#panels button'))")) == 8  # epochs
+    assert len(page.run("Array.from(document.querySelectorAll('#panels button'))")) == 9  # epochs
 
 
 @needs_browser
@@ -779,13 +789,23 @@ def test_names_of_classes_are_text_wherever_they_stand(chrome, tmp_path):
 
 
 @needs_browser
-@pytest.mark.parametrize("dark", [False, True])
-def test_a_narrow_window_scrolls_down_only(drawn, tmp_path, dark):
-    with browser.Browser(tmp_path, 360, 640, dark=dark) as phone:
+def test_a_narrow_window_scrolls_down_only(drawn, tmp_path):
+    with browser.Browser(tmp_path, 360, 640, dark=True) as phone:
         phone.open(drawn.figures / "tsne.html")
         assert phone.run("document.documentElement.scrollWidth") == 360
         assert phone.run("document.getElementById('map').clientHeight") >= 300
         phone.click("#legend button")
         assert text(phone, "#count") != f"{IMAGES} images"
-        paper = phone.run("getComputedStyle(document.body).backgroundColor")
-        assert (paper == "rgb(255, 255, 255)") is not dark
+        assert paper(phone) != WHITE
+
+
+@needs_browser
+def test_the_page_is_white_where_nothing_else_is_asked_for(page):
+    assert paper(page) == WHITE
+
+
+WHITE = "rgb(255, 255, 255)"
+
+
+def paper(window):
+    return window.run("getComputedStyle(document.body).backgroundColor")
