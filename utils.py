@@ -860,13 +860,13 @@ def together(device: torch.device) -> Iterator[None]:
         backend = "cpu:gloo,cuda:nccl"
         if not dist.is_nccl_available():
             raise InputError("several processes on GPUs need NCCL, which this torch has not")
-    silent = contextlib.redirect_stdout(io.StringIO()) if place.rank else contextlib.nullcontext()
     try:
         dist.init_process_group(
             backend, store=_store(), rank=place.rank, world_size=place.size, timeout=PATIENCE
         )
-        with silent:
-            yield
+        with open(os.devnull, "w") as nowhere:
+            with contextlib.redirect_stdout(nowhere if place.rank else sys.stdout):
+                yield
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not any(x in str(error) for x in LOST):
             raise
