@@ -16,7 +16,7 @@ import pytest
 import scipy.io
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageFile
 from PIL.PngImagePlugin import PngImageFile
 from sklearn.datasets import load_digits
 
@@ -410,7 +410,7 @@ def test_whatever_a_decoder_raises_names_the_file(tmp_path, monkeypatch, write_i
         raise error("strange")
 
     file = write_image(tmp_path / "strange.jpg")
-    monkeypatch.setattr(Image.Image, "convert", load)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
     with pytest.raises(InputError, match=r"cannot read the image .*strange\.jpg \("):
         utils.read_image(file)
 
