@@ -1060,7 +1060,7 @@ def augmented_batches(
     for crops in utils.decoded_batches(
         data, batches_with_crops(), crop.size, partial(crop_boxes, crop), workers, device
     ):  # uint8 (N, views, 3, S, S)
-        images = crops.transpose(0, 1).flatten(0, 1)
+        images = crops.transpose(0, 1).contiguous().flatten(0, 1)
         yield augment(images, randomness.popleft().to(device, non_blocking=True), first=1)
 
 
@@ -1468,8 +1468,6 @@ class Pretraining:
             "views_per_second": round(views / position.seconds, 1),
             "seconds": round(position.seconds, 3),
         }
-        if bad := len(self.data.pretrain.unreadable):
-            row["unreadable"] = bad
         if position.cosine > COLLAPSED:
             row["collapsed"] = True
             if not any("collapsed" in earlier for earlier in self.log):
@@ -1481,6 +1479,8 @@ class Pretraining:
             started = time.perf_counter()
             row["knn"] = knn_accuracy(self.model.encoder, self.data, self.config, self.device)
             row["knn_seconds"] = round(time.perf_counter() - started, 3)
+        if bad := len(self.data.pretrain.unreadable):
+            row["unreadable"] = bad
         self.log.append(row)
         return row
 
