@@ -16,7 +16,15 @@ def test_every_group_is_measured(tmp_path, capsys, device, monkeypatch):
     benchmark.main([*size.split(), "--device", str(device), "--json", str(file)])
     results = json.loads(file.read_text())
     printed = capsys.readouterr().out
-    groups = {"limits", "augmentation", "whole step", "share of the step", "evaluation", "growth"}
+    groups = {
+        "limits",
+        "augmentation",
+        "decoding",
+        "whole step",
+        "share of the step",
+        "evaluation",
+        "growth",
+    }
     assert results["table"].keys() == groups
     values = {row["name"]: row["value"] for rows in results["table"].values() for row in rows}
     for name, value in values.items():

@@ -66,8 +66,9 @@ def streamed_config(tiny_config):
 
 @pytest.fixture
 def unjudged(monkeypatch):
-    """Leaves the final evaluation out, which takes longer than a tiny run itself."""
+    """Leaves the final evaluation and the figures out, which take longer than a tiny run."""
     monkeypatch.setattr(simclr, "evaluate", lambda *_: {})
+    monkeypatch.setattr(simclr.FigureKeeper, "draw", lambda *_: None)
 
 
 def streamed(root, **options):
@@ -240,6 +241,7 @@ import torch
 sys.path.insert(0, sys.argv[1])
 import simclr, test_streaming, utils
 from pathlib import Path
+torch.utils.data._utils.worker.MP_STATUS_CHECK_INTERVAL = 0.5  # s, between looks at the parent
 data = test_streaming.streamed(Path(sys.argv[2]))
 with utils.locked(Path(sys.argv[3])) as free:
     for views in data.batches(16, 1, torch.device("cpu"), workers=2):
@@ -267,7 +269,7 @@ def test_workers_die_with_a_killed_run_and_keep_no_lock(photos, tmp_path):
         assert workers_of(process.pid) == workers
         process.send_signal(signal.SIGKILL)
     with utils.locked(tmp_path / "lock") as free:
-        assert free  # though they may live for the five seconds that they wait for work
+        assert free  # though they may live for the seconds that they wait for work
     deadline = time.monotonic() + 20
     while any(alive(worker) for worker in workers) and time.monotonic() < deadline:
         time.sleep(0.1)
