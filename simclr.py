@@ -1368,8 +1368,8 @@ class Pretraining:
         """To the last epoch, writing config.json, last.pt, log.jsonl and the figure on the way.
 
         A file that cannot be written is a warning, and tried again when it is due. Raises
-        InputError if the last checkpoint cannot be written, an image cannot be read or the loss is
-        not finite, Interrupted if a signal asked to stop, after saving.
+        InputError if the last checkpoint cannot be written, too many images cannot be read or the
+        loss is not finite, Interrupted if a signal asked to stop, after saving.
         """
         figure = FigureKeeper(self.config, self.batch_size)
         network = self.compiled() if self.config.compile == "on" else self.model

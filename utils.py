@@ -1345,7 +1345,8 @@ class Photo:
         """
         image = self.image
         plain = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
-        if not plain or self.orientation != 1 or self.bytes > JPEG_BYTES:
+        alone = threading.current_thread() is threading.main_thread()  # as _silent() needs it
+        if not (plain and alone) or self.orientation != 1 or self.bytes > JPEG_BYTES:
             return None
         content = torch.empty(self.bytes, dtype=torch.uint8)
         image.fp.seek(0)
@@ -1387,7 +1388,10 @@ JPEG_BYTES = 2**26  # in memory at once; PIL reads a larger file piece by piece
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Inside, stderr leads nowhere: libjpeg writes there what it thinks of a damaged file."""
+    """Inside, stderr leads nowhere: libjpeg writes there what it thinks of a damaged file.
+
+    Not for several threads: there is one stderr.
+    """
     try:
         kept = os.dup(2)
     except OSError:  # it is closed

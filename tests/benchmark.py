@@ -65,6 +65,7 @@ class Options:
     quick: bool = setting(False, "fewer repeats, smaller sizes of what grows")
     seconds: float = setting(0.0, "time for each figure; 0: 2, or 0.5 with --quick")
     json: str = setting("checkpoints/benchmark.json", "file for the results")
+    files: int = setting(0, "measure only a folder of so many small files, streamed")
     nt_xent: int = setting(0, "measure only the loss, for so many views, and print it as JSON")
     loop: str = setting("", "measure only one of the loops, and print it as JSON")
 
@@ -696,6 +697,60 @@ def measure_nt_xent(options: Options) -> None:
     print(json.dumps({"seconds": statistics.median(found), "bytes": taken}))
 
 
+def many_files(options: Options) -> list[Row]:
+    """Time to list a folder of many files, and memory while it is streamed and trained on."""
+    passes = 1 if options.quick else 3
+    with tempfile.TemporaryDirectory() as place:
+        os.environ["XDG_CACHE_HOME"] = f"{place}/cache"
+        make_many(Path(place) / "images", options.files)
+        time.sleep(utils.SETTLED / 1e9)  # before, the list would not be kept
+        config = simclr.make_config(
+            dataset="folder", data_dir=f"{place}/images", arch="resnet10", width=0.0625,
+            image_size=16, batch_size=options.batch_size, device=options.device,
+        )  # fmt: skip
+        device = utils.choose_device(config.device)
+        started = time.perf_counter()
+        data = simclr.load_data(config, device)
+        rows = [Row("listed and labelled", time.perf_counter() - started, "s")]
+        started = time.perf_counter()
+        simclr.load_data(config, device)
+        rows.append(Row("  again", time.perf_counter() - started, "s"))
+        run = simclr.Pretraining(simclr.resolve(config, data.pretrain, device), data, device)
+        workers: set[str] = set()
+        for epoch in range(passes):
+            run.position = simclr.Position(epoch)
+            started = time.perf_counter()
+            simclr.train_epoch(
+                run.model, run.optimizer, run.batches(), run.rate, run.loss,
+                run.config.precision, run.position, lambda: False,
+            )  # fmt: skip
+            count = 2 * run.position.step * run.batch_size / (time.perf_counter() - started)
+            workers = set(Path("/proc/self/task", str(os.getpid()), "children").read_text().split())
+            note = f"workers {max(map(resident, workers), default=0):,.0f} MiB each at most"
+            rows.append(Row(f"epoch {epoch + 1}", count, "views/s", note=note))
+            rows.append(Row("  resident, this process", resident("self"), "MiB"))
+        return rows
+
+
+def make_many(folder: Path, count: int) -> None:
+    """`count` names, in a hundred classes, of a hundred small JPEGs of several sizes."""
+    random = np.random.default_rng(0)
+    for i in range(count):
+        file = folder / f"class_{i % 100:02}" / f"image_{i:08}.jpg"
+        if i < 100:
+            file.parent.mkdir(parents=True)
+            pixels = random.integers(0, 256, (16 + i % 9, 24, 3), dtype=np.uint8)
+            transforms.functional.to_pil_image(pixels).save(file)
+        else:
+            os.link(folder / f"class_{i % 100:02}" / f"image_{i % 100:08}.jpg", file)
+
+
+def resident(process: str) -> float:
+    """MiB of memory that a process has."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(int(x.split()[1]) for x in lines if x.startswith("VmRSS")) / 1024
+
+
 # ------------------------------------------------------------------------------------- the table
 
 
@@ -756,6 +811,9 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError(f"unknown loop {options.loop!r}; there are {', '.join(LOOPS)}")
         if options.nt_xent or options.loop:
             (measure_nt_xent if options.nt_xent else measure_loop)(options)
+            return
+        if options.files:
+            show(f"{options.files:,} files; {machine(torch.device('cpu'))}", many_files(options))
             return
         table = benchmark(options)
         results = {
