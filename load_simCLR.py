@@ -792,7 +792,8 @@ def evaluation_setup(source: Source, options: Options, device: torch.device) -> 
         )
     config = simclr.resolve(config, data.pretrain, device)
     check_size(source, config.image_size)
-    return dataclasses.replace(config, precision=choose_precision(source, options, device)), data
+    config = dataclasses.replace(config, precision=choose_precision(source, options, device))
+    return config, simclr.readable(data, config)
 
 
 def is_transfer(source: Source, config: Config) -> bool:
@@ -1038,7 +1039,7 @@ def embed_folder(
     paths = utils.list_images(folder)
     if not paths:
         raise InputError(f"no images in {folder}")
-    files = ImageFiles(folder, np.array([os.fsencode(path) for path in paths]), unreadable={})
+    files = ImageFiles(folder, np.array([os.fsencode(path) for path in paths]), max_bad=1.0)
     encoder = source.encoder.to(device, memory_format=torch.channels_last)
     with utils.frozen(encoder):
         h = utils.embed(encoder, files, size, device, precision, EMBED_BATCH, workers, str(folder))

@@ -52,7 +52,6 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.transforms.v2 import functional as TF
 
 import utils
 from utils import Images, ImageSet, InputError, flag, setting
@@ -141,6 +140,13 @@ class Config:
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", identity=False)
     workers: int = setting(
         -1, "processes that decode streamed images; -1: one per core", identity=False
+    )
+    max_bad: float = setting(
+        0.01, "share of the streamed images that may be unreadable, and are replaced by others",
+        identity=False,
+    )  # fmt: skip
+    changed_files: bool = setting(
+        False, "continue a run although files were added, removed or renamed", identity=False
     )
     save_every: int = setting(1, "epochs between checkpoints", identity=False)
     checkpoint_minutes: float = setting(
@@ -243,6 +249,7 @@ def check_config(config: Config) -> None:
 
     for name in ("flip", "jitter_p", "gray_p", "blur_p"):
         need(0 <= getattr(config, name) <= 1, name, "a probability in [0, 1]")
+    need(0 <= config.max_bad <= 1, "max_bad", "a share in [0, 1]")
     for name in ("color_strength", "brightness", "contrast", "saturation", "weight_decay"):
         need(getattr(config, name) >= 0, name, "0 or more")
     for name in ("warmup_epochs", "knn_every", "keep_every", "checkpoint_minutes", "seed"):
@@ -350,8 +357,15 @@ class RandomResizedCrop:
     def __init__(self, size: int, scale: tuple[float, float]) -> None:
         self.size, self.scale = size, scale
 
-    def boxes(self, u: Tensor, height: int, width: int) -> Tensor:
-        """Crop boxes int64 (N, 4): top, left, height, width, distributed as torchvision's."""
+    def boxes(self, u: Tensor, height: int | Tensor, width: int | Tensor) -> Tensor:
+        """Crop boxes int64 (N, 4): top, left, height, width, distributed as torchvision's.
+
+        height, width: of all images, or of each (N,).
+        """
+        height, width = (  # float (N, 1)
+            (x.to(u) if isinstance(x, Tensor) else u.new_full((len(u),), x))[:, None]
+            for x in (height, width)
+        )
         area = height * width * lerp(*self.scale, u[:, :CROP_TRIES])  # (N, tries)
         log_ratio = lerp(math.log(RATIO[0]), math.log(RATIO[1]), u[:, CROP_TRIES : 2 * CROP_TRIES])
         w = (area * log_ratio.exp()).sqrt().round()  # (N, tries)
@@ -359,19 +373,17 @@ class RandomResizedCrop:
         fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
 
         # the last resort: the largest central box of an allowed aspect ratio
-        last_w = min(width, round(height * RATIO[1]))
-        last_h = min(height, round(width / RATIO[0]))
-        w = F.pad(w, (0, 1), value=last_w)  # (N, tries + 1)
-        h = F.pad(h, (0, 1), value=last_h)
+        w = torch.cat([w, torch.minimum(width, (height * RATIO[1]).round())], 1)  # (N, tries + 1)
+        h = torch.cat([h, torch.minimum(height, (width / RATIO[0]).round())], 1)
         first = F.pad(fits, (0, 1), value=True).int().argmax(1, keepdim=True)  # (N, 1)
-        w, h = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0]  # (N,)
+        w, h = w.gather(1, first), h.gather(1, first)  # (N, 1)
 
-        top = torch.minimum((u[:, -2] * (height - h + 1)).floor(), height - h)
-        left = torch.minimum((u[:, -1] * (width - w + 1)).floor(), width - w)
-        central = first[:, 0] == CROP_TRIES
+        top = torch.minimum((u[:, -2:-1] * (height - h + 1)).floor(), height - h)
+        left = torch.minimum((u[:, -1:] * (width - w + 1)).floor(), width - w)
+        central = first == CROP_TRIES
         top = torch.where(central, ((height - h) / 2).floor(), top)
         left = torch.where(central, ((width - w) / 2).floor(), left)
-        return torch.stack([top, left, h, w], dim=1).long()
+        return torch.cat([top, left, h, w], dim=1).long()
 
     def __call__(self, images: Tensor, u: Tensor) -> Tensor:
         return resized_crop(images, self.boxes(u, *images.shape[-2:]), self.size)
@@ -1083,23 +1095,25 @@ def augmented_batches(
     crop: RandomResizedCrop = augment.steps[0]  # made by the workers, the rest on the device
     randomness: collections.deque[Tensor] = collections.deque()  # of the batches under way
 
-    def items() -> Iterator[list[tuple[int, np.ndarray]]]:
-        for rows, key in zip(batches[:, mine].tolist(), keys, strict=True):
-            randomness.append(draw(key, "cpu"))
-            u = randomness[-1][:, : crop.draws].unflatten(0, (views, -1)).numpy()
-            yield [(row, u[:, i]) for i, row in enumerate(rows)]
+    def batches_with_crops() -> Iterator[tuple[Tensor, np.ndarray]]:
+        for rows, key in zip(batches[:, mine], keys, strict=True):
+            u = draw(key, "cpu")
+            randomness.append(u)
+            u = u[:, : crop.draws].unflatten(0, (views, -1)).transpose(0, 1)  # (N, views, draws)
+            yield rows, u.contiguous().numpy()
 
-    for crops in utils.decoded_batches(data, items(), partial(random_crops, crop), workers):
-        # uint8 (N, views, 3, S, S)
-        images = crops.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
+    for crops in utils.decoded_batches(
+        data, batches_with_crops(), crop.size, partial(crop_boxes, crop), workers, device
+    ):  # uint8 (N, views, 3, S, S)
+        images = crops.transpose(0, 1).contiguous().flatten(0, 1)
         yield augment(images, randomness.popleft().to(device, non_blocking=True), first=1)
 
 
-def random_crops(crop: RandomResizedCrop, image: Tensor, u: np.ndarray) -> Tensor:
-    """The crops of one decoded image: uint8 (3, H, W), u (V, draws) -> uint8 (V, 3, S, S)."""
-    boxes = crop.boxes(torch.from_numpy(u), *image.shape[-2:]).tolist()
-    size = [crop.size, crop.size]
-    return torch.stack([TF.resized_crop(image, *box, size, antialias=True) for box in boxes])
+def crop_boxes(crop: RandomResizedCrop, sizes: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """Boxes (N, V, 4) of V crops of each image; sizes (N, 2) height, width; u (N, V, draws)."""
+    height, width = torch.from_numpy(sizes).repeat_interleave(u.shape[1], 0).unbind(1)
+    boxes = crop.boxes(torch.from_numpy(u).flatten(0, 1), height, width)
+    return boxes.unflatten(0, u.shape[:2]).numpy()
 
 
 def worker_count(config: Config) -> int:
@@ -1235,15 +1249,27 @@ class Data:
 
 def load_data(config: Config, device: torch.device) -> Data:
     """All splits of config.dataset; images that are held in memory are moved to `device`."""
-    pretrain = utils.load_images(config.dataset, "pretrain", config.data_dir)
+    pretrain, test = utils.load_splits(config.dataset, ("pretrain", "test"), config.data_dir)
     if len(pretrain) < 2:
         raise InputError(f"need at least 2 images to contrast, got {len(pretrain)}")
-    pretrain = pretrain.to(device)
+    pretrain = tolerant(pretrain, config).to(device)
     train = pretrain
     if config.dataset == "stl10":  # the one whose labelled training images are fewer
         train = utils.load_images(config.dataset, "train", config.data_dir).to(device)
-    test = utils.load_images(config.dataset, "test", config.data_dir).to(device)
-    return Data(pretrain, train, test)
+    return Data(pretrain, train, tolerant(test, config).to(device))
+
+
+def tolerant(data: Images, config: Config) -> Images:
+    """Streamed images of which some may be unreadable: see utils.ImageFiles."""
+    if isinstance(data, ImageSet):
+        return data
+    return dataclasses.replace(data, max_bad=config.max_bad)
+
+
+def readable(data: Data, config: Config) -> Data:
+    """Without the labelled images that cannot be read: an evaluation meets each many times."""
+    train, test = (utils.readable(part, worker_count(config)) for part in (data.train, data.test))
+    return Data(data.pretrain, train, test)
 
 
 def describe_data(data: Data) -> str:
@@ -1284,6 +1310,7 @@ class Pretraining:
         self.lines: list[str] = []  # of it, as written: encoding thousands takes time every epoch
         self.batch_size, self.steps = batch_count(config, len(data.pretrain))  # steps per epoch
         self.pieces = self.batch_size // config.micro_batch if config.micro_batch else 1
+        self.files = utils.file_digest(data.pretrain)
         self.checkpoint = config.folder / CHECKPOINT
         self.log_file = config.folder / "log.jsonl"
         self.saved = False  # whether the files there are this run's
@@ -1326,12 +1353,18 @@ class Pretraining:
         check_format(state, file)
         with utils.refusing(f"{file} is not a checkpoint of this run", through=(InputError,)):
             images = len(self.data.pretrain)
-            check_same_run(state["config"], state["images"], self.config, images)
+            changed = check_same_run(state["config"], state, self.config, images, self.files)
             if faults := utils.misfits(state["model"], self.model.state_dict()):
                 raise ValueError(faults[0])
             self.model.load_state_dict(state["model"])
             self.load_optimizer(dict(state["optimizer"])["state"])
-            self.position = read_position(state, self.config.epochs, self.steps)
+            self.position = read_position(
+                state, self.config.epochs, math.inf if changed else self.steps
+            )
+            if changed:  # the epoch under way has another order now: all of it, once more
+                self.position = Position(self.position.epoch)
+            elif isinstance(self.data.pretrain, utils.ImageFiles):
+                self.data.pretrain.unreadable = read_unreadable(state, images)
             self.log = self.logged(state)
         self.saved, self.intact = True, file == self.checkpoint
         return True
@@ -1383,6 +1416,8 @@ class Pretraining:
             "position": dataclasses.asdict(self.position),
             "log": self.log,
             "images": len(self.data.pretrain),
+            "files": self.files,
+            "unreadable": [*self.data.pretrain.unreadable],
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
@@ -1450,8 +1485,8 @@ class Pretraining:
         """To the last epoch, writing config.json, last.pt, log.jsonl and the figure on the way.
 
         A file that cannot be written is a warning, and tried again when it is due. Raises
-        InputError if the last checkpoint cannot be written, an image cannot be read or the loss is
-        not finite, Interrupted if a signal asked to stop, after saving.
+        InputError if the last checkpoint cannot be written, too many images cannot be read or the
+        loss is not finite, Interrupted if a signal asked to stop, after saving.
         """
         figure = FigureKeeper(self.config, self.batch_size)
         network = self.network()
@@ -1574,6 +1609,9 @@ class Pretraining:
             started = time.perf_counter()
             row["knn"] = knn_accuracy(self.model.encoder, self.data, self.config, self.device)
             row["knn_seconds"] = round(time.perf_counter() - started, 3)
+        utils.agree_on_unreadable(self.data.pretrain)
+        if bad := len(self.data.pretrain.unreadable):
+            row["unreadable"] = bad
         self.log.append(row)
         return row
 
@@ -1753,16 +1791,34 @@ def check_format(state: dict, where: Path) -> None:
         )
 
 
-def check_same_run(saved: dict, saved_images: int, config: Config, images: int) -> None:
-    """Raise InputError if a run's saved configuration or number of images is not the one given."""
-    differ = differences(saved, config)
-    if saved_images != images:
-        differ.append(f"number of images ({utils.shown(saved_images)} there, {images} now)")
+def check_same_run(saved: dict, record: dict, config: Config, images: int, files: str) -> bool:
+    """Raise InputError if a run's saved configuration or its images are not the ones given.
+
+    record: has the number of images and, since there is one, the digest of their files. Returns
+    whether these are others, as config.changed_files allows.
+    """
+    differ, changed = differences(saved, config), ""
+    if record["images"] != images:
+        changed = f"number of images ({utils.shown(record['images'])} there, {images} now)"
+    elif record.get("files", files) != files:
+        changed = f"files (as many, {images}, by other names or in other folders)"
+    if changed and not (files and config.changed_files):
+        differ.append(changed)
     if differ:
+        hint = f" ({flag('changed_files')} continues with them)" if changed and files else ""
         raise InputError(
-            f"{config.folder} holds a run with another configuration: {', '.join(differ)}. "
+            f"{config.folder} holds a run with another configuration: {', '.join(differ)}{hint}. "
             "Choose another name with --run, or --overwrite it"
         )
+    return bool(changed)
+
+
+def read_unreadable(state: dict, images: int) -> dict[int, str]:
+    """The files that a checkpoint notes as unreadable. Raises ValueError if they cannot be."""
+    rows = state.get("unreadable", [])
+    if any(type(row) is not int or not 0 <= row < images for row in rows):
+        raise ValueError("the files that it says are unreadable are not among these")
+    return dict.fromkeys(rows, "could not be read before")
 
 
 def differences(saved: dict, config: Config) -> list[str]:
@@ -1896,7 +1952,7 @@ def encoders(
 def features(
     encoder: Callable[[Tensor], Tensor], data: Images, config: Config, device: torch.device
 ) -> Tensor:
-    """h of every image, or whatever `encoder` computes: float32 (N, D).
+    """h of every image, or whatever `encoder` computes: float32 (N, D), labelled by labels_read.
 
     Raises InputError if it is not finite, as after a training that diverged.
     """
@@ -1913,11 +1969,12 @@ def knn_accuracy(
 ) -> float:
     """Test accuracy in [0, 1] of k = 10 nearest neighbours by cosine among the training images."""
     train, test = (features(encoder, part, config, device) for part in (data.train, data.test))
+    labels, truth = data.train.labels_read, data.test.labels_read
     mine = utils.share(len(test)).to(device)
     predicted = utils.knn_predict(
-        train, data.train.labels, test[mine], len(data.train.classes), KNN_NEIGHBOURS
+        train, labels, test[mine], len(data.train.classes), KNN_NEIGHBOURS
     )
-    return utils.accuracy(utils.gathered(predicted, len(test)), data.test.labels)
+    return utils.accuracy(utils.gathered(predicted, len(test)), truth)
 
 
 def evaluate(model: SimCLR, data: Data, config: Config, device: torch.device) -> dict[str, dict]:
@@ -1929,11 +1986,12 @@ def evaluate(model: SimCLR, data: Data, config: Config, device: torch.device) ->
     results: dict[str, dict] = {
         key: {} for key in ("knn", "linear_10", "linear_10_std", "linear_all")
     }
-    y, y_test, classes = data.train.labels, data.test.labels, len(data.train.classes)
+    classes = len(data.train.classes)
     compared = encoders(model, config, device)
     for name in FINAL_TABLE:
         encoder = compared[name]
         x, x_test = (features(encoder, part, config, device) for part in (data.train, data.test))
+        y, y_test = data.train.labels_read, data.test.labels_read
         predicted = utils.knn_predict(x, y, x_test, classes, KNN_NEIGHBOURS)
         results["knn"][name] = utils.accuracy(predicted, y_test)
         x, x_test = utils.standardize(x, x_test)  # the l2 penalty means the same for all three
@@ -2286,7 +2344,8 @@ def finished_summary(config: Config, data: Data) -> dict | None:
     file, images = config.folder / SUMMARY, len(data.pretrain)
     try:
         summary = json.loads(file.read_bytes())
-        check_same_run(summary["config"], summary.get("images", images), config, images)
+        record = {"images": images, **summary}
+        check_same_run(summary["config"], record, config, images, utils.file_digest(data.pretrain))
         if "knn" in summary:
             table(summary, len(data.test))  # has all that is shown of it
     except (FileNotFoundError, NotADirectoryError):
@@ -2372,6 +2431,7 @@ def write_summary(
     summary = {
         "config": dataclasses.asdict(config),
         "images": len(data.pretrain),
+        "files": utils.file_digest(data.pretrain),
         "parameters": sum(p.numel() for p in model.encoder.parameters()),
         "loss": log[-1]["loss"],
         **results,

@@ -183,8 +183,8 @@ class Scene:
 
 def read_scene(config: simclr.Config, options: Options, device: torch.device) -> Scene:
     """The run's test images, or its training images if it has no others, at most --images."""
-    train = utils.load_images(config.dataset, "train", config.data_dir).to(device)
-    images, split = utils.load_images(config.dataset, "test", config.data_dir).to(device), "test"
+    train, images = utils.load_splits(config.dataset, ("train", "test"), config.data_dir)
+    train, images, split = train.to(device), images.to(device), "test"
     if not len(images):
         images, split = train, "training"
     if len(images) < 2:

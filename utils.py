@@ -8,6 +8,8 @@ modules and paths; nothing here knows a configuration.
 from __future__ import annotations
 
 import argparse
+import atexit
+import collections
 import contextlib
 import ctypes
 import dataclasses
@@ -33,9 +35,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
-from typing import IO, Any, BinaryIO, NoReturn
+from typing import IO, Any, BinaryIO, ClassVar, NoReturn
 
 import numpy as np
 import torch
@@ -45,6 +46,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets as tv_datasets
+from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
@@ -917,6 +919,15 @@ def gathered(part: Tensor, n: int) -> Tensor:
     return torch.cat(parts)[:n]
 
 
+def united(values: dict) -> dict:
+    """The entries of all processes' dicts, in all."""
+    every: list[dict] = [{}] * world_size()
+    if world_size() == 1:
+        return values
+    dist.all_gather_object(every, values)
+    return {key: value for each in every for key, value in sorted(each.items())}
+
+
 class Gather(torch.autograd.Function):
     """What all W processes have computed of a batch: (n, …) in each -> (W, n, …) in all.
 
@@ -1049,9 +1060,15 @@ class ImageSet:
     labels: Tensor | None = None
     classes: tuple[str, ...] = ()
     paths: np.ndarray | None = None
+    unreadable: ClassVar[dict[int, str]] = {}  # what is in memory has been read
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def labels_read(self) -> Tensor | None:
+        """Labels of the images that batches() gives: here all."""
+        return self.labels
 
     def image(self, index: int) -> Tensor:
         """One image: uint8 (3, H, W)."""
@@ -1070,21 +1087,24 @@ class ImageSet:
             yield center_view(images.to(device), size)
 
 
+MOST_NAMED = 10  # unreadable files, in warnings
+
+
 @dataclass
 class ImageFiles:
     """Images of any size on disk, decoded when they are used.
 
-    root: the folder. paths: bytes array (N,) of file names below it, kept as one flat block so
-    that worker processes share it. labels: int64 (N,) or None. classes: name of each label.
-    unreadable: a dict takes the files that batches() had to leave out, index -> reason; without
-    one such a file is an error.
+    root: the folder. paths: bytes array (N,) of file names below it, one flat block. labels: int64
+    (N,) or None. classes: name of each label. max_bad: share of the files in [0, 1] that may turn
+    out to be unreadable; with 0 the first is an error. unreadable: those found, index -> reason.
     """
 
     root: Path
     paths: np.ndarray
     labels: Tensor | None = None
     classes: tuple[str, ...] = ()
-    unreadable: dict[int, str] | None = None
+    max_bad: float = 0.0
+    unreadable: dict[int, str] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -1100,15 +1120,53 @@ class ImageFiles:
         """One image, decoded now: uint8 (3, H, W). Raises InputError if it cannot be read."""
         return read_image(self.path(index))
 
+    def readable(self) -> np.ndarray:
+        """Which images are not known to be unreadable: int64 (M,), in order."""
+        return np.setdiff1d(np.arange(len(self)), [*self.unreadable])
+
+    @property
+    def labels_read(self) -> Tensor | None:
+        """Labels of the images that batches() gives, all but the unreadable ones: int64 (M,)."""
+        if self.labels is None or not self.unreadable:
+            return self.labels
+        return self.labels[torch.from_numpy(self.readable()).to(self.labels.device)]
+
+    def note(self, bad: dict[int, str], most: float) -> None:
+        """Take note of files that cannot be read, index -> reason, and name them once.
+
+        Raises InputError, and forgets the new ones, if they make more than the share `most` of all.
+        """
+        new = {index: why for index, why in bad.items() if index not in self.unreadable}
+        count = len(self.unreadable) + len(new)
+        if new and count > most * len(self):
+            why = next(iter(new.values()))
+            if not self.max_bad:
+                raise InputError(why)
+            names = [shown(os.fsdecode(self.paths[i])) for i in [*self.unreadable, *new][:3]]
+            raise InputError(
+                f"{why}; with it {count:,} of {len(self):,} images cannot be read, more than "
+                f"{flag('max_bad')} {self.max_bad:g} allows: {', '.join(names)}"
+                f"{', …' * (count > len(names))}"
+            )
+        before, self.unreadable = len(self.unreadable), self.unreadable | new
+        if self.max_bad < 1:  # who takes any number of them reports them at the end
+            for why in [*new.values()][: max(0, MOST_NAMED - before)]:
+                say(one_line(f"warning: {why}; the run goes on without it", LONGEST_MESSAGE))
+            if before < MOST_NAMED <= count:
+                say("warning: more images that cannot be read are only counted")
+
     def batches(
         self, size: int, batch_size: int, device: torch.device, workers: int = 0
     ) -> Iterator[Tensor]:
-        """In order, without augmentation: float32 (B, 3, size, size) in [0, 1] on `device`."""
-        keys = [(index, None) for index in range(len(self))]
-        chunks = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
+        """In order, without augmentation: float32 (B, 3, size, size) in [0, 1] on `device`.
 
-        for images in decoded_batches(self, chunks, partial(_center_uint8, size), workers):
-            yield images.to(device, non_blocking=True).float() / 255
+        Unreadable images are left out, those that are known from before without another try, so
+        that afterwards labels_read are the labels. Raises InputError if max_bad is 0.
+        """
+        rows = torch.from_numpy(self.readable())
+        batches = ((chunk, None) for chunk in rows.split(batch_size))
+        for views in decoded_batches(self, batches, size, None, workers, device):
+            yield views[:, 0].contiguous().float() / 255
 
 
 Images = ImageSet | ImageFiles
@@ -1122,8 +1180,32 @@ def take(data: Images, rows: Tensor) -> Images:
     return ImageFiles(data.root, data.paths[rows.cpu().numpy()], labels, data.classes)
 
 
-def _center_uint8(size: int, image: Tensor, _: None) -> Tensor:
-    return to_uint8(center_view(image[None], size)[0])
+def readable(data: Images, workers: int) -> Images:
+    """The images that can be read. Decodes all, where they are streamed, and names the others."""
+    if isinstance(data, ImageSet):
+        return data
+    part = shared_out(data)
+    batches = part.batches(1, JOB_IMAGES, torch.device("cpu"), workers)
+    for _ in progress_bar(batches, "reading", math.ceil(len(part) / JOB_IMAGES)):
+        pass
+    note_of_part(part, data)
+    return take(data, torch.from_numpy(data.readable()))
+
+
+def agree_on_unreadable(data: Images) -> None:
+    """Of several processes each takes note of what the others could not read."""
+    if world_size() > 1 and isinstance(data, ImageFiles):
+        data.note(united(data.unreadable), data.max_bad)
+
+
+def file_digest(data: Images) -> str:
+    """SHA-256 of the names of the images' files and their labels; "" where they have no files."""
+    if data.paths is None:
+        return ""
+    found = hashlib.sha256(b"\0".join(data.paths.tolist()))
+    if data.labels is not None:
+        found.update(data.labels.cpu().numpy().astype("<i8"))
+    return found.hexdigest()
 
 
 LONGEST_ASPECT = 4  # the ends of longer images are cut off before they are resized
@@ -1160,16 +1242,22 @@ def load_images(dataset: str, split: str, data_dir: str | Path = "data") -> Imag
     test images gives an empty one for "test". Raises InputError for an unknown name, files that
     are missing and cannot be downloaded, an empty or missing folder, or an unreadable image.
     """
+    return load_splits(dataset, (split,), data_dir)[0]
+
+
+def load_splits(dataset: str, splits: Sequence[str], data_dir: str | Path = "data") -> list[Images]:
+    """Several splits of a data set, see load_images(); a folder is gone through once for all."""
     if dataset not in DATASETS:
         raise InputError(f"unknown data set {dataset!r}; there are {', '.join(DATASETS)}")
-    if split not in SPLITS:
-        raise InputError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
+    for split in splits:
+        if split not in SPLITS:
+            raise InputError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
     if dataset == "digits":
-        return _load_digits(split)
+        return [_load_digits(split) for split in splits]
     if dataset == "folder":
         with refusing(f"cannot read {data_dir}", through=(InputError,)):
-            return _load_folder(Path(data_dir), split)
-    return _load_torchvision(dataset, split, Path(data_dir))
+            return _load_folder(Path(data_dir), splits)
+    return [_load_torchvision(dataset, split, Path(data_dir)) for split in splits]
 
 
 def class_balanced_order(labels: np.ndarray, seed: int = 0) -> list[np.ndarray]:
@@ -1292,14 +1380,72 @@ def _expected_files(dataset: str) -> str:
 
 
 def list_images(root: Path) -> list[str]:
-    """Names, relative to `root` and sorted, of all image files below it, by their ending."""
-    return sorted(_walk_images(root))
+    """Names, relative to `root` and sorted, of all image files below it, by their ending.
+
+    Long lists are kept in the user's cache and are read from there as long as no folder below
+    `root` has changed: adding, removing or renaming a file changes the time of its folder.
+    """
+    if (known := _known_list(root)) is not None:
+        return known
+    started, folders = time.time_ns(), {}
+    names = sorted(_walk_images(root, folders))
+    if len(names) >= LONG_LIST:
+        _keep_list(root, names, folders, started)
+    return names
 
 
-def _walk_images(root: Path) -> Iterator[str]:
+LONG_LIST = 10_000  # files: from here on their names are kept
+SETTLED = 2 * 10**9  # ns: within them a folder could change twice without another time
+
+
+def _list_file(root: Path) -> Path:
+    """Where the names below `root` are kept: in $XDG_CACHE_HOME/simclr, or ~/.cache/simclr."""
+    home = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    home = home if home.is_absolute() else Path.home() / ".cache"
+    name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:32]
+    return home / "simclr" / f"{name}.npz"
+
+
+def _stamp(folder: str | Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_mtime_ns, status.st_ino
+
+
+def _keep_list(
+    root: Path, names: list[str], folders: dict[str, tuple[int, int]], started: int
+) -> None:
+    """Keep the names for the next run, if they can be kept. folders: each with its stamp."""
+    if max(time for time, _ in folders.values()) > started - SETTLED:
+        return
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        names=np.array([os.fsencode(name) for name in names]),
+        folders=np.array([os.fsencode(folder) for folder in folders]),
+        stamps=np.array([*folders.values()], dtype=np.uint64),
+    )
+    with contextlib.suppress(InputError, RuntimeError):  # no home, no room: it is walked again
+        write_atomically(_list_file(root), buffer.getbuffer())
+
+
+def _known_list(root: Path) -> list[str] | None:
+    """The names that were kept, if all folders are as they were."""
+    try:
+        with np.load(_list_file(root), allow_pickle=False) as kept:
+            folders = [os.fsdecode(folder) for folder in kept["folders"]]
+            stamps = np.array([_stamp(root / folder) for folder in folders], dtype=np.uint64)
+            if np.array_equal(stamps, kept["stamps"]):
+                return [os.fsdecode(name) for name in kept["names"]]
+    except Exception:  # there is none, it is damaged, or a folder is gone
+        return None
+    return None
+
+
+def _walk_images(root: Path, stamps: dict[str, tuple[int, int]] | None = None) -> Iterator[str]:
     """Linked folders are followed, each real folder once, so that a loop of links ends.
 
-    Raises InputError for a folder that cannot be read: its images would be missed in silence.
+    stamps: takes each folder's, by its name relative to `root`. Raises InputError for a folder
+    that cannot be read: its images would be missed in silence.
     """
 
     def refuse(error: OSError) -> NoReturn:
@@ -1315,10 +1461,14 @@ def _walk_images(root: Path) -> Iterator[str]:
             subfolders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
+        place = os.path.relpath(folder, root)
+        if stamps is not None:
+            stamps[place] = (status.st_mtime_ns, status.st_ino)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        below = "" if place == os.curdir else place + os.sep
         for name in files:
-            if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
-                yield os.path.relpath(os.path.join(folder, name), root)
+            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith("."):
+                yield below + name
 
 
 def has_images(folder: Path) -> bool:
@@ -1374,7 +1524,7 @@ def split_folders(root: Path) -> tuple[Path, Path | None]:
     return train, next((test for test in tests if has_images(test)), None)
 
 
-def _load_folder(root: Path, split: str) -> Images:
+def _load_folder(root: Path, splits: Sequence[str]) -> list[Images]:
     """`root/train/…` with `root/test` or `root/val`, `root/<class>/…`, or any tree of images."""
     if not os.path.isdir(root):
         raise InputError(f"--data-dir {root} is not a folder")
@@ -1387,16 +1537,28 @@ def _load_folder(root: Path, split: str) -> Images:
         train_rows, test_rows = np.arange(len(paths)), np.arange(0)
         if labels is not None:
             train_rows, test_rows = split_held_out(labels)
-        rows = test_rows if split == "test" else train_rows
-        labels = None if labels is None else labels[rows]
-        return _read_folder(folder, [paths[i] for i in rows], labels, classes)
-    if split == "test":
-        folder, paths = test or root, list_images(test) if test else []
-        try:
-            labels, classes = folder_labels(paths, classes)
-        except InputError as error:
-            raise InputError(f"{folder} {error}") from None
-    return _read_folder(folder, paths, labels, classes)
+        found = []
+        for split in splits:
+            rows = test_rows if split == "test" else train_rows
+            own = None if labels is None else labels[rows]
+            found.append(_read_folder(folder, [paths[i] for i in rows], own, classes))
+        return found
+    return [
+        _load_test(test, root, classes)
+        if split == "test"
+        else _read_folder(folder, paths, labels, classes)
+        for split in splits
+    ]
+
+
+def _load_test(folder: Path | None, root: Path, classes: tuple[str, ...]) -> Images:
+    """The split for testing. classes: those of the training images, if they have any."""
+    paths = list_images(folder) if folder else []
+    try:
+        labels, classes = folder_labels(paths, classes)
+    except InputError as error:
+        raise InputError(f"{folder} {error}") from None
+    return _read_folder(folder or root, paths, labels, classes)
 
 
 def _suffixes() -> str:
@@ -1428,14 +1590,19 @@ def _fits_in_memory(root: Path, paths: list[str]) -> bool:
     """
     common = None
     for path in paths:
-        size = image_size(root / path)
+        try:
+            size = image_size(root / path)
+        except InputError:  # streaming can do without it, and reading all of them names it
+            continue
         common = common or size
         if size != common or max(size) > MEMORY_SIDE:
             return False
-    return common is not None and 3 * common[0] * common[1] * len(paths) <= MEMORY_BYTES
+        if 3 * common[0] * common[1] * len(paths) > MEMORY_BYTES:
+            return False
+    return True
 
 
-_ORIENTATION = 0x0112  # EXIF tag
+_IMAGE_WIDTH, _IMAGE_LENGTH, _ORIENTATION = 0x0100, 0x0101, 0x0112  # TIFF and EXIF tags
 _TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _UPRIGHT = {  # EXIF orientation -> what makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
@@ -1457,28 +1624,143 @@ _OPENING = threading.Lock()  # warnings.catch_warnings() is not for several thre
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """An image file, its header read. What PIL raises, nearly any type, becomes an InputError."""
+def _naming(path: str | Path) -> Iterator[None]:
+    """What PIL raises of a file, nearly any type, becomes an InputError that names it."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
-            raise OSError("it is not a file")
-        with _OPENING, warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path)
-        with image:
-            yield image
+        yield
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise InputError(f"cannot read the image {path} ({reason})") from error
 
 
+class Photo:
+    """An image file whose header has been read, and no more. Raises InputError if it cannot be.
+
+    height, width: in pixels as displayed. Use it in a `with`, which closes the file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = path
+        with _naming(path):
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+                raise OSError("it is not a file")
+            self.bytes = status.st_size
+            with _OPENING, warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                self.image = Image.open(path)
+            tags = getattr(self.image, "tag_v2", {})  # of a TIFF, whose size PIL may have turned
+            self.width = tags.get(_IMAGE_WIDTH, self.image.width)
+            self.height = tags.get(_IMAGE_LENGTH, self.image.height)
+            self.orientation = _orientation(self.image)
+            if self.orientation in _TRANSPOSED:
+                self.width, self.height = self.height, self.width
+
+    def __enter__(self) -> Photo:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.image.close()
+
+    def pixels(self, least: float = 1) -> Tensor:
+        """Decode it, once: uint8 RGB (3, H, W), with the channels last in memory.
+
+        least: the share of the size that is enough. A JPEG is decoded at 1/8, 1/4 or 1/2 if that
+        is as much: the decoder then averages blocks of pixels and saves most of its arithmetic.
+        """
+        image = self.image
+        with _naming(self.path):
+            shrink = next((s for s in (8, 4, 2) if s * least <= 1), 1)
+            if shrink > 1:  # other formats than JPEG take no notice
+                image.draft(image.mode, (image.width // shrink, image.height // shrink))
+            elif (pixels := self._plain_jpeg()) is not None:
+                return pixels
+            image.load()  # some formats turn the image, and drop the tag, while decoding
+            orientation = _orientation(image)
+            if orientation != 1:
+                image = image.transpose(_UPRIGHT[orientation])
+            if image.mode.startswith("I"):  # 16 bits in one channel; convert() cuts off at 255
+                grey = np.asarray(image, dtype=np.float32) * (255 / 65535)
+                image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+            if image.has_transparency_data:
+                rgba = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+            pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+        return torch.from_numpy(pixels).permute(2, 0, 1)
+
+    def _plain_jpeg(self) -> Tensor | None:
+        """What PIL would decode of a JPEG that needs no more, in four fifths of the time.
+
+        None for other files, and those that torchvision's decoder does not take.
+        """
+        image = self.image
+        plain = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
+        alone = threading.current_thread() is threading.main_thread()  # as _silent() needs it
+        if not (plain and alone) or self.orientation != 1 or self.bytes > JPEG_BYTES:
+            return None
+        content = torch.empty(self.bytes, dtype=torch.uint8)
+        image.fp.seek(0)
+        image.fp.readinto(content.numpy())
+        try:
+            with _silent():
+                pixels = decode_jpeg(content, ImageReadMode.RGB)  # (3, H, W)
+        except RuntimeError:
+            return None
+        return pixels if pixels.shape[1:] == (self.height, self.width) else None
+
+    def center(self, out: Tensor) -> None:
+        """center_view() of it. out: uint8 (1, size, size, 3), takes it."""
+        size = out.shape[1]
+        pixels = self.pixels(size / min(self.height, self.width))
+        out.copy_(to_uint8(center_view(pixels[None], size)).permute(0, 2, 3, 1))
+
+    def crops(self, out: Tensor, boxes: np.ndarray) -> None:
+        """Parts of it, resized, from one decoding. out: uint8 (V, size, size, 3), takes them.
+
+        boxes: int (V, 4), top, left, height, width in pixels as displayed. Where all of them are
+        large, a smaller image is decoded, in which they have at least `size` pixels a side and
+        their edges are rounded to whole ones.
+        """
+        size = out.shape[1]
+        pixels = self.pixels((size + 1) / boxes[:, 2:].min())  # rounding takes up to a pixel
+        pixels = pixels.permute(1, 2, 0)[None]  # (1, H, W, 3)
+        y, x = pixels.shape[1] / self.height, pixels.shape[2] / self.width
+        for view, (top, left, height, width) in zip(out, boxes.tolist(), strict=True):
+            rows = slice(round(top * y), round((top + height) * y))
+            columns = slice(round(left * x), round((left + width) * x))
+            part = pixels[:, rows, columns].permute(0, 3, 1, 2)
+            part = F.interpolate(part, (size, size), mode="bilinear", antialias=True)
+            view.copy_(part[0].permute(1, 2, 0))
+
+
+JPEG_BYTES = 2**26  # in memory at once; PIL reads a larger file piece by piece
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Inside, stderr leads nowhere: libjpeg writes there what it thinks of a damaged file.
+
+    Not for several threads: there is one stderr.
+    """
+    try:
+        kept = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)
+        os.close(nowhere)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def image_size(path: Path) -> tuple[int, int]:
     """(height, width) in pixels as displayed, from the header alone. InputError if unreadable."""
-    with _opened(path) as image:
-        width, height = image.size
-        if _orientation(image) in _TRANSPOSED:
-            width, height = height, width
-    return height, width
+    with Photo(path) as photo:
+        return photo.height, photo.width
 
 
 def read_image(path: Path) -> Tensor:
@@ -1488,70 +1770,182 @@ def read_image(path: Path) -> Tensor:
     of an animation the first frame is taken. Raises InputError naming the file if it cannot be
     read or has more than PIL's Image.MAX_IMAGE_PIXELS, 89 million: a small file may claim any size.
     """
-    with _opened(path) as image:
-        image.load()  # some formats turn the image, and drop the tag, while decoding
-        orientation = _orientation(image)
-        if orientation != 1:
-            image = image.transpose(_UPRIGHT[orientation])  # noqa: PLW2901
-        if image.mode.startswith("I"):  # 16 bits in one channel; convert() would cut off at 255
-            grey = np.asarray(image, dtype=np.float32) * (255 / 65535)
-            image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))  # noqa: PLW2901
-        if image.has_transparency_data:
-            rgba = image.convert("RGBA")
-            white = Image.new("RGBA", rgba.size, "white")
-            image = Image.alpha_composite(white, rgba)  # noqa: PLW2901
-        pixels = np.array(image.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    with Photo(path) as photo:
+        return photo.pixels().contiguous()
 
 
-class _Decoded(Dataset):
-    """Item (index, argument) -> transform(decoded image, argument), or the reason why not."""
+# ------------------------------------------------------------------ data sets: decoding in parallel
 
-    def __init__(self, files: ImageFiles, transform: Callable[[Tensor, Any], Tensor]) -> None:
-        self.files, self.transform = files, transform
-
-    def __getitem__(self, key: tuple[int, Any]) -> Tensor | tuple[int, str]:
-        index, argument = key
-        try:
-            return self.transform(self.files.image(index), argument)
-        except InputError as error:
-            return index, str(error)  # an exception would arrive wrapped in a traceback
+# (sizes int64 (N, 2) height and width, argument of each image (N, …)) -> boxes int (N, V, 4)
+Boxes = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
-def _stack(items: list[Tensor | tuple[int, str]]) -> tuple[Tensor | None, dict[int, str]]:
-    """The images of a batch that could be read, and (index, reason) of those that could not."""
-    images = [item for item in items if isinstance(item, Tensor)]
-    unreadable = dict(item for item in items if not isinstance(item, Tensor))
-    return torch.stack(images) if images else None, unreadable
+@dataclass
+class Job:
+    """Some files to decode. boxes: what to crop of each, None: its center_view(), one view."""
+
+    root: Path
+    paths: np.ndarray  # bytes (N,)
+    size: int
+    boxes: Boxes | None
+    arguments: np.ndarray | None  # (N, …) for boxes
+
+    def __call__(self) -> tuple[Tensor, dict[int, str]]:
+        """uint8 (M, V, size, size, 3) of the files that can be read; position -> why not."""
+        root, photos, bad = str(self.root), {}, {}
+        with contextlib.ExitStack() as stack:
+            for i, path in enumerate(self.paths):
+                try:
+                    photos[i] = stack.enter_context(Photo(os.path.join(root, os.fsdecode(path))))
+                except InputError as error:  # raised, it would arrive wrapped in a traceback
+                    bad[i] = str(error)
+            boxes = np.empty((len(photos), 1, 0))
+            if self.boxes and photos:  # of all at once: those of one image take as long
+                sizes = np.array([(photo.height, photo.width) for photo in photos.values()])
+                boxes = self.boxes(sizes, self.arguments[[*photos]])
+            views = torch.empty(*boxes.shape[:2], self.size, self.size, 3, dtype=torch.uint8)
+            done = 0
+            for (i, photo), parts in zip(photos.items(), boxes, strict=True):
+                try:
+                    with photo:
+                        photo.crops(views[done], parts) if self.boxes else photo.center(views[done])
+                    done += 1
+                except InputError as error:
+                    bad[i] = str(error)
+        return views[:done], bad
+
+
+JOB_IMAGES = 64  # that a worker decodes at a time: few enough that batches of any size stay small
+
+
+class _Jobs(Dataset):
+    """The DataLoader's data set, of which every job is an item, and its sampler, which names them.
+
+    So its processes live on from epoch to epoch, know of no list of files, and each job brings all
+    that it needs.
+    """
+
+    def __init__(self) -> None:
+        self.jobs: Iterator[Job] = iter(())
+
+    def __iter__(self) -> Iterator[Job]:
+        return self.jobs
+
+    def __getitem__(self, job: Job) -> tuple[Tensor, dict[int, str]]:
+        return job()
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def _become_worker(_: int) -> None:
+    """Signals to all processes of a run are for the main one, which ends the others."""
+    for name in StopRequest._NAMES:
+        if number := getattr(signal, name, None):
+            signal.signal(number, signal.SIG_IGN)
+
+
+_idle: dict[tuple[int, bool], DataLoader] = {}  # with their processes, which wait for work
+
+
+def in_workers(
+    jobs: Iterator[Job], workers: int, pin: bool
+) -> Iterator[tuple[Tensor, dict[int, str]]]:
+    """What the jobs give, in order, done by as many processes; by this one for 0.
+
+    The processes are kept for the next call. pin: into page-locked memory, for copies to a GPU.
+    Raises InputError if a process dies.
+    """
+    if not workers:
+        yield from (job() for job in jobs)
+        return
+    kind = (workers, pin)
+    loader = _idle.pop(kind, None)
+    if loader is None:
+        items = _Jobs()
+        loader = DataLoader(
+            items, batch_size=None, sampler=items, num_workers=workers, collate_fn=_as_it_is,
+            pin_memory=pin, worker_init_fn=_become_worker, persistent_workers=True,
+        )  # fmt: skip
+    loader.sampler.jobs = jobs
+    try:
+        yield from loader
+    except GeneratorExit:  # left early, as where a run is saved: the next call drops what is left
+        _keep(kind, loader)
+        raise
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = one_line(str(error), 300)
+        raise InputError(f"a process that decodes images died: {reason}") from error
+    _keep(kind, loader)
+
+
+def _keep(kind: tuple[int, bool], loader: DataLoader) -> None:
+    _idle[kind] = loader
+    atexit.unregister(_idle.clear)
+    atexit.register(_idle.clear)  # the last that is registered is called first: before torch's own
 
 
 def decoded_batches(
     files: ImageFiles,
-    batches: Iterable[Sequence[tuple[int, Any]]],
-    transform: Callable[[Tensor, Any], Tensor],
+    batches: Iterable[tuple[Tensor, np.ndarray | None]],
+    size: int,
+    boxes: Boxes | None,
     workers: int,
+    device: torch.device,
 ) -> Iterator[Tensor]:
-    """Decode and transform files in worker processes, batch by batch, in order.
+    """Decode and crop files in worker processes, in order: uint8 (N, V, 3, size, size) a batch,
+    with the channels last in memory.
 
-    batches: for each batch the items (index into files, argument for the transform). transform:
-    (uint8 (3, H, W), argument) -> tensor, all of one shape; must pickle. workers: processes, 0 for
-    none. Yields the stacked tensors. A file that cannot be read is left out and noted in
-    files.unreadable; where that is None, InputError is raised, naming it.
+    batches: for each batch rows of `files`, int64 (N,), and arguments (N, …) for `boxes`, see Job.
+    workers: processes, 0 for none. The result, on `device`, does not depend on them. A file that
+    cannot be read is noted in files.unreadable. With boxes, where each batch needs all its images,
+    the next readable file takes its place, with the same argument; without, it is left out.
+    Raises InputError where the files do not allow for (more of) them.
     """
-    loader = DataLoader(
-        _Decoded(files, transform),
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=_stack,
-        pin_memory=torch.cuda.is_available(),
-    )
-    for images, unreadable in loader:
-        if unreadable and files.unreadable is None:
-            raise InputError(next(iter(unreadable.values())))
-        if unreadable:
-            files.unreadable.update(unreadable)
-        if images is not None:
-            yield images
+    waiting: collections.deque[tuple[Tensor, np.ndarray | None]] = collections.deque()
+
+    def job(rows: Tensor, arguments: np.ndarray | None) -> Job:
+        return Job(files.root, files.paths[rows.numpy()], size, boxes, arguments)
+
+    def parts(rows: Tensor, arguments: np.ndarray | None) -> Iterator[Any]:
+        for i in range(0, len(rows), JOB_IMAGES):
+            part = slice(i, i + JOB_IMAGES)
+            yield rows[part], None if arguments is None else arguments[part]
+
+    def jobs() -> Iterator[Job]:
+        for batch in batches:
+            waiting.append(batch)
+            yield from (job(*part) for part in parts(*batch))
+
+    def another(row: int, argument: np.ndarray) -> Tensor:
+        for other in itertools.chain(range(row + 1, len(files)), range(row)):
+            views, bad = job(torch.tensor([other]), argument[None])()
+            if not bad:
+                return views[0]
+            files.note({other: bad[0]}, files.max_bad)
+        raise InputError("none of the images can be read")
+
+    def mended(part: tuple[Tensor, Any], result: tuple[Tensor, dict[int, str]]) -> Tensor:
+        (rows, arguments), (views, bad) = part, result
+        if bad:
+            most = files.max_bad if boxes else math.ceil(files.max_bad)  # all, but for 0
+            files.note({int(rows[i]): why for i, why in bad.items()}, most)
+        if bad and boxes:
+            read = iter(views)
+            whole = [another(int(rows[i]), arguments[i]) if i in bad else next(read)
+                     for i in range(len(rows))]  # fmt: skip
+            views = torch.stack(whole)
+        return views.to(device, non_blocking=True)  # as bytes, and with the channels last
+
+    done = in_workers(jobs(), workers, pin=device.type == "cuda")
+    for first in done:
+        results = zip(parts(*waiting.popleft()), itertools.chain([first], done), strict=False)
+        pieces = [piece for piece in itertools.starmap(mended, results) if len(piece)]
+        if pieces:
+            yield torch.cat(pieces).permute(0, 1, 4, 2, 3)
 
 
 # ------------------------------------------------------------------------------------- embedding
@@ -1575,20 +1969,49 @@ def embed(
     larger ones go in smaller batches. title: of a progress bar, if any. Several processes embed a
     share each, and all get all features. Raises InputError if no image can be read.
     """
-    features, n = [], len(data)
-    if world_size() > 1:
-        data = take(data, share(n))
+    features, part = [], shared_out(data)
     batch_size = max(1, min(batch_size, batch_size * 224**2 // size**2))
     with evaluating(encoder):
-        batches = data.batches(size, batch_size, device, workers)
-        steps = math.ceil(len(data) / batch_size)
+        batches = part.batches(size, batch_size, device, workers)
+        steps = math.ceil(len(part) / batch_size)
         for images in progress_bar(batches, title, steps):
             images = images.contiguous(memory_format=torch.channels_last)  # noqa: PLW2901
             with autocast(device, precision):
                 features.append(encoder(images).float())
     if not features:
         raise InputError("none of the images can be read")
-    return gathered(torch.cat(features), n)
+    return put_together(torch.cat(features), part, data)
+
+
+def shared_out(data: Images) -> Images:
+    """This process's share() of the images. Which cannot be read is judged when all are done."""
+    if world_size() == 1:
+        return data
+    mine = share(len(data))
+    part = take(data, mine)
+    if isinstance(part, ImageFiles):
+        known = {
+            i: data.unreadable[row] for i, row in enumerate(mine.tolist()) if row in data.unreadable
+        }
+        part = dataclasses.replace(part, max_bad=1.0, unreadable=known)
+    return part
+
+
+def note_of_part(part: ImageFiles, data: ImageFiles) -> None:
+    """Note for the data which files cannot be read, as found in the part that each process has."""
+    if part is not data:
+        rows = share(len(data)).tolist()
+        data.note(united({rows[i]: why for i, why in part.unreadable.items()}), data.max_bad)
+
+
+def put_together(features: Tensor, part: Images, data: Images) -> Tensor:
+    """What each process computed of its part, for all of the data: (M, D) -> (N, D)."""
+    if isinstance(part, ImageSet) or part is data:
+        return gathered(features, len(data))
+    note_of_part(part, data)
+    padded = features.new_zeros(len(part), features.shape[1])
+    padded[torch.from_numpy(part.readable()).to(features.device)] = features
+    return gathered(padded, len(data))[torch.from_numpy(data.readable()).to(features.device)]
 
 
 @contextlib.contextmanager

@@ -8,8 +8,8 @@ Prints a table and writes it as JSON. Every figure is the median of repeats, wit
 between the quartiles as its spread; what is compared is measured in turn, so that the ratio holds
 while the machine's speed drifts. The images are noise: no time here depends on what they show.
 
-Reading order: measuring · limits · parts of a step · the whole step · the reference loops ·
-evaluation · growth · micro-batches and several processes · the table.
+Reading order: measuring · limits · parts of a step, decoding among them · the whole step · the
+reference loops · evaluation · growth · micro-batches and several processes · the table.
 """
 
 from __future__ import annotations
@@ -26,18 +26,22 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
+from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -59,9 +63,11 @@ class Options:
     compile: str = setting("off", "torch.compile the network", ("on", "off"))
     micro_batch: int = setting(0, "images whose activations are held at a time; 0: all of a batch")
     processes: int = setting(2, "the most processes to compare with one, on CUDA a GPU each")
+    photos: str = setting("", "folder of images to decode (default: some that are made)")
     quick: bool = setting(False, "fewer repeats, smaller sizes of what grows")
     seconds: float = setting(0.0, "time for each figure; 0: 2, or 0.5 with --quick")
     json: str = setting("checkpoints/benchmark.json", "file for the results")
+    files: int = setting(0, "measure only a folder of so many small files, streamed")
     nt_xent: int = setting(0, "measure only the loss, for so many views, and print it as JSON")
     loop: str = setting("", "measure only one of the loops, and print it as JSON")
     threads: int = setting(0, "of each process that measures a loop; 0: torch's default")
@@ -250,9 +256,7 @@ def augmentation(setup: Setup) -> list[Row]:
     On a CPU everything on one core.
     """
     images, watch = torch.cat([setup.data.images] * 2), setup.watch
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         pil = [transforms.functional.to_pil_image(x) for x in setup.data.images.cpu()[:64]]
         by_pil = transforms.Compose([pil_pipeline(setup.config, transforms), transforms.ToTensor()])
         single = pil_pipeline(setup.config, v2)
@@ -277,9 +281,90 @@ def augmentation(setup: Setup) -> list[Row]:
             u = torch.rand(setup.views, step.draws, device=setup.device)
             timing = watch.time(lambda step=step, u=u: step(floats, u))
             rows.append(rate(f"  {type(step).__name__}", setup.views, timing))
+    return rows
+
+
+DECODED = 224  # px of a view of a photograph; of smaller images it is their own side
+SAMPLES = 48  # files that are decoded in turn
+
+
+def make_photographs(folder: Path) -> None:
+    """JPEGs of smooth noise in three usual sizes; the grain costs the decoder what texture does."""
+    random = torch.Generator().manual_seed(0)
+    for height, width in ((240, 320), (375, 500), (960, 1280)):
+        for i in range(SAMPLES // 6):
+            noise = torch.rand(1, 3, 9, 12, generator=random)
+            x = F.interpolate(noise, (height, width), mode="bicubic")[0]
+            x = x + 0.03 * torch.randn(x.shape, generator=random)
+            image = transforms.functional.to_pil_image(x.clamp(0, 1))
+            image.save(folder / f"{width}_{i}.jpg", quality=90)
+
+
+def decoding(options: Options) -> list[Row]:
+    """Two crops of each image file, from one decoding, by us and by torchvision's ImageFolder."""
+    with tempfile.TemporaryDirectory() as made, one_thread():
+        folder = Path(options.photos or made)
+        if not options.photos:
+            make_photographs(folder)
+        sides: dict[str, list[str]] = {}
+        for name in utils.list_images(folder)[:MOST_FILES]:
+            longest = max(utils.image_size(folder / name))
+            kind = "up to 64 px" if longest <= 64 else "to 400 px" if longest <= 400 else "larger"
+            sides.setdefault(kind, []).append(name)
+        rows = []
+        for kind, names in sides.items():
+            step = max(1, len(names) // SAMPLES)
+            rows += decoding_of(folder, names[::step][:SAMPLES], kind, options.seconds)
+        return rows
+
+
+MOST_FILES = 10_000  # that are looked at for their sizes
+
+
+def decoding_of(folder: Path, names: list[str], kind: str, seconds: float) -> list[Row]:
+    """In turn, so that the ratio holds. Images a second, on one core."""
+    watch = Stopwatch(torch.device("cpu"), seconds)
+    size = 32 if kind == "up to 64 px" else DECODED
+    theirs = transforms.RandomResizedCrop(size, (CROP_MIN, 1.0))
+    crop = simclr.RandomResizedCrop(size, (CROP_MIN, 1.0))
+    paths = np.array([os.fsencode(name) for name in names])
+    to_tensor = transforms.PILToTensor()
+
+    def usual() -> None:
+        for name in names:
+            image = default_loader(folder / name)
+            for _ in range(2):
+                to_tensor(theirs(image))
+
+    def ours() -> None:
+        u = torch.rand(len(names), 2, crop.draws).numpy()
+        _, bad = utils.Job(folder, paths, size, partial(simclr.crop_boxes, crop), u)()
+        if bad:
+            raise InputError(next(iter(bad.values())))
+
+    found: list[list[float]] = [[], []]
+    for _ in range(1 if seconds < BRIEF else 5):
+        for times, what in zip(found, (ours, usual), strict=True):
+            times += watch.time(what).seconds  # noqa: PLW2901
+    a, b = map(Timing, found)
+    return [
+        rate(f"{kind}, {len(names)} files", len(names), a, "images/s", f"two crops of {size} px"),
+        rate("  torchvision, PIL", len(names), b, "images/s"),
+        Row(f"decoding ÷ PIL, {kind}", b.median / a.median, "×"),
+    ]
+
+
+CROP_MIN = simclr.RECIPES["folder"]["crop_min"]
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
     finally:
         torch.set_num_threads(threads)
-    return rows
 
 
 def loss_and_gradient(z: Tensor, temperature: float) -> None:
@@ -695,6 +780,60 @@ def several_processes(setup: Setup, options: Options) -> list[Row]:
     return rows
 
 
+def many_files(options: Options) -> list[Row]:
+    """Time to list a folder of many files, and memory while it is streamed and trained on."""
+    passes = 1 if options.quick else 3
+    with tempfile.TemporaryDirectory() as place:
+        os.environ["XDG_CACHE_HOME"] = f"{place}/cache"
+        make_many(Path(place) / "images", options.files)
+        time.sleep(utils.SETTLED / 1e9)  # before, the list would not be kept
+        config = simclr.make_config(
+            dataset="folder", data_dir=f"{place}/images", arch="resnet10", width=0.0625,
+            image_size=16, batch_size=options.batch_size, device=options.device,
+        )  # fmt: skip
+        device = utils.choose_device(config.device)
+        started = time.perf_counter()
+        data = simclr.load_data(config, device)
+        rows = [Row("listed and labelled", time.perf_counter() - started, "s")]
+        started = time.perf_counter()
+        simclr.load_data(config, device)
+        rows.append(Row("  again", time.perf_counter() - started, "s"))
+        run = simclr.Pretraining(simclr.resolve(config, data.pretrain, device), data, device)
+        workers: set[str] = set()
+        for epoch in range(passes):
+            run.position = simclr.Position(epoch)
+            started = time.perf_counter()
+            simclr.train_epoch(
+                run.model, run.optimizer, run.batches(), run.rate, run.loss,
+                run.config.precision, run.position, lambda: False,
+            )  # fmt: skip
+            count = 2 * run.position.step * run.batch_size / (time.perf_counter() - started)
+            workers = set(Path("/proc/self/task", str(os.getpid()), "children").read_text().split())
+            note = f"workers {max(map(resident, workers), default=0):,.0f} MiB each at most"
+            rows.append(Row(f"epoch {epoch + 1}", count, "views/s", note=note))
+            rows.append(Row("  resident, this process", resident("self"), "MiB"))
+        return rows
+
+
+def make_many(folder: Path, count: int) -> None:
+    """`count` names, in a hundred classes, of a hundred small JPEGs of several sizes."""
+    random = np.random.default_rng(0)
+    for i in range(count):
+        file = folder / f"class_{i % 100:02}" / f"image_{i:08}.jpg"
+        if i < 100:
+            file.parent.mkdir(parents=True)
+            pixels = random.integers(0, 256, (16 + i % 9, 24, 3), dtype=np.uint8)
+            transforms.functional.to_pil_image(pixels).save(file)
+        else:
+            os.link(folder / f"class_{i % 100:02}" / f"image_{i % 100:08}.jpg", file)
+
+
+def resident(process: str) -> float:
+    """MiB of memory that a process has."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(int(x.split()[1]) for x in lines if x.startswith("VmRSS")) / 1024
+
+
 # ------------------------------------------------------------------------------------- the table
 
 
@@ -735,6 +874,7 @@ def benchmark(options: Options) -> dict[str, list[Row]]:
 
     add("limits", limits(setup))
     add("augmentation", augmentation(setup))
+    add("decoding", decoding(options))
     rows, step = compare(setup, options)
     add("whole step", rows)
     peak = {row.name: row.value for row in table["limits"]}
@@ -756,6 +896,9 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError(f"unknown loop {options.loop!r}; there are {', '.join(LOOPS)}")
         if options.nt_xent or options.loop:
             (measure_nt_xent if options.nt_xent else measure_loop)(options)
+            return
+        if options.files:
+            show(f"{options.files:,} files; {machine(torch.device('cpu'))}", many_files(options))
             return
         table = benchmark(options)
         results = {

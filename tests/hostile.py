@@ -1259,7 +1259,15 @@ def few_digits(dataset: str, split: str, data_dir: str | Path = "data") -> utils
     return ImageSet(images, torch.arange(n) % 10, tuple("0123456789"))
 
 
-LOAD_IMAGES, MAKE_MODEL = utils.load_images, simclr.make_model
+def few_splits(
+    dataset: str, splits: tuple[str, ...], data_dir: str | Path = "data"
+) -> list[utils.Images]:
+    if dataset != "digits":
+        return LOAD_SPLITS(dataset, splits, data_dir)
+    return [few_digits(dataset, split) for split in splits]
+
+
+LOAD_IMAGES, LOAD_SPLITS, MAKE_MODEL = utils.load_images, utils.load_splits, simclr.make_model
 
 
 def small_model(config: simclr.Config) -> simclr.SimCLR:
@@ -1283,7 +1291,11 @@ def little_work(all_of_it: bool = False) -> Iterator[None]:
     real = simclr.Pretraining.finish_epoch
     offline = mock.Mock(side_effect=urllib.error.URLError("no network here"))
     with contextlib.ExitStack() as stack:
-        patches = [(utils, "load_images", few_digits), (urllib.request, "urlopen", offline)]
+        patches = [
+            (utils, "load_images", few_digits),
+            (utils, "load_splits", few_splits),
+            (urllib.request, "urlopen", offline),
+        ]
         if not all_of_it:
             patches += [
                 (simclr, "make_model", small_model),

@@ -28,8 +28,8 @@ def test_every_group_is_measured(tmp_path, capsys, device, monkeypatch):
     results = json.loads(file.read_text())
     printed = capsys.readouterr().out
     groups = {
-        "limits", "augmentation", "whole step", "share of the step", "evaluation", "growth",
-        "micro-batches", "several processes",
+        "limits", "augmentation", "decoding", "whole step", "share of the step", "evaluation",
+        "growth", "micro-batches", "several processes",
     }  # fmt: skip
     assert results["table"].keys() == groups
     values = {row["name"]: row["value"] for rows in results["table"].values() for row in rows}

@@ -16,7 +16,7 @@ import pytest
 import scipy.io
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageFile
 from PIL.PngImagePlugin import PngImageFile
 from sklearn.datasets import load_digits
 
@@ -409,9 +409,9 @@ def test_whatever_a_decoder_raises_names_the_file(tmp_path, monkeypatch, write_i
     def load(_):
         raise error("strange")
 
-    file = write_image(tmp_path / "strange.jpg")
-    monkeypatch.setattr(Image.Image, "convert", load)
-    with pytest.raises(InputError, match=r"cannot read the image .*strange\.jpg \("):
+    file = write_image(tmp_path / "strange.png")
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    with pytest.raises(InputError, match=r"cannot read the image .*strange\.png \("):
         utils.read_image(file)
 
 
