@@ -183,6 +183,43 @@ def test_embeddings_and_knn_of_processes(world, group, tiny_config):
         assert other_knn == pytest.approx(knn, abs=1e-6)
 
 
+def streamed(config):
+    """Features of images on disk, some unreadable, after an epoch on them: also who is missing."""
+    with utils.together(CPU):
+        data = simclr.load_data(config, CPU)
+        run = simclr.Pretraining(simclr.resolve(config, data.pretrain, CPU), data, CPU)
+        views = torch.cat(list(run.batches()))
+        utils.agree_on_unreadable(data.pretrain)
+        missing = sorted(data.pretrain.unreadable)
+        data = simclr.load_data(config, CPU)
+        found = simclr.features(run.model.encoder, data.train, run.config, CPU)
+        return views, missing, found, data.train.labels_read, sorted(data.train.unreadable)
+
+
+def test_streamed_images_in_processes(group, tiny_config, tmp_path, write_image):
+    for i in range(14):
+        write_image(tmp_path / "images" / "train" / f"{i % 2}" / f"{i}.png", (20 + i, 24), seed=i)
+        write_image(tmp_path / "images" / "test" / f"{i % 2}" / f"{i}.png", (20 + i, 24), seed=i)
+    (tmp_path / "images" / "train" / "1" / "5.png").write_bytes(b"no image")
+    config = tiny_config(
+        dataset="folder", data_dir=str(tmp_path / "images"), recipe="digits", batch_size=12,
+        image_size=16, precision="float32", max_bad=0.2, workers=0,
+    )  # fmt: skip
+    shared = group(2, streamed, config)
+    views, missing, features, labels, missing_too = streamed(config)
+    assert len(missing) == len(missing_too) == 1
+    assert len(features) == len(labels) == 13
+    results = shared.results()
+    for other_views, *others in results:
+        assert len(other_views) == len(views) / 2
+        assert others[0] == missing
+        close(others[1], features)
+        close(others[2:], [labels, missing_too])
+    both = torch.stack([result[0].unflatten(0, (2, -1)) for result in results], 2)
+    close(both.flatten(1, 2).flatten(0, 1), views)
+    assert shared.said().count("goes on without it") == 2  # once for each time that it was loaded
+
+
 def exchanged():
     with utils.together(CPU):
         numbers = utils.largest(utils.rank(), -utils.rank())
