@@ -184,6 +184,9 @@ class OneLineParser(argparse.ArgumentParser):
         layout = argparse.RawDescriptionHelpFormatter
         super().__init__(formatter_class=layout, allow_abbrev=False, **options)
 
+    def print_help(self, file: IO[str] | None = None) -> None:
+        print(self.format_help(), end="", file=file)  # argparse hides that nobody reads on
+
     def error(self, message: str) -> NoReturn:
         exit_with_error(self.prog, InputError(f"{message} (see --help)"))
 

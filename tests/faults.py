@@ -54,7 +54,9 @@ import simclr
 import utils
 from utils import InputError
 
-TIMES = ("seconds", "knn_seconds", "views_per_second", "training_seconds")  # differ from run to run
+TIMES = (  # differ from run to run
+    "seconds", "knn_seconds", "views_per_second", "training_seconds", "monitoring_seconds",
+)  # fmt: skip
 PATIENCE = 300.0  # seconds that a run may take: it takes one or two, on a busy machine some more
 
 # ------------------------------------------------------------------------------------------- runs

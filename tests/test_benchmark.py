@@ -14,7 +14,7 @@ import benchmark
 def test_every_group_is_measured(tmp_path, capsys, device, monkeypatch):
     """The loops in this process: the test below has a real one of its own."""
 
-    def in_this_process(options, *flags):
+    def in_this_process(options, *flags, processes=1):
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             benchmark.main([*size.split(), "--device", options.device, *flags])
