@@ -1154,7 +1154,7 @@ class ImageFiles:
         before, self.unreadable = len(self.unreadable), self.unreadable | new
         if self.max_bad < 1:  # who takes any number of them reports them at the end
             for why in [*new.values()][: max(0, MOST_NAMED - before)]:
-                say(one_line(f"warning: {why}; the run goes on without it", LONGEST_MESSAGE))
+                say(one_line(f"warning: {why}; it is left out", LONGEST_MESSAGE))
             if before < MOST_NAMED <= count:
                 say("warning: more images that cannot be read are only counted")
 
@@ -1410,6 +1410,7 @@ def _list_file(root: Path) -> Path:
 
 
 def _stamp(folder: str | Path) -> tuple[int, int]:
+    """By which a folder that was changed, or another in its place, is known."""
     status = os.stat(folder)
     return status.st_mtime_ns, status.st_ino
 
@@ -1418,14 +1419,14 @@ def _keep_list(
     root: Path, names: list[str], folders: dict[str, tuple[int, int]], started: int
 ) -> None:
     """Keep the names for the next run, if they can be kept. folders: each with its stamp."""
-    if max(time for time, _ in folders.values()) > started - SETTLED:
+    if max(changed for changed, _ in folders.values()) > started - SETTLED:
         return
     buffer = io.BytesIO()
     np.savez(
         buffer,
         names=np.array([os.fsencode(name) for name in names]),
         folders=np.array([os.fsencode(folder) for folder in folders]),
-        stamps=np.array([*folders.values()], dtype=np.uint64),
+        stamps=np.array([b"%d %d" % stamp for stamp in folders.values()]),
     )
     with contextlib.suppress(InputError, RuntimeError):  # no home, no room: it is walked again
         write_atomically(_list_file(root), buffer.getbuffer())
@@ -1436,7 +1437,7 @@ def _known_list(root: Path) -> list[str] | None:
     try:
         with np.load(_list_file(root), allow_pickle=False) as kept:
             folders = [os.fsdecode(folder) for folder in kept["folders"]]
-            stamps = np.array([_stamp(root / folder) for folder in folders], dtype=np.uint64)
+            stamps = np.array([b"%d %d" % _stamp(root / folder) for folder in folders])
             if np.array_equal(stamps, kept["stamps"]):
                 return [os.fsdecode(name) for name in kept["names"]]
     except Exception:  # there is none, it is damaged, or a folder is gone
@@ -1899,12 +1900,12 @@ def decoded_batches(
     workers: int,
     device: torch.device,
 ) -> Iterator[Tensor]:
-    """Decode and crop files in worker processes, in order: uint8 (N, V, 3, size, size) a batch,
-    with the channels last in memory.
+    """Decode and crop files in worker processes, in order.
 
+    Yields uint8 (N, V, 3, size, size) a batch, on `device`, with the channels last in memory.
     batches: for each batch rows of `files`, int64 (N,), and arguments (N, …) for `boxes`, see Job.
-    workers: processes, 0 for none. The result, on `device`, does not depend on them. A file that
-    cannot be read is noted in files.unreadable. With boxes, where each batch needs all its images,
+    workers: processes, 0 for none; the result does not depend on them. A file that cannot be read
+    is noted in files.unreadable. With boxes, where each batch needs all its images,
     the next readable file takes its place, with the same argument; without, it is left out.
     Raises InputError where the files do not allow for (more of) them.
     """

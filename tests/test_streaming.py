@@ -230,6 +230,7 @@ def test_workers_stay_and_ones_left_early_start_afresh(photos, streamed_config, 
 
 def test_two_passes_at_a_time_do_not_meet(photos):
     data = streamed(photos)
+    list(data.batches(SIDE, 3, CPU, workers=1))  # leaves a worker that one of them takes
     one, two = (data.batches(SIDE, 3, CPU, workers=1) for _ in range(2))
     for a, b in zip(one, two, strict=True):
         assert torch.equal(a, b)
@@ -347,12 +348,15 @@ def test_features_and_labels_stay_aligned(own_photos, streamed_config, capsys):
     whole = simclr.features(model.encoder, data.train, config, CPU)
     names = [os.fsdecode(path) for path in data.train.paths]
     bad = names[1], names[-2]
+    good = (own_photos / bad[0]).read_bytes()
     break_files(own_photos, *bad)
     for _ in range(2):
         h = simclr.features(model.encoder, data.train, config, CPU)
         kept = [i for i, name in enumerate(names) if name not in bad]
         assert torch.allclose(h, whole[kept], atol=1e-5)
         assert data.train.labels_read.tolist() == [label[names[i]] for i in kept]
+        (own_photos / bad[0]).write_bytes(good)  # comes too late for this run
+    break_files(own_photos, bad[0])
     assert 0 <= simclr.knn_accuracy(model.encoder, data, config, CPU) <= 1
     evaluated = simclr.readable(data, config)
     assert len(evaluated.train) == len(names) - 2
@@ -365,7 +369,7 @@ def log(config):
 
 
 def test_a_run_goes_on_with_unreadable_files_and_resumes_alike(
-    own_photos, streamed_config, monkeypatch, unjudged
+    own_photos, streamed_config, monkeypatch, unjudged, capsys
 ):
     data = simclr.load_data(streamed_config(own_photos), CPU)
     train, test = (os.fsdecode(part.paths[2]) for part in (data.train, data.test))
@@ -392,8 +396,10 @@ def test_a_run_goes_on_with_unreadable_files_and_resumes_alike(
     assert state["position"]["epoch"] == 1
     assert state["position"]["step"] == 2
     assert len(state["unreadable"]) == 1
+    assert train in capsys.readouterr().err
     simclr.run(streamed_config(own_photos, run="cut", **options, workers=2))
     assert log(cut) == log(whole)
+    assert train not in capsys.readouterr().err  # it has been named
 
 
 def test_more_than_max_bad_ends_a_run_saved(own_photos, streamed_config, monkeypatch, unjudged):
@@ -515,6 +521,8 @@ def test_images_in_memory_have_a_digest_too(tmp_path, write_image, streamed_conf
     data = simclr.load_data(config, CPU)
     assert isinstance(data.train, utils.ImageSet)
     before = utils.file_digest(data.train)
+    labelled = utils.ImageSet(data.train.images, torch.arange(4), tuple("abcd"), data.train.paths)
+    assert utils.file_digest(labelled) != before
     data.train.paths = data.train.paths[::-1].copy()
     assert len(before) == 64
     assert utils.file_digest(data.train) != before
