@@ -46,9 +46,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets as tv_datasets
-from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
+
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:  # deprecated since torchvision 0.29; PIL does it, too, somewhat slower
+    decode_jpeg = None
 
 # ---------------------------------------------------------------------------------------- errors
 
@@ -1700,7 +1704,11 @@ class Photo:
         image = self.image
         plain = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
         alone = threading.current_thread() is threading.main_thread()  # as _silent() needs it
-        if not (plain and alone) or self.orientation != 1 or self.bytes > JPEG_BYTES:
+        if (
+            not (decode_jpeg and plain and alone)
+            or self.orientation != 1
+            or self.bytes > JPEG_BYTES
+        ):
             return None
         content = torch.empty(self.bytes, dtype=torch.uint8)
         image.fp.seek(0)

@@ -56,6 +56,14 @@ def tiny_config(tmp_path):
     return make
 
 
+@pytest.fixture(autouse=True)
+def own_workers():
+    """Processes that decode images keep what a test had changed: the next one gets others."""
+    yield
+    if "utils" in sys.modules:
+        sys.modules["utils"]._idle.clear()
+
+
 @pytest.fixture
 def no_figure(monkeypatch):
     """Leaves the drawing of the curves out, which takes longer than a tiny run itself."""
