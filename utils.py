@@ -1279,6 +1279,8 @@ def _naming(path: str | Path) -> Iterator[None]:
     """What PIL raises of a file, nearly any type, becomes an InputError that names it."""
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise InputError(f"cannot read the image {path} ({reason})") from error
@@ -1458,7 +1460,7 @@ class Job:
             done = 0
             for (i, photo), parts in zip(photos.items(), boxes, strict=True):
                 try:
-                    with photo:
+                    with photo, _naming(photo.path):
                         photo.crops(views[done], parts) if self.boxes else photo.center(views[done])
                     done += 1
                 except InputError as error:
@@ -1466,7 +1468,7 @@ class Job:
         return views[:done], bad
 
 
-JOB_IMAGES = 64  # that a worker decodes at a time: few enough that batches of any size stay small
+JOB_IMAGES = 64  # that a worker decodes at a time: so a batch of thousands is not one's in whole
 
 
 class _Jobs(Dataset):
@@ -1552,14 +1554,15 @@ def decoded_batches(
     Yields uint8 (N, V, 3, size, size) a batch, on `device`, with the channels last in memory.
     batches: for each batch rows of `files`, int64 (N,), and arguments (N, …) for `boxes`, see Job.
     workers: processes, 0 for none; the result does not depend on them. A file that cannot be read
-    is noted in files.unreadable. With boxes, where each batch needs all its images,
-    the next readable file takes its place, with the same argument; without, it is left out.
-    Raises InputError where the files do not allow for (more of) them.
+    is noted in files.unreadable. With boxes, where each batch needs all its images, the next
+    readable file takes its place, with the same argument; without, it is left out. Raises
+    InputError where the files do not allow for (more of) them.
     """
     waiting: collections.deque[tuple[Tensor, np.ndarray | None]] = collections.deque()
+    root = files.root.absolute()  # the workers may have begun in another folder
 
     def job(rows: Tensor, arguments: np.ndarray | None) -> Job:
-        return Job(files.root, files.paths[rows.numpy()], size, boxes, arguments)
+        return Job(root, files.paths[rows.numpy()], size, boxes, arguments)
 
     def parts(rows: Tensor, arguments: np.ndarray | None) -> Iterator[Any]:
         for i in range(0, len(rows), JOB_IMAGES):

@@ -202,6 +202,12 @@ def test_views_do_not_depend_on_workers_jobs_or_where_an_epoch_begins(
     assert torch.equal(alone[1], last)
 
 
+def test_a_folder_is_found_from_where_the_run_is(photos, monkeypatch):
+    list(streamed(photos).batches(SIDE, 6, CPU, workers=1))  # begins a worker, elsewhere
+    monkeypatch.chdir(photos)
+    assert len(list(streamed(Path("a")).batches(SIDE, 5, CPU, workers=1))) == 2
+
+
 def workers_of(process):
     """Process ids of its children."""
     tasks = Path(f"/proc/{process}/task")
@@ -245,9 +251,10 @@ from pathlib import Path
 torch.utils.data._utils.worker.MP_STATUS_CHECK_INTERVAL = 0.5  # s, between looks at the parent
 data = test_streaming.streamed(Path(sys.argv[2]))
 with utils.locked(Path(sys.argv[3])) as free:
-    for views in data.batches(16, 1, torch.device("cpu"), workers=2):
-        print(torch.get_num_threads(), flush=True)
-        time.sleep(100)
+    batches = data.batches(16, 1, torch.device("cpu"), workers=2)
+    one_of_each = next(batches), next(batches)  # so both have begun
+    print("working", flush=True)
+    time.sleep(100)
 """
 
 
