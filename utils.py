@@ -28,6 +28,7 @@ import tarfile
 import threading
 import time
 import warnings
+import weakref
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -1500,6 +1501,7 @@ def _become_worker(_: int) -> None:
 
 
 _idle: dict[tuple[int, bool], DataLoader] = {}  # with their processes, which wait for work
+_iterators: weakref.WeakSet[Any] = weakref.WeakSet()  # of all that have processes
 
 
 def in_workers(
@@ -1522,23 +1524,27 @@ def in_workers(
             pin_memory=pin, worker_init_fn=_become_worker, persistent_workers=True,
         )  # fmt: skip
     loader.sampler.jobs = jobs
+    iterator = iter(loader)
+    _iterators.add(iterator)
+    atexit.unregister(_end_workers)
+    atexit.register(_end_workers)  # the last that is registered is called first: before torch's own
     try:
-        yield from loader
+        yield from iterator
     except GeneratorExit:  # left early, as where a run is saved: the next call drops what is left
-        _keep(kind, loader)
+        _idle[kind] = loader
         raise
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
         reason = one_line(str(error), 300)
         raise InputError(f"a process that decodes images died: {reason}") from error
-    _keep(kind, loader)
-
-
-def _keep(kind: tuple[int, bool], loader: DataLoader) -> None:
     _idle[kind] = loader
-    atexit.unregister(_idle.clear)
-    atexit.register(_idle.clear)  # the last that is registered is called first: before torch's own
+
+
+def _end_workers() -> None:
+    """Those, too, that an exception on its way out still holds: they would be waited for."""
+    for iterator in [*_iterators]:
+        iterator._shutdown_workers()
 
 
 def decoded_batches(
@@ -1594,12 +1600,12 @@ def decoded_batches(
             views = torch.stack(whole)
         return views.to(device, non_blocking=True)  # as bytes, and with the channels last
 
-    done = in_workers(jobs(), workers, pin=device.type == "cuda")
-    for first in done:
-        results = zip(parts(*waiting.popleft()), itertools.chain([first], done), strict=False)
-        pieces = [piece for piece in itertools.starmap(mended, results) if len(piece)]
-        if pieces:
-            yield torch.cat(pieces).permute(0, 1, 4, 2, 3)
+    with contextlib.closing(in_workers(jobs(), workers, pin=device.type == "cuda")) as done:
+        for first in done:
+            results = zip(parts(*waiting.popleft()), itertools.chain([first], done), strict=False)
+            pieces = [piece for piece in itertools.starmap(mended, results) if len(piece)]
+            if pieces:
+                yield torch.cat(pieces).permute(0, 1, 4, 2, 3)
 
 
 # ------------------------------------------------------------------------------------- embedding

@@ -284,6 +284,27 @@ def test_workers_die_with_a_killed_run_and_keep_no_lock(photos, tmp_path):
     assert not any(alive(worker) for worker in workers)
 
 
+FAILING = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch, test_streaming
+from pathlib import Path
+for views in test_streaming.streamed(Path(sys.argv[2])).batches(16, 1, torch.device("cpu"), 2):
+    raise SystemExit(3)
+"""
+
+
+def test_a_program_that_fails_does_not_wait_for_its_workers(photos):
+    here = str(Path(__file__).parent)
+    path = os.pathsep.join([here, str(Path(here).parent)])
+    done = subprocess.run(
+        [sys.executable, "-c", FAILING, here, str(photos)], check=False, capture_output=True,
+        env={**os.environ, "PYTHONPATH": path}, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 3
+    assert not done.stderr
+
+
 def alive(process):
     try:
         return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
