@@ -345,6 +345,11 @@ def test_an_unreadable_file_is_replaced_named_once_and_counted(own_photos, strea
     assert torch.equal(views_of(config, streamed(own_photos))[0], views)
 
 
+def test_a_run_begins_though_the_first_file_is_unreadable(own_photos):
+    (own_photos / "a" / "00.jpg").write_bytes(b"no image")
+    assert len(utils.load_images("folder", "pretrain", own_photos)) == 16
+
+
 def test_too_many_of_them_are_an_error_that_names_them(own_photos, streamed_config, capsys):
     config = streamed_config(own_photos)
     names = ["a/00.jpg", "a/02.jpg", "b/01.jpg", "b/03.jpg"]
