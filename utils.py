@@ -30,6 +30,7 @@ import tarfile
 import threading
 import time
 import warnings
+import weakref
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -1636,6 +1637,8 @@ def _naming(path: str | Path) -> Iterator[None]:
     """What PIL raises of a file, nearly any type, becomes an InputError that names it."""
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise InputError(f"cannot read the image {path} ({reason})") from error
@@ -1819,7 +1822,7 @@ class Job:
             done = 0
             for (i, photo), parts in zip(photos.items(), boxes, strict=True):
                 try:
-                    with photo:
+                    with photo, _naming(photo.path):
                         photo.crops(views[done], parts) if self.boxes else photo.center(views[done])
                     done += 1
                 except InputError as error:
@@ -1827,7 +1830,7 @@ class Job:
         return views[:done], bad
 
 
-JOB_IMAGES = 64  # that a worker decodes at a time: few enough that batches of any size stay small
+JOB_IMAGES = 64  # that a worker decodes at a time: so a batch of thousands is not one's in whole
 
 
 class _Jobs(Dataset):
@@ -1859,6 +1862,7 @@ def _become_worker(_: int) -> None:
 
 
 _idle: dict[tuple[int, bool], DataLoader] = {}  # with their processes, which wait for work
+_iterators: weakref.WeakSet[Any] = weakref.WeakSet()  # of all that have processes
 
 
 def in_workers(
@@ -1881,23 +1885,27 @@ def in_workers(
             pin_memory=pin, worker_init_fn=_become_worker, persistent_workers=True,
         )  # fmt: skip
     loader.sampler.jobs = jobs
+    iterator = iter(loader)
+    _iterators.add(iterator)
+    atexit.unregister(_end_workers)
+    atexit.register(_end_workers)  # the last that is registered is called first: before torch's own
     try:
-        yield from loader
+        yield from iterator
     except GeneratorExit:  # left early, as where a run is saved: the next call drops what is left
-        _keep(kind, loader)
+        _idle[kind] = loader
         raise
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
         reason = one_line(str(error), 300)
         raise InputError(f"a process that decodes images died: {reason}") from error
-    _keep(kind, loader)
-
-
-def _keep(kind: tuple[int, bool], loader: DataLoader) -> None:
     _idle[kind] = loader
-    atexit.unregister(_idle.clear)
-    atexit.register(_idle.clear)  # the last that is registered is called first: before torch's own
+
+
+def _end_workers() -> None:
+    """Those, too, that an exception on its way out still holds: they would be waited for."""
+    for iterator in [*_iterators]:
+        iterator._shutdown_workers()
 
 
 def decoded_batches(
@@ -1913,14 +1921,15 @@ def decoded_batches(
     Yields uint8 (N, V, 3, size, size) a batch, on `device`, with the channels last in memory.
     batches: for each batch rows of `files`, int64 (N,), and arguments (N, …) for `boxes`, see Job.
     workers: processes, 0 for none; the result does not depend on them. A file that cannot be read
-    is noted in files.unreadable. With boxes, where each batch needs all its images,
-    the next readable file takes its place, with the same argument; without, it is left out.
-    Raises InputError where the files do not allow for (more of) them.
+    is noted in files.unreadable. With boxes, where each batch needs all its images, the next
+    readable file takes its place, with the same argument; without, it is left out. Raises
+    InputError where the files do not allow for (more of) them.
     """
     waiting: collections.deque[tuple[Tensor, np.ndarray | None]] = collections.deque()
+    root = files.root.absolute()  # the workers may have begun in another folder
 
     def job(rows: Tensor, arguments: np.ndarray | None) -> Job:
-        return Job(files.root, files.paths[rows.numpy()], size, boxes, arguments)
+        return Job(root, files.paths[rows.numpy()], size, boxes, arguments)
 
     def parts(rows: Tensor, arguments: np.ndarray | None) -> Iterator[Any]:
         for i in range(0, len(rows), JOB_IMAGES):
@@ -1952,12 +1961,12 @@ def decoded_batches(
             views = torch.stack(whole)
         return views.to(device, non_blocking=True)  # as bytes, and with the channels last
 
-    done = in_workers(jobs(), workers, pin=device.type == "cuda")
-    for first in done:
-        results = zip(parts(*waiting.popleft()), itertools.chain([first], done), strict=False)
-        pieces = [piece for piece in itertools.starmap(mended, results) if len(piece)]
-        if pieces:
-            yield torch.cat(pieces).permute(0, 1, 4, 2, 3)
+    with contextlib.closing(in_workers(jobs(), workers, pin=device.type == "cuda")) as done:
+        for first in done:
+            results = zip(parts(*waiting.popleft()), itertools.chain([first], done), strict=False)
+            pieces = [piece for piece in itertools.starmap(mended, results) if len(piece)]
+            if pieces:
+                yield torch.cat(pieces).permute(0, 1, 4, 2, 3)
 
 
 # ------------------------------------------------------------------------------------- embedding

@@ -202,6 +202,12 @@ def test_views_do_not_depend_on_workers_jobs_or_where_an_epoch_begins(
     assert torch.equal(alone[1], last)
 
 
+def test_a_folder_is_found_from_where_the_run_is(photos, monkeypatch):
+    list(streamed(photos).batches(SIDE, 6, CPU, workers=1))  # begins a worker, elsewhere
+    monkeypatch.chdir(photos)
+    assert len(list(streamed(Path("a")).batches(SIDE, 5, CPU, workers=1))) == 2
+
+
 def workers_of(process):
     """Process ids of its children."""
     tasks = Path(f"/proc/{process}/task")
@@ -245,9 +251,10 @@ from pathlib import Path
 torch.utils.data._utils.worker.MP_STATUS_CHECK_INTERVAL = 0.5  # s, between looks at the parent
 data = test_streaming.streamed(Path(sys.argv[2]))
 with utils.locked(Path(sys.argv[3])) as free:
-    for views in data.batches(16, 1, torch.device("cpu"), workers=2):
-        print(torch.get_num_threads(), flush=True)
-        time.sleep(100)
+    batches = data.batches(16, 1, torch.device("cpu"), workers=2)
+    one_of_each = next(batches), next(batches)  # so both have begun
+    print("working", flush=True)
+    time.sleep(100)
 """
 
 
@@ -275,6 +282,27 @@ def test_workers_die_with_a_killed_run_and_keep_no_lock(photos, tmp_path):
     while any(alive(worker) for worker in workers) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(alive(worker) for worker in workers)
+
+
+FAILING = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch, test_streaming
+from pathlib import Path
+for views in test_streaming.streamed(Path(sys.argv[2])).batches(16, 1, torch.device("cpu"), 2):
+    raise SystemExit(3)
+"""
+
+
+def test_a_program_that_fails_does_not_wait_for_its_workers(photos):
+    here = str(Path(__file__).parent)
+    path = os.pathsep.join([here, str(Path(here).parent)])
+    done = subprocess.run(
+        [sys.executable, "-c", FAILING, here, str(photos)], check=False, capture_output=True,
+        env={**os.environ, "PYTHONPATH": path}, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 3
+    assert not done.stderr
 
 
 def alive(process):
@@ -315,6 +343,11 @@ def test_an_unreadable_file_is_replaced_named_once_and_counted(own_photos, strea
     }.items():
         (own_photos / bad).write_bytes((own_photos / good).read_bytes())
     assert torch.equal(views_of(config, streamed(own_photos))[0], views)
+
+
+def test_a_run_begins_though_the_first_file_is_unreadable(own_photos):
+    (own_photos / "a" / "00.jpg").write_bytes(b"no image")
+    assert len(utils.load_images("folder", "pretrain", own_photos)) == 16
 
 
 def test_too_many_of_them_are_an_error_that_names_them(own_photos, streamed_config, capsys):
