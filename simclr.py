@@ -135,7 +135,7 @@ class Config:
     )  # fmt: skip
     knn_every: int = setting(10, "epochs between measurements of kNN accuracy; 0: only at the end")
     stop_at_knn: float = setting(
-        0.0, "kNN accuracy in [0, 1] at which the run ends before its last epoch; 0: none"
+        0.0, "kNN accuracy in [0, 1], on the test images, at which the run ends early; 0: none"
     )
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", identity=False)
     workers: int = setting(
@@ -297,6 +297,8 @@ def resolve(config: Config, data: Images, device: torch.device) -> Config:
         long = config.epochs * batch_count(config, len(data))[1] >= COMPILE_STEPS
         plain = not config.micro_batch and utils.world_size() == 1
         compiled = "on" if device.type == "cuda" and long and plain else "off"
+    if compiled == "on" and utils.world_size() > 1:
+        raise InputError(f"{flag('compile')} on: not with several processes")
     data_dir = config.data_dir
     if config.dataset == "folder":
         data_dir = str(Path(data_dir).resolve())
@@ -1030,6 +1032,8 @@ def check_parts(config: Config, n: int) -> None:
     Each process gets the same number of images, and each of them computes as many at a time.
     """
     processes, batch = utils.world_size(), batch_count(config, n)[0]
+    if batch < processes:
+        raise InputError(f"a batch of {batch} images is too small for {processes} processes")
     micro = config.micro_batch or batch
     if micro > batch:
         raise InputError(f"{flag('micro_batch')} {micro} is larger than the batch of {batch}")
@@ -1168,7 +1172,7 @@ def train_epoch(
         if after_step():
             break
     numbers = [*sums, mean_cosine(z)]
-    # the only wait for the device
+    # the only wait for the device, but for SyncBatchNorm's
     position.loss_sum, position.accuracy_sum, position.cosine = torch.stack(numbers).tolist()
     position.seconds += time.perf_counter() - started
 
@@ -1442,6 +1446,7 @@ class Pretraining:
             with contextlib.suppress(FileNotFoundError):  # somebody deleted it
                 os.replace(self.checkpoint, previous)
         elif not self.saved:
+            utils.mark(OVERWRITTEN)
             for file in (folder / SUMMARY, *kept_checkpoints(folder), previous):
                 file.unlink(missing_ok=True)
 
@@ -1454,7 +1459,8 @@ class Pretraining:
         """Raise InputError now if checkpoints cannot be written, and not after hours."""
         trial = self.config.folder / TRIAL
         utils.save_checkpoint(trial, self.state())
-        trial.unlink(missing_ok=True)
+        if utils.is_first():
+            trial.unlink(missing_ok=True)
 
     def keep(self) -> None:
         """Write the checkpoint that later ones do not replace, if one is due and not there."""
@@ -1496,37 +1502,35 @@ class Pretraining:
             utils.Progress(total, done + self.position.step, unit="step") as progress,
         ):
 
-            def decide() -> list[int]:
-                """The signal that asks to stop, or 0, and whether to save: for all processes."""
-                return utils.largest(stop.signal or 0, time.monotonic() >= self.next_save)
+            def ask(problem: InputError | None = None) -> bool:
+                """Whether to leave the epoch, and why; of several processes each gets the same."""
+                nonlocal signal, save, error
+                signal, save, failed = utils.largest(
+                    stop.signal or 0, time.monotonic() >= self.next_save, problem is not None
+                )
+                error = utils.common_error(problem) if failed else None
+                return bool(signal or save or failed)
 
-            def after_step() -> bool:
-                progress.advance()
-                decided[:] = decide()
-                return any(decided)
-
-            decided = [0, 0]
+            signal, save, error = 0, 0, None
             while not self.complete:
-                batches = UntilError(self.batches())
                 train_epoch(
-                    network, self.optimizer, batches, self.rate, self.loss,
-                    self.config.precision, self.position, after_step, self.pieces,
+                    network, self.optimizer, until(ask, self.batches()), self.rate, self.loss,
+                    self.config.precision, self.position, progress.advance, self.pieces,
                 )  # fmt: skip
                 self.check_finite()
-                signal = decided[0]
                 if self.position.step < self.steps:
-                    if signal or batches.error:
-                        self.stop_inside_epoch(batches.error, signal)
+                    if signal or error:
+                        self.stop_inside_epoch(error, signal)
                     self.forgiving(self.save)
                     continue
                 row = self.finish_epoch()
-                signal, save = decide()
+                ask()
                 due = save or not self.saved or self.position.epoch % self.config.save_every == 0
                 if self.complete or signal:
                     self.save()
                 elif not (due and self.forgiving(self.save)) and self.saved:
                     self.bring_up_to_date()
-                if figure.due or self.complete:
+                if figure.due or (self.complete and utils.is_first()):
                     self.forgiving(figure.draw, self.log)
                 progress.show(*describe(row, self.log, self.config), last=self.complete)
                 if signal:
@@ -1546,7 +1550,8 @@ class Pretraining:
         size = self.config.image_size
         count = 2 * self.batch_size // self.pieces // utils.world_size()
         views = torch.zeros(count, 3, size, size, device=self.device)
-        plain, network = network, torch.compile(network.train(), **COMPILE)
+        graphs = {} if self.config.micro_batch else COMPILE  # which write over a piece's z
+        plain, network = network, torch.compile(network.train(), **graphs)
         started = time.perf_counter()
         try:
             for _ in range(COMPILE_WARMUP):
@@ -1588,7 +1593,14 @@ class Pretraining:
             )
 
     def finish_epoch(self) -> dict:
-        """Move to the next epoch; measure kNN if it is due. Returns the row that was logged."""
+        """Move to the next epoch; measure kNN if it is due. Returns the row that was logged.
+
+        Raises InputError, after saving, if several processes together met too many bad files.
+        """
+        try:
+            utils.agree_on_unreadable(self.data.pretrain)
+        except InputError as error:
+            self.stop_inside_epoch(error, 0)
         position, views = self.position, 2 * self.batch_size * self.steps
         row = {
             "epoch": position.epoch + 1,
@@ -1609,7 +1621,6 @@ class Pretraining:
             started = time.perf_counter()
             row["knn"] = knn_accuracy(self.model.encoder, self.data, self.config, self.device)
             row["knn_seconds"] = round(time.perf_counter() - started, 3)
-        utils.agree_on_unreadable(self.data.pretrain)
         if bad := len(self.data.pretrain.unreadable):
             row["unreadable"] = bad
         self.log.append(row)
@@ -1625,20 +1636,20 @@ COMPILE = {"mode": "reduce-overhead"}  # of torch.compile: on CUDA with CUDA gra
 COMPILE_WARMUP = 3  # steps: the first compiles, CUDA graphs are recorded in the second
 
 
-class UntilError(Iterable[Tensor]):
-    """Goes through batches up to one that cannot be read. error: why, afterwards."""
-
-    def __init__(self, batches: Iterable[Tensor]) -> None:
-        self.batches = batches
-        self.error: InputError | None = None
-
-    def __iter__(self) -> Iterator[Tensor]:
+def until(ask: Callable[[InputError | None], bool], batches: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The batches, up to where ask() says to leave: it is told why a batch cannot be made."""
+    while True:
+        batch = error = None
         try:
-            yield from self.batches
-        except InputError as error:
-            self.error = error
+            batch = next(batches, None)
+        except InputError as problem:
+            error = problem
+        if ask(error) or batch is None:
+            return
+        yield batch
 
 
+OVERWRITTEN = "overwritten"  # what torchrun's processes, started again, must not do once more
 COLLAPSED = 0.9999  # mean cosine
 COLLAPSE = "all views have the same z: the network has collapsed, or the images are all alike"
 SUMMARY = "summary.json"
@@ -1968,13 +1979,17 @@ def knn_accuracy(
     encoder: Callable[[Tensor], Tensor], data: Data, config: Config, device: torch.device
 ) -> float:
     """Test accuracy in [0, 1] of k = 10 nearest neighbours by cosine among the training images."""
-    train, test = (features(encoder, part, config, device) for part in (data.train, data.test))
-    labels, truth = data.train.labels_read, data.test.labels_read
-    mine = utils.share(len(test)).to(device)
-    predicted = utils.knn_predict(
-        train, labels, test[mine], len(data.train.classes), KNN_NEIGHBOURS
+    return knn_of(
+        *(features(encoder, part, config, device) for part in (data.train, data.test)), data
     )
-    return utils.accuracy(utils.gathered(predicted, len(test)), truth)
+
+
+def knn_of(train: Tensor, test: Tensor, data: Data) -> float:
+    """knn_accuracy() of features (N, D), (M, D). Several processes classify a share each."""
+    mine, classes = utils.share(len(test)).to(test.device), len(data.train.classes)
+    labels = data.train.labels_read
+    predicted = utils.knn_predict(train, labels, test[mine], classes, KNN_NEIGHBOURS)
+    return utils.accuracy(utils.gathered(predicted, len(test)), data.test.labels_read)
 
 
 def evaluate(model: SimCLR, data: Data, config: Config, device: torch.device) -> dict[str, dict]:
@@ -1992,8 +2007,7 @@ def evaluate(model: SimCLR, data: Data, config: Config, device: torch.device) ->
         encoder = compared[name]
         x, x_test = (features(encoder, part, config, device) for part in (data.train, data.test))
         y, y_test = data.train.labels_read, data.test.labels_read
-        predicted = utils.knn_predict(x, y, x_test, classes, KNN_NEIGHBOURS)
-        results["knn"][name] = utils.accuracy(predicted, y_test)
+        results["knn"][name] = knn_of(x, x_test, data)
         x, x_test = utils.standardize(x, x_test)  # the l2 penalty means the same for all three
         few = []
         for draw in range(LABEL_DRAWS):
@@ -2092,7 +2106,7 @@ class FigureKeeper:
 
     @property
     def due(self) -> bool:
-        return time.perf_counter() >= self._next
+        return utils.is_first() and time.perf_counter() >= self._next
 
     def draw(self, log: Sequence[dict], baselines: dict[str, float] | None = None) -> None:
         started = time.perf_counter()
@@ -2368,13 +2382,14 @@ def run(config: Config, overwrite: bool = False) -> dict:
     """
     device = utils.choose_device(config.device)
     with utils.together(device):
-        return run_on(config, device, overwrite and not utils.restarts())
+        return run_on(config, device, overwrite and not utils.from_first(utils.marked, OVERWRITTEN))
 
 
 def run_on(config: Config, device: torch.device, overwrite: bool) -> dict:
     """run() on a device, in one process or in several that work together."""
     data = load_data(config, device)
     as_given, config = config, resolve(config, data.pretrain, device)
+    check_alike(config, data)
     print(describe_config(config))
     summary = None if overwrite else utils.from_first(finished_summary, config, data)
     if summary is not None:
@@ -2404,6 +2419,19 @@ def run_on(config: Config, device: torch.device, overwrite: bool) -> dict:
         f"{next_steps(as_given)}"
     )
     return summary
+
+
+def check_alike(config: Config, data: Data) -> None:
+    """Raise InputError if processes that are to work together have other settings or images."""
+    facts = {
+        flag(f.name): getattr(config, f.name)
+        for f in dataclasses.fields(config)
+        if f.metadata["identity"] or f.name in ("run", "max_bad", "compile")
+    }
+    for split in ("pretrain", "train", "test"):
+        part = getattr(data, split)
+        facts[f"images ({split})"] = (len(part), utils.file_digest(part))
+    utils.check_alike(facts)
 
 
 def place(device: torch.device) -> str:

@@ -974,8 +974,10 @@ def describe(scene: Scene, options: Options) -> str:
 @utils.quiet_without_reader()
 def main(argv: Sequence[str] | None = None) -> None:
     try:
-        started = time.perf_counter()
-        written = draw(*parse_command_line(argv))
+        started, arguments = time.perf_counter(), parse_command_line(argv)
+        if utils.launched().rank:
+            return  # of torchrun's processes one draws
+        written = draw(*arguments)
         print(f"{'in all':56}{time.perf_counter() - started:7.1f} s")
         print("\n".join(str(path) for path in written))
     except InputError as error:

@@ -22,6 +22,7 @@ import json
 import math
 import os
 import pickletools
+import re
 import shlex
 import signal
 import stat
@@ -677,6 +678,8 @@ def choose_device(name: str) -> torch.device:
         raise InputError(f"--device {name} is not available here ({reason})") from error
     if device.type not in ("cpu", "cuda", "mps"):
         raise InputError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
+    if device.type == "cuda" and place.size > 1:
+        torch.cuda.set_device(device)  # so that nothing is put on the first GPU by all of them
     make_fast(device)
     return device
 
@@ -866,7 +869,6 @@ def together(device: torch.device) -> Iterator[None]:
         return
     backend = "gloo"
     if device.type == "cuda":
-        torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
         if not dist.is_nccl_available():
             raise InputError("several processes on GPUs need NCCL, which this torch has not")
@@ -881,8 +883,8 @@ def together(device: torch.device) -> Iterator[None]:
         if not isinstance(error, dist.DistError) and not any(x in str(error) for x in LOST):
             raise
         raise InputError(
-            f"process {place.rank} lost another one of the run, which ended or cannot be reached "
-            f"({one_line(str(error), 80)}); torchrun --max-restarts continues by itself"
+            f"process {place.rank} lost another one of the run, which ended or cannot be reached; "
+            f"torchrun --max-restarts continues by itself ({without_place(str(error))})"
         ) from error
     dist.destroy_process_group()  # not after an error: the others would be first to say something
 
@@ -890,9 +892,40 @@ def together(device: torch.device) -> Iterator[None]:
 LOST = ("gloo", "NCCL", "onnection closed", "onnection reset")  # of torch's texts
 
 
+def without_place(message: str) -> str:
+    """A message of torch's without the line of C++ that it begins with."""
+    return one_line(re.sub(r"^\[[^\]]*:\d+\] *", "", message), 500)
+
+
 def restarts() -> int:
     """How often torchrun has started this process again after a failure."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def mark(name: str) -> None:
+    """Note something for the processes that torchrun starts in place of these: see marked()."""
+    if launched().size > 1:
+        _store().underlying_store.set(name, "yes")
+
+
+def marked(name: str) -> bool:
+    """Whether mark() was called, also before torchrun started these processes again."""
+    return launched().size > 1 and _store().underlying_store.check([name])
+
+
+def common_error(error: InputError | None) -> InputError:
+    """The error of one process, in all. Some have one, the others give None."""
+    if error and world_size() == 1:
+        return error
+    return InputError(next(iter(united({rank(): str(error)} if error else {}).values())))
+
+
+def check_alike(facts: dict[str, Any]) -> None:
+    """Raise InputError, in all processes, if they do not all have the same."""
+    every = united({rank(): facts})
+    for other, theirs in every.items():
+        if differ := [name for name, value in theirs.items() if value != every[0][name]]:
+            raise InputError(f"process {other} has other {', '.join(differ)} than process 0")
 
 
 def largest(*numbers: int) -> list[int]:
@@ -922,9 +955,9 @@ def gathered(part: Tensor, n: int) -> Tensor:
     """All n rows, in all processes, of which each has computed its share(): -> (n, …)."""
     if world_size() == 1:
         return part
-    parts = [torch.empty_like(part) for _ in range(world_size())]
-    dist.all_gather(parts, part.contiguous())
-    return torch.cat(parts)[:n]
+    whole = part.new_empty(world_size(), *part.shape)
+    dist.all_gather([*whole.unbind()], part.contiguous())
+    return whole.flatten(0, 1)[:n]
 
 
 def united(values: dict) -> dict:
@@ -1336,10 +1369,19 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
             import fcntl
 
             folder.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(open(folder / ".lock", "a", encoding="utf-8"))
-            stack.callback((folder / ".lock").unlink, missing_ok=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            path = folder / ".lock"
+            while True:
+                lock = stack.enter_context(open(path, "a", encoding="utf-8"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if same_file(lock.fileno(), path):  # else whoever had it has just deleted it
+                    break
+            stack.callback(_remove, path)
         yield
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 @contextlib.contextmanager
@@ -1410,7 +1452,8 @@ def _list_file(root: Path) -> Path:
     """Where the names below `root` are kept: in $XDG_CACHE_HOME/simclr, or ~/.cache/simclr."""
     home = Path(os.environ.get("XDG_CACHE_HOME", ""))
     home = home if home.is_absolute() else Path.home() / ".cache"
-    name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:32]
+    key = os.fsencode(os.path.realpath(root)) + _suffixes().encode()
+    name = hashlib.sha256(key).hexdigest()[:32]
     return home / "simclr" / f"{name}.npz"
 
 
@@ -1843,6 +1886,9 @@ class _Jobs(Dataset):
     def __init__(self) -> None:
         self.jobs: Iterator[Job] = iter(())
 
+    def __getstate__(self) -> dict:
+        return {}  # processes that are not forked get a copy: the jobs stay here
+
     def __iter__(self) -> Iterator[Job]:
         return self.jobs
 
@@ -1943,6 +1989,8 @@ def decoded_batches(
 
     def another(row: int, argument: np.ndarray) -> Tensor:
         for other in itertools.chain(range(row + 1, len(files)), range(row)):
+            if other in files.unreadable:
+                continue
             views, bad = job(torch.tensor([other]), argument[None])()
             if not bad:
                 return views[0]
@@ -1999,9 +2047,8 @@ def embed(
             images = images.contiguous(memory_format=torch.channels_last)  # noqa: PLW2901
             with autocast(device, precision):
                 features.append(encoder(images).float())
-    if not features:
-        raise InputError("none of the images can be read")
-    return put_together(torch.cat(features), part, data)
+    found = torch.cat(features) if features else torch.empty(0, 0, device=device)
+    return put_together(found, part, data)
 
 
 def shared_out(data: Images) -> Images:
@@ -2022,15 +2069,22 @@ def note_of_part(part: ImageFiles, data: ImageFiles) -> None:
     """Note for the data which files cannot be read, as found in the part that each process has."""
     if part is not data:
         rows = share(len(data)).tolist()
-        data.note(united({rows[i]: why for i, why in part.unreadable.items()}), data.max_bad)
+        bad = united({rows[i]: why for i, why in part.unreadable.items()})
+        data.note(bad, math.ceil(data.max_bad))  # as one process does, see decoded_batches()
 
 
 def put_together(features: Tensor, part: Images, data: Images) -> Tensor:
-    """What each process computed of its part, for all of the data: (M, D) -> (N, D)."""
+    """What each process computed of its part, for all of the data: (M, D) -> (N, D).
+
+    Where none of its images could be read, a process has (0, 0). Raises InputError if all have.
+    """
+    dim = largest(features.shape[1])[0]
+    if not dim:
+        raise InputError("none of the images can be read")
     if isinstance(part, ImageSet) or part is data:
         return gathered(features, len(data))
     note_of_part(part, data)
-    padded = features.new_zeros(len(part), features.shape[1])
+    padded = torch.zeros(len(part), dim, device=features.device)
     padded[torch.from_numpy(part.readable()).to(features.device)] = features
     return gathered(padded, len(data))[torch.from_numpy(data.readable()).to(features.device)]
 

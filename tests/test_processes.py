@@ -51,12 +51,15 @@ def work(folder, environment, function, arguments):
 class Group:
     """A function in W processes that know each other as those of torchrun do."""
 
-    def __init__(self, folder, world, function, *arguments):
+    def __init__(self, folder, world, function, *arguments, store=None, restarts=0):
         self.folder, self.world = folder, world
-        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.store = store
+        if store is None:
+            self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         common = dict(
             WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, MASTER_ADDR="127.0.0.1",
             MASTER_PORT=self.store.port, TORCHELASTIC_USE_AGENT_STORE=True,
+            TORCHELASTIC_RESTART_COUNT=restarts,
         )  # fmt: skip
         self.processes = []
         for rank in range(world):
@@ -87,10 +90,10 @@ class Group:
 
 @pytest.fixture
 def group(tmp_path):
-    def start(world, function, *arguments):
+    def start(world, function, *arguments, **options):
         folder = tmp_path / f"group{len(list(tmp_path.glob('group*')))}"
         folder.mkdir()
-        return Group(folder, world, function, *arguments)
+        return Group(folder, world, function, *arguments, **options)
 
     return start
 
@@ -218,6 +221,77 @@ def test_streamed_images_in_processes(group, tiny_config, tmp_path, write_image)
     both = torch.stack([result[0].unflatten(0, (2, -1)) for result in results], 2)
     close(both.flatten(1, 2).flatten(0, 1), views)
     assert shared.said().count("warning: cannot read") == 2  # once for each time it was loaded
+
+
+@pytest.fixture
+def folder_config(tiny_config, tmp_path, write_image):
+    """Makes the configuration of a streamed folder, of which some files are damaged."""
+
+    def make(train=(), test=(), count=24, **options):
+        for split, damaged in (("train", train), ("test", test)):
+            for i in range(count):
+                file = tmp_path / "images" / split / f"{i % 2}" / f"{i:02}.png"
+                write_image(file, (20 + i, 24), seed=i)
+                if i in damaged:
+                    file.write_bytes(b"no image")
+        options = {**dict(batch_size=6, epochs=1, warmup_epochs=0.0, knn_every=1), **options}
+        return tiny_config(
+            dataset="folder", data_dir=str(tmp_path / "images"), recipe="digits", image_size=16,
+            workers=0, **options,
+        )  # fmt: skip
+
+    return make
+
+
+def batch_rows(config):
+    """Which files the processes of two meet in the first epoch: (steps, N / 2) of each."""
+    size, steps = simclr.batch_count(config, 24)
+    random = utils.generator("cpu", config.seed, simclr.SHUFFLE, 0)
+    order = torch.randperm(24, generator=random)[: size * steps].view(steps, size)
+    return order[:, 0::2], order[:, 1::2]
+
+
+def damaged_files(rows):
+    """The numbers of the files that are these rows of the list, which goes by classes."""
+    return [int(row) * 2 if row < 12 else (int(row) - 12) * 2 + 1 for row in rows]
+
+
+def run_to_the_end(config):
+    simclr.evaluate = lambda *_: {}
+    a_run(config)
+
+
+@pytest.mark.parametrize("where", ["one process", "both together"])
+def test_too_many_bad_files_end_all_processes_after_saving(where, group, folder_config):
+    plain = folder_config()
+    first, second = batch_rows(plain)
+    if where == "one process":  # in the last step: 2 of 24 are more than 0.05
+        bad = damaged_files(second[-1][:2])
+    else:  # 1 is less, 2 of the two are more
+        bad = damaged_files([first[-1][0], second[-1][0]])
+    config = folder_config(train=bad, max_bad=0.05)
+    for _ in range(2 if where == "one process" else 1):  # again: it has not gone past them
+        found = group(2, run_to_the_end, config)
+        assert found.codes() == [2, 2]
+        lines = [x for x in found.said().splitlines() if "error" in x]
+        assert len(lines) == 1
+        assert "2 of 24 images cannot be read" in lines[0]
+        position = utils.load_checkpoint(config.folder / simclr.CHECKPOINT)["position"]
+        assert (position["epoch"], position["step"]) == (0, 3 + (where != "one process"))
+    group(2, run_to_the_end, dataclasses.replace(config, max_bad=0.5)).results()
+    assert log_of(config.folder)[0]["unreadable"] > 0
+
+
+def test_bad_test_images_are_left_out_by_any_number_of_processes(group, folder_config):
+    """More than --max-bad of them, and in one process' share there is no other."""
+    config = folder_config(test=range(14, 24), max_bad=0.01, precision="float32")
+    found = group(3, run_to_the_end, config)
+    found.results()
+    alone = dataclasses.replace(config, run="alone")
+    group(1, run_to_the_end, alone).results()
+    knn = [log_of(c.folder)[0]["knn"] for c in (config, alone)]
+    assert knn[0] == pytest.approx(knn[1], abs=0.11)
+    assert knn[0] * 14 == pytest.approx(round(knn[0] * 14))
 
 
 def exchanged():
@@ -373,8 +447,10 @@ def a_run(config, fails=""):
         if fails == "error":
             simclr.Pretraining.finish_epoch = raise_an_error
         if fails == "signal":
-            epoch = simclr.train_epoch
-            simclr.train_epoch = lambda *a: (os.kill(os.getpid(), signal.SIGTERM), epoch(*a))
+            advance = utils.Progress.advance
+            utils.Progress.advance = lambda bar: (
+                advance(bar), os.kill(os.getpid(), signal.SIGTERM)
+            )  # fmt: skip
     simclr.main([*simclr.flags_of(config), "--checkpoints", config.checkpoints])
 
 
@@ -420,6 +496,64 @@ def test_the_others_end_when_one_does(fails, group, tiny_config):
     assert len(lines) == 1
     assert ("the cat sat" if fails == "error" else "lost another one") in lines[0]
     assert "Traceback" not in found.said()
+
+
+def other_settings(config):
+    a_run(dataclasses.replace(config, seed=int(os.environ["RANK"])))
+
+
+def other_images(config):
+    real = utils.load_splits
+    last = slice(None, -1) if os.environ["RANK"] == "1" else slice(None)
+
+    def load_splits(*arguments):
+        train, test = real(*arguments)
+        return train, utils.take(test, torch.arange(len(test))[last])
+
+    utils.load_splits = load_splits
+    a_run(config)
+
+
+@pytest.mark.parametrize(
+    ("differs", "message"), [(other_settings, "--seed"), (other_images, "images (test)")]
+)
+def test_processes_must_be_given_the_same(differs, message, group, tiny_config):
+    found = group(2, differs, tiny_config(**RUN))
+    assert found.codes() == [2, 2]
+    assert found.said().splitlines() == [
+        f"simclr.py: error: process 1 has other {message} than process 0"
+    ]
+
+
+def overwriting(config, killed):
+    """As torchrun starts a run anew, in the same store, after a kill."""
+    if killed:
+        save = utils.save_checkpoint
+
+        def save_checkpoint(path, *arguments, **options):
+            if path.name == simclr.CHECKPOINT and killed == "before":
+                os.kill(os.getpid(), signal.SIGKILL)
+            save(path, *arguments, **options)
+            if path.name == simclr.CHECKPOINT:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        utils.save_checkpoint = save_checkpoint
+    simclr.evaluate = lambda *_: {}
+    simclr.main([*simclr.flags_of(config), "--checkpoints", config.checkpoints, "--overwrite"])
+
+
+@pytest.mark.parametrize("killed", ["before", "after"])
+def test_a_run_that_is_overwritten_is_overwritten_once(killed, group, tiny_config, monkeypatch):
+    """Killed before its first checkpoint the old run is still there; after it the new one is."""
+    monkeypatch.setattr(simclr, "evaluate", lambda *_: {})
+    config = tiny_config(**{**RUN, "epochs": 2})
+    simclr.run(config)
+    first = group(2, overwriting, config, killed)
+    assert first.codes()[0] == -signal.SIGKILL
+    again = group(2, overwriting, config, "", store=first.store, restarts=1)
+    again.results()
+    assert ("continuing" in again.said("out")) == (killed == "after")
+    assert "is finished" not in again.said("out")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import simclr
 import utils
 from utils import ImageFiles, InputError
 
+ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 SIDE = 16  # px of all views here
 
@@ -583,3 +585,47 @@ def test_imagenets_layout(tmp_path, streamed_config):
     summary = simclr.run(streamed_config(tmp_path / "imagenet", epochs=1, max_bad=0.0))
     assert summary["images"] == 12
     assert set(summary["knn"]) == {"pixels", "untrained", "simclr"}
+
+
+SPAWNED = """
+import multiprocessing, sys
+sys.path.insert(0, sys.argv[1])
+import simclr
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    simclr.evaluate = lambda *_: {}
+    simclr.main(sys.argv[2:])
+"""
+
+
+def test_workers_that_are_not_forked(tmp_path, write_image):
+    """As on macOS, and on Linux from Python 3.14 on."""
+    for i in range(6):
+        write_image(tmp_path / "images" / f"{i}.png", (20 + i, 24), seed=i)
+    script = tmp_path / "spawned.py"
+    script.write_text(SPAWNED)
+    flags = "--dataset folder --data-dir images --recipe digits --image-size 16 --width 0.125"
+    done = subprocess.run(
+        [sys.executable, script, ROOT, *flags.split(), "--epochs", "1", "--batch-size", "6",
+         "--workers", "1", "--device", "cpu"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_damaged_folder_costs_one_try_a_file(own_photos, monkeypatch):
+    """Those that are known to be damaged are not tried again in the place of another."""
+    names = [f"a/{i:02}.jpg" for i in range(0, 20, 2)]
+    break_files(own_photos, *names)
+    files, tried = streamed(own_photos, max_bad=0.9), []
+    opened = utils.Photo.__init__
+    monkeypatch.setattr(
+        utils.Photo, "__init__", lambda photo, path: tried.append(path) or opened(photo, path)
+    )
+    crop = simclr.RandomResizedCrop(SIDE, (0.2, 1.0))
+    rows, u = torch.arange(20), np.random.default_rng(0).random((20, 2, crop.draws), np.float32)
+    boxes = partial(simclr.crop_boxes, crop)
+    (views,) = utils.decoded_batches(files, [(rows, u)], SIDE, boxes, 0, CPU)
+    assert len(views) == 20
+    assert len(files.unreadable) == 10
+    assert len(tried) <= 20 + 10 + 10  # all, each damaged one once more, and what replaces it
