@@ -988,24 +988,49 @@ class Gather(torch.autograd.Function):
         return world_size() * gradient[rank()]
 
 
-class SumOverProcesses(torch.autograd.Function):
-    """The sum of a tensor over all processes, in all, which all then compute with."""
+class CommonNorm(torch.autograd.Function):
+    """Normalises (B, C, …) by mean and variance over the batches of all processes, equally large.
+
+    With them torch's BatchNorm in eval mode gives the output, and the gradient but for what passes
+    through the statistics: for each channel, over all n numbers of it,
+    weight / (n std) · (sum(g) + x̂ · sum(g · x̂)), where g is the gradient by the output and x̂ the
+    normalised x. Returns the output, mean (C,) and variance (C,).
+    """
 
     @staticmethod
-    def forward(ctx: Any, part: Tensor) -> Tensor:
-        whole = part.clone()
-        dist.all_reduce(whole)
-        return whole
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Any:
+        dims = [0, *range(2, x.ndim)]
+        own = torch.stack(torch.var_mean(at_least_float32(x), dims, correction=0))  # (2, C)
+        every = own.new_empty(world_size(), *own.shape)
+        dist.all_gather([*every.unbind()], own)
+        variances, means = every.unbind(1)  # (W, C)
+        mean, variance = means.mean(0), variances.mean(0) + means.var(0, correction=0)
+        ctx.eps = eps
+        ctx.save_for_backward(x, weight, mean, variance)
+        ctx.mark_non_differentiable(mean, variance)
+        return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps), mean, variance
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return SumOverProcesses.forward(ctx, gradient.contiguous())
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight, mean, variance = ctx.saved_tensors
+        by_x, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
+            gradient, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+        )  # by_weight is sum(g · x̂) and by_bias sum(g) of this process
+        sums = torch.stack([by_weight, by_bias])
+        dist.all_reduce(sums)
+        scale = (variance + ctx.eps).rsqrt()  # 1 / std
+        factor = weight * scale / (world_size() * x.numel() / x.shape[1])
+        slope = factor * scale * sums[0]
+        offset = factor * sums[1] - slope * mean
+        shape = [1, -1, *[1] * (x.ndim - 2)]
+        by_x = by_x.addcmul_(x, slope.to(x.dtype).view(shape), value=-1)
+        return by_x.sub_(offset.to(x.dtype).view(shape)), by_weight, by_bias, None
 
 
 class CommonBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm over the batches of all processes, exactly, on any device.
 
-    torch's SyncBatchNorm, which is faster, has none for the CPU. Takes (B, C) or (B, C, H, W).
+    For the CPU, where torch has no SyncBatchNorm. Takes (B, C) or (B, C, H, W).
     """
 
     def _check_input_dim(self, x: Tensor) -> None:
@@ -1015,20 +1040,14 @@ class CommonBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        dims = [0, *range(2, x.ndim)]
-        shape = [1, -1, *[1] * (x.ndim - 2)]
-        n = world_size() * x.numel() / x.shape[1]  # all processes have as many
-        wide = at_least_float32(x)
-        mean = SumOverProcesses.apply(wide.sum(dims)) / n  # (C,)
-        centred = wide - mean.view(shape)
-        variance = SumOverProcesses.apply(centred.square().sum(dims)) / n  # (C,)
+        y, mean, variance = CommonNorm.apply(x, self.weight, self.bias, self.eps)
         if self.track_running_stats:
+            n = world_size() * x.numel() / x.shape[1]
             with torch.no_grad():
                 self.num_batches_tracked += 1
                 self.running_mean.lerp_(mean, self.momentum)
                 self.running_var.lerp_(variance * (n / (n - 1)), self.momentum)
-        scale = self.weight * (variance + self.eps).rsqrt()  # (C,)
-        return (centred * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
+        return y
 
 
 def distributed(module: nn.Module) -> nn.Module:
