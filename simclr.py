@@ -1602,6 +1602,8 @@ class Pretraining:
         except InputError as error:
             self.stop_inside_epoch(error, 0)
         position, views = self.position, 2 * self.batch_size * self.steps
+        if max((row.get("knn_seconds", 0) for row in self.log), default=0) > LONG:
+            self.forgiving(self.save)  # whoever asks to stop now may not wait until it is measured
         row = {
             "epoch": position.epoch + 1,
             "loss": position.loss_sum / self.steps,
@@ -1650,6 +1652,7 @@ def until(ask: Callable[[InputError | None], bool], batches: Iterator[Tensor]) -
 
 
 OVERWRITTEN = "overwritten"  # what torchrun's processes, started again, must not do once more
+LONG = 10.0  # seconds of measuring kNN: torchrun and SLURM wait for half a minute after SIGTERM
 COLLAPSED = 0.9999  # mean cosine
 COLLAPSE = "all views have the same z: the network has collapsed, or the images are all alike"
 SUMMARY = "summary.json"

@@ -664,3 +664,26 @@ def test_a_run_ends_at_the_knn_accuracy_that_was_asked_for(tiny_config, monkeypa
 def test_a_knn_accuracy_that_cannot_be_reached(wrong, tiny_config):
     with pytest.raises(InputError, match=r"--stop-at-knn|--knn-every"):
         tiny_config(**wrong)
+
+
+def test_a_long_measurement_of_knn_loses_no_epoch(small_config, monkeypatch):
+    """A run that is killed in it goes on with it, and ends as one that was not."""
+    whole, killed = (small_config(run=name, knn_every=1) for name in ("whole", "killed"))
+    run(whole)
+    monkeypatch.setattr(simclr, "LONG", 0.0)
+    with monkeypatch.context() as patch:
+        measure, count = simclr.knn_accuracy, [0]
+
+        def die(*arguments):
+            count[0] += 1
+            if count[0] == 2:
+                raise RuntimeError("killed")
+            return measure(*arguments)
+
+        patch.setattr(simclr, "knn_accuracy", die)
+        with pytest.raises(RuntimeError, match="killed"):
+            run(killed)
+    position = utils.load_checkpoint(killed.folder / "last.pt")["position"]
+    assert (position["epoch"], position["step"]) == (1, 4)
+    run(killed)
+    assert_equal_runs(whole, killed)
