@@ -629,3 +629,78 @@ def test_a_damaged_folder_costs_one_try_a_file(own_photos, monkeypatch):
     assert len(views) == 20
     assert len(files.unreadable) == 10
     assert len(tried) <= 20 + 10 + 10  # all, each damaged one once more, and what replaces it
+
+
+# ----------------------------------------------------------------------------- decoded images kept
+
+
+@pytest.fixture
+def cache_places(tmp_path, monkeypatch):
+    """Where caches of either kind go."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(utils, "SHARED_MEMORY", tmp_path / "shm")
+    (tmp_path / "shm").mkdir()
+    return {"memory": tmp_path / "shm", "file": tmp_path / "home" / "simclr"}
+
+
+def epoch_views(config, data, epoch):
+    augment = simclr.make_augment(config)
+    return list(simclr.view_batches(config, data, augment, CPU, epoch, 0))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["memory", "file"])
+def test_decoded_images_stay(kind, workers, own_photos, streamed_config, cache_places, capsys):
+    """Later epochs need no file; the views are those of a whole decoding, known or not."""
+    break_files(own_photos, "a/04.jpg")
+    config = streamed_config(own_photos, cache=kind, workers=workers, max_bad=0.2)
+    data = simclr.load_data(config, CPU).pretrain
+    assert f"GiB of decoded images in {cache_places[kind]}" in capsys.readouterr().err
+    config = simclr.resolve(config, data, CPU)
+    first = [epoch_views(config, data, epoch) for epoch in (0, 1)]
+    for file in own_photos.rglob("*.jpg"):
+        file.write_bytes(b"gone")
+    again = [epoch_views(config, data, epoch) for epoch in (0, 1)]
+    torch.testing.assert_close(again, first, rtol=0, atol=0)
+    assert list(data.unreadable) == [2]
+
+
+def test_a_cache_gives_whole_decodings(photos, streamed_config, cache_places, monkeypatch):
+    config = streamed_config(photos, cache="memory")
+    data = simclr.load_data(config, CPU).pretrain
+    config = simclr.resolve(config, data, CPU)
+    found = epoch_views(config, data, 0)
+    real = utils.Photo.pixels
+    monkeypatch.setattr(utils.Photo, "pixels", lambda photo, _=1: real(photo))
+    plain = simclr.load_data(streamed_config(photos), CPU).pretrain
+    torch.testing.assert_close(found, epoch_views(config, plain, 0), rtol=0, atol=0)
+
+
+def test_a_cache_that_does_not_fit(photos, streamed_config, cache_places, monkeypatch, capsys):
+    monkeypatch.setattr(utils, "_room", lambda *_: 1000)
+    with pytest.raises(InputError, match=r"--cache file needs 0.0 GiB, .* 0.0 free"):
+        simclr.run(streamed_config(photos, cache="file"))
+    assert not list(cache_places["file"].iterdir())
+    monkeypatch.setattr(utils, "SHARED_MEMORY", Path("/nowhere"))
+    with pytest.raises(InputError, match="no shared memory"):
+        simclr.run(streamed_config(photos, cache="memory"))
+
+
+CACHING = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import torch, utils, simclr
+files = utils.load_images("folder", "pretrain", sys.argv[2])
+assert utils.with_cache(files, "file").cache.path.stat().st_size > 0
+if sys.argv[3] == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_caches_end_with_their_runs(photos, cache_places):
+    """That of a killed run when the next begins."""
+    left = []
+    for end in ("killed", "well"):
+        subprocess.run([sys.executable, "-c", CACHING, ROOT, photos, end], timeout=100, check=False)
+        left.append(len(list(cache_places["file"].glob("simclr-pixels-*"))))
+    assert left == [1, 0]
