@@ -34,6 +34,7 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -1506,11 +1507,13 @@ class Pretraining:
             utils.Progress(total, done + self.position.step, unit="step") as progress,
         ):
 
-            def ask(problem: InputError | None = None) -> bool:
+            def ask(problem: InputError | None = None, steps: int = 1) -> bool:
                 """Whether to leave the epoch, and why; of several processes each gets the same."""
                 nonlocal signal, save, error
                 signal, save, failed = utils.largest(
-                    stop.signal or 0, time.monotonic() >= self.next_save, problem is not None
+                    stop.signal or 0,
+                    steps > 0 and time.monotonic() >= self.next_save,  # else it would never go on
+                    problem is not None,
                 )
                 error = utils.common_error(problem) if failed else None
                 return bool(signal or save or failed)
@@ -1642,15 +1645,20 @@ COMPILE = {"mode": "reduce-overhead"}  # of torch.compile: on CUDA with CUDA gra
 COMPILE_WARMUP = 3  # steps: the first compiles, CUDA graphs are recorded in the second
 
 
-def until(ask: Callable[[InputError | None], bool], batches: Iterator[Tensor]) -> Iterator[Tensor]:
-    """The batches, up to where ask() says to leave: it is told why a batch cannot be made."""
-    while True:
+def until(
+    ask: Callable[[InputError | None, int], bool], batches: Iterator[Tensor]
+) -> Iterator[Tensor]:
+    """The batches, up to where ask() says to leave.
+
+    It is told why a batch cannot be made, if so, and how many steps there have been.
+    """
+    for steps in itertools.count():
         batch = error = None
         try:
             batch = next(batches, None)
         except InputError as problem:
             error = problem
-        if ask(error) or batch is None:
+        if ask(error, steps) or batch is None:
             return
         yield batch
 
