@@ -783,7 +783,6 @@ def evaluation_setup(source: Source, options: Options, device: torch.device) -> 
         data_dir=options.data_dir or config.data_dir,
         image_size=options.image_size or config.image_size,
         workers=options.workers,
-        cache="none",
     )
     data = simclr.load_data(config, device)
     if not data.labelled:

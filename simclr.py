@@ -142,10 +142,6 @@ class Config:
     workers: int = setting(
         -1, "processes that decode streamed images; -1: one per core", identity=False
     )
-    cache: str = setting(
-        "none", "keep streamed images decoded, in memory or a file; says first how much it takes",
-        utils.CACHES,
-    )  # fmt: skip
     max_bad: float = setting(
         0.01, "share of the streamed images that may be unreadable, and are replaced by others",
         identity=False,
@@ -1261,7 +1257,7 @@ def load_data(config: Config, device: torch.device) -> Data:
     pretrain, test = utils.load_splits(config.dataset, ("pretrain", "test"), config.data_dir)
     if len(pretrain) < 2:
         raise InputError(f"need at least 2 images to contrast, got {len(pretrain)}")
-    pretrain = utils.with_cache(tolerant(pretrain, config).to(device), config.cache)
+    pretrain = tolerant(pretrain, config).to(device)
     train = pretrain
     if config.dataset == "stl10":  # the one whose labelled training images are fewer
         train = utils.load_images(config.dataset, "train", config.data_dir).to(device)

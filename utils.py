@@ -24,7 +24,6 @@ import os
 import pickletools
 import re
 import shlex
-import shutil
 import signal
 import stat
 import sys
@@ -1158,7 +1157,6 @@ class ImageFiles:
     root: the folder. paths: bytes array (N,) of file names below it, one flat block. labels: int64
     (N,) or None. classes: name of each label. max_bad: share of the files in [0, 1] that may turn
     out to be unreadable; with 0 the first is an error. unreadable: those found, index -> reason.
-    cache: keeps them when they have been decoded.
     """
 
     root: Path
@@ -1167,7 +1165,6 @@ class ImageFiles:
     classes: tuple[str, ...] = ()
     max_bad: float = 0.0
     unreadable: dict[int, str] = dataclasses.field(default_factory=dict)
-    cache: PixelCache | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -1240,9 +1237,7 @@ def take(data: Images, rows: Tensor) -> Images:
     labels = None if data.labels is None else data.labels[rows.to(data.labels.device)]
     if isinstance(data, ImageSet):
         return ImageSet(data.images[rows.to(data.images.device)], labels, data.classes)
-    chosen = rows.cpu().numpy()
-    cache = data.cache and data.cache.part(chosen)
-    return ImageFiles(data.root, data.paths[chosen], labels, data.classes, cache=cache)
+    return ImageFiles(data.root, data.paths[rows.cpu().numpy()], labels, data.classes)
 
 
 def readable(data: Images, workers: int) -> Images:
@@ -1474,14 +1469,11 @@ SETTLED = 2 * 10**9  # ns: within them a folder could change twice without anoth
 
 def _list_file(root: Path) -> Path:
     """Where the names below `root` are kept: in $XDG_CACHE_HOME/simclr, or ~/.cache/simclr."""
+    home = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    home = home if home.is_absolute() else Path.home() / ".cache"
     key = os.fsencode(os.path.realpath(root)) + _suffixes().encode()
     name = hashlib.sha256(key).hexdigest()[:32]
-    return _cache_folder() / f"{name}.npz"
-
-
-def _cache_folder() -> Path:
-    home = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (home if home.is_absolute() else Path.home() / ".cache") / "simclr"
+    return home / "simclr" / f"{name}.npz"
 
 
 def _stamp(folder: str | Path) -> tuple[int, int]:
@@ -1859,165 +1851,6 @@ def read_image(path: Path) -> Tensor:
         return photo.pixels().contiguous()
 
 
-# ------------------------------------------------------------ data sets: images that stay decoded
-
-CACHES = ("none", "memory", "file")
-SHARED_MEMORY = Path("/dev/shm")  # files there are in memory (Linux)
-SPARE = 0.9  # share of the free memory or disk that a cache may take
-
-
-@dataclass
-class PixelCache:
-    """A file, mapped into the memory of all processes, that takes images when they are decoded.
-
-    path: the file. sizes: int64 (N, 2), height and width of each image, 0 where it cannot be read.
-    starts: int64 (N,), where its (H, W, 3) bytes are. marks: int64 (N,), where a byte is that is 1
-    as soon as they are there.
-    """
-
-    path: Path
-    sizes: np.ndarray
-    starts: np.ndarray
-    marks: np.ndarray
-
-    def part(self, rows: np.ndarray) -> PixelCache:
-        return PixelCache(self.path, self.sizes[rows], self.starts[rows], self.marks[rows])
-
-    def has(self, index: int) -> bool:
-        return _mapped(self.path)[self.marks[index]] == 1
-
-    def pixels(self, index: int) -> Tensor:
-        """The place of an image: uint8 (3, H, W), with the channels last in memory."""
-        height, width = self.sizes[index]
-        start = self.starts[index]
-        place = _mapped(self.path)[start : start + 3 * height * width]
-        return torch.from_numpy(place.reshape(height, width, 3)).permute(2, 0, 1)
-
-    def keep(self, index: int, pixels: Tensor) -> None:
-        """Take uint8 (3, H, W), if it has the size that the file's header says."""
-        if pixels.shape[1:] == tuple(self.sizes[index]):
-            self.pixels(index).copy_(pixels)
-            _mapped(self.path)[self.marks[index]] = 1
-
-
-@functools.lru_cache(maxsize=4)
-def _mapped(path: Path) -> np.ndarray:
-    return np.memmap(path, np.uint8, "r+")
-
-
-class CachedPhoto(Photo):
-    """A Photo that is decoded once, and whole, for all processes, however little of it is needed.
-
-    So what it gives does not depend on whether it was decoded before.
-    """
-
-    def __init__(self, path: str, cache: PixelCache, index: int) -> None:
-        self.cache, self.index, self.kept = cache, index, cache.has(index)
-        if self.kept:
-            self.path = path
-            self.height, self.width = cache.sizes[index]
-        else:
-            super().__init__(path)
-
-    def __exit__(self, *error: object) -> None:
-        if not self.kept:
-            super().__exit__(*error)
-
-    def pixels(self, least: float = 1) -> Tensor:
-        if self.kept:
-            return self.cache.pixels(self.index)
-        pixels = super().pixels()
-        self.cache.keep(self.index, pixels)
-        return pixels
-
-
-def with_cache(data: Images, kind: str) -> Images:
-    """The images, which stay decoded for this run if they are streamed. kind: of CACHES.
-
-    "memory" keeps them in shared memory, "file" in a file of the cache folder, 3 bytes a pixel,
-    and says first how much that is. The processes that torchrun started on a machine share it. It
-    ends with the run, or, if that is killed, when the next one begins. Raises InputError where
-    there is not so much room.
-    """
-    if kind == "none" or isinstance(data, ImageSet):
-        return data
-    if kind == "memory" and not SHARED_MEMORY.is_dir():
-        raise InputError("--cache memory: this system has no shared memory; --cache file works")
-    folder = SHARED_MEMORY if kind == "memory" else _cache_folder()
-    make_folders(folder)
-    owner = os.getppid() if launched().size > 1 else os.getpid()
-    _remove_orphans(folder)
-    path = folder / f"{CACHE_NAME}-{owner}-{file_digest(data)[:16]}"
-
-    with ThreadPoolExecutor() as pool:
-        found = pool.map(_size_or_none, (data.path(i) for i in range(len(data))))
-        sizes = np.array(list(progress_bar(found, "measuring", len(data))), np.int64)  # (N, 2)
-    lengths = 3 * sizes.prod(1)
-    total = int(lengths.sum()) + len(data)
-    say(f"keeping {total / 2**30:,.1f} GiB of decoded images in {folder}")
-    if total > SPARE * (free := _room(kind, folder)):
-        raise InputError(
-            f"--cache {kind} needs {total / 2**30:,.1f} GiB, and {folder} has {free / 2**30:,.1f} "
-            "free; --cache none works without"
-        )
-    atexit.register(_remove, path)
-    _reserve(path, total)
-    starts = np.concatenate([[0], lengths.cumsum()[:-1]])
-    marks = lengths.sum() + np.arange(len(data))
-    return dataclasses.replace(data, cache=PixelCache(path, sizes, starts, marks))
-
-
-CACHE_NAME = "simclr-pixels"
-
-
-def _size_or_none(path: Path) -> tuple[int, int]:
-    try:
-        return image_size(path)
-    except InputError:  # named when it is its turn
-        return 0, 0
-
-
-def _room(kind: str, folder: Path) -> int:
-    """Bytes that are free."""
-    free = shutil.disk_usage(folder).free
-    if kind == "memory":
-        with contextlib.suppress(OSError, StopIteration):
-            lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-            available = next(x for x in lines if x.startswith("MemAvailable")).split()[1]
-            free = min(free, 1024 * int(available))
-    return free
-
-
-def _reserve(path: Path, size: int) -> None:
-    """Make a file of zeros, and take its room now: later, a full disk would end the process."""
-    try:
-        with open(path, "ab") as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
-            else:
-                file.truncate(size)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def _remove_orphans(folder: Path) -> None:
-    """Delete the caches of runs that were killed."""
-    for path in folder.glob(f"{CACHE_NAME}-*-*"):
-        owner = path.name.split("-")[2]
-        if owner.isdecimal() and not _is_running(int(owner)):
-            _remove(path)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it is somebody else's
-        pass
-    return True
-
-
 # ------------------------------------------------------------------ data sets: decoding in parallel
 
 # (sizes int64 (N, 2) height and width, argument of each image (N, …)) -> boxes int (N, V, 4)
@@ -2033,17 +1866,14 @@ class Job:
     size: int
     boxes: Boxes | None
     arguments: np.ndarray | None  # (N, …) for boxes
-    cache: PixelCache | None = None  # of these files
 
     def __call__(self) -> tuple[Tensor, dict[int, str]]:
         """uint8 (M, V, size, size, 3) of the files that can be read; position -> why not."""
         root, photos, bad = str(self.root), {}, {}
         with contextlib.ExitStack() as stack:
             for i, path in enumerate(self.paths):
-                path = os.path.join(root, os.fsdecode(path))  # noqa: PLW2901
                 try:
-                    photo = CachedPhoto(path, self.cache, i) if self.cache else Photo(path)
-                    photos[i] = stack.enter_context(photo)
+                    photos[i] = stack.enter_context(Photo(os.path.join(root, os.fsdecode(path))))
                 except InputError as error:  # raised, it would arrive wrapped in a traceback
                     bad[i] = str(error)
             boxes = np.empty((len(photos), 1, 0))
@@ -2164,8 +1994,7 @@ def decoded_batches(
     root = files.root.absolute()  # the workers may have begun in another folder
 
     def job(rows: Tensor, arguments: np.ndarray | None) -> Job:
-        cache = files.cache and files.cache.part(rows.numpy())
-        return Job(root, files.paths[rows.numpy()], size, boxes, arguments, cache)
+        return Job(root, files.paths[rows.numpy()], size, boxes, arguments)
 
     def parts(rows: Tensor, arguments: np.ndarray | None) -> Iterator[Any]:
         for i in range(0, len(rows), JOB_IMAGES):
