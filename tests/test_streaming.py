@@ -603,7 +603,7 @@ def start_cached(photos, memory, workers, **environment):
 
 
 def test_a_cache_ends_with_its_run_or_with_the_next(photos, tmp_path, monkeypatch, capsys):
-    """Processes of a run share a file, which the last deletes; the next run finds a killed one's."""
+    """Processes of a run share a file, that the last deletes; the next run finds a dead one's."""
     monkeypatch.setattr(utils, "SHARED_MEMORY", tmp_path)
     at_exit = []
     monkeypatch.setattr(utils.atexit, "register", lambda *call: at_exit.append(call))
