@@ -1864,13 +1864,16 @@ def _mapped(path: Path) -> np.ndarray | None:
 
 
 def keep_pixels(data: Images, kind: str) -> None:
-    """From now on decode each file of `data` once, and keep the whole image. In memory they are.
+    """From now on decode each file of `data` once, and keep the whole image. Not of an ImageSet.
 
     kind: one of CACHES, "memory" for SHARED_MEMORY, "file" for the folder of the lists of files.
-    What is kept there ends with the run. Raises InputError where there is not the room for all.
+    What is kept there ends with the run. Raises InputError where there is not the room for all,
+    and on Windows, where a file that is mapped cannot be deleted, so it would stay.
     """
     if kind == "none" or isinstance(data, ImageSet):
         return
+    if os.name == "nt":
+        raise InputError(f"--cache {kind} is not for Windows; say --cache none")
     if kind == "memory" and not SHARED_MEMORY.is_dir():
         raise InputError(f"--cache memory needs {SHARED_MEMORY}, which is not here; --cache file?")
     with refusing(f"--cache {kind}: cannot keep decoded images", through=(InputError,)):
@@ -1954,13 +1957,10 @@ def _remove_unused(place: Path, but: Path) -> None:
 def _flock(file: IO, alone: bool) -> bool | None:
     """Hold the file together with others, waiting for one that is alone; or alone, if possible.
 
-    Returns whether it is held; None where there are no such locks. On Windows, where nobody can
-    delete a file that is open, it always is.
+    Returns whether it is held; None where the file system has no such locks.
     """
-    try:
-        import fcntl
-    except ImportError:
-        return True
+    import fcntl
+
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
     except BlockingIOError:
@@ -1975,7 +1975,7 @@ def _check_room(place: Path, size: int, kind: str) -> None:
     free = shutil.disk_usage(place).free
     hint = "make room there, name another place in XDG_CACHE_HOME, or say --cache none"
     if kind == "memory":
-        free = min(free, round(MEMORY_SHARE * free_memory()))
+        free = min(free, MEMORY_SHARE * free_memory())
         hint = "--cache file keeps them on the disk"
     if size > free:
         raise InputError(
