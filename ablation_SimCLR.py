@@ -1800,6 +1800,7 @@ def run(names: Sequence[str], options: Options, given: dict[str, Any]) -> bool:
     data = simclr.load_data(base, device)
     if not data.labelled:
         raise InputError(f"{base.dataset} in {base.data_dir} has no labels to measure by")
+    utils.keep_pixels(data.pretrain, base.cache)
     data = simclr.readable(data, base)
     utils.make_folders(grids[0].csv.parent, base.folder.parent)
     print(f"{describe_base(given)}: {simclr.describe_data(data)}; on {device}", flush=True)

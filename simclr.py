@@ -146,6 +146,11 @@ class Config:
         0.01, "share of the streamed images that may be unreadable, and are replaced by others",
         identity=False,
     )  # fmt: skip
+    cache: str = setting(
+        "none", "decode each streamed training image once and keep it, in /dev/shm or on the disk "
+        "($XDG_CACHE_HOME); large JPEGs are then decoded in full, so views differ a little",
+        utils.CACHES,
+    )  # fmt: skip
     changed_files: bool = setting(
         False, "continue a run although files were added, removed or renamed", identity=False
     )
@@ -2414,6 +2419,7 @@ def run_on(config: Config, device: torch.device, overwrite: bool) -> dict:
         f"figure in {config.figure_folder}"
     )
 
+    utils.keep_pixels(data.pretrain, config.cache)
     with held(config):
         summary = train_and_evaluate(config, data, device, overwrite)
     if "knn" in summary:

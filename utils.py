@@ -22,8 +22,10 @@ import json
 import math
 import os
 import pickletools
+import platform
 import re
 import shlex
+import shutil
 import signal
 import stat
 import sys
@@ -729,6 +731,20 @@ def memory_of(device: torch.device) -> float:
     return min(limits) / launched().local_size
 
 
+def free_memory() -> float:
+    """Bytes of this machine's memory that programs can still take; infinite if it is not known."""
+    limits = [memory_of(torch.device("cpu")) * launched().local_size]
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        limits.append(1024 * int(dict(line.split()[:2] for line in lines)["MemAvailable:"]))
+    return min(limits)
+
+
+def gib(count: float) -> str:
+    """Bytes, for people."""
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether torch could not get memory, of a GPU or of this machine."""
     return isinstance(error, torch.OutOfMemoryError) or "t allocate memory" in str(error)
@@ -1157,6 +1173,7 @@ class ImageFiles:
     root: the folder. paths: bytes array (N,) of file names below it, one flat block. labels: int64
     (N,) or None. classes: name of each label. max_bad: share of the files in [0, 1] that may turn
     out to be unreadable; with 0 the first is an error. unreadable: those found, index -> reason.
+    cache: where what has been decoded is kept, see keep_pixels().
     """
 
     root: Path
@@ -1165,6 +1182,7 @@ class ImageFiles:
     classes: tuple[str, ...] = ()
     max_bad: float = 0.0
     unreadable: dict[int, str] = dataclasses.field(default_factory=dict)
+    cache: PixelCache | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -1237,7 +1255,9 @@ def take(data: Images, rows: Tensor) -> Images:
     labels = None if data.labels is None else data.labels[rows.to(data.labels.device)]
     if isinstance(data, ImageSet):
         return ImageSet(data.images[rows.to(data.images.device)], labels, data.classes)
-    return ImageFiles(data.root, data.paths[rows.cpu().numpy()], labels, data.classes)
+    at = rows.cpu().numpy()
+    cache = data.cache and data.cache.part(at)
+    return ImageFiles(data.root, data.paths[at], labels, data.classes, cache=cache)
 
 
 def readable(data: Images, workers: int) -> Images:
@@ -1851,6 +1871,212 @@ def read_image(path: Path) -> Tensor:
         return photo.pixels().contiguous()
 
 
+# ------------------------------------------------------------------- data sets: decoding only once
+
+CACHES = ("none", "memory", "file")
+SHARED_MEMORY = Path("/dev/shm")  # a folder in memory, where there is one (Linux)
+
+
+@dataclass
+class PixelCache:
+    """Decoded images, kept in one file that all processes of a machine map into their memory.
+
+    path: the file. sizes: int64 (N, 2) height and width in pixels as displayed, 0 of files that
+    cannot be read. starts: int64 (N,) where in the file the (H, W, 3) bytes of each lie. marks:
+    int64 (N,) where its one byte lies that is 1 when they are there.
+
+    Where the file is gone (logging out may clear /dev/shm) each image is decoded as if for the
+    first time: a run is slower without its cache, and otherwise the same.
+    """
+
+    path: Path
+    sizes: np.ndarray
+    starts: np.ndarray
+    marks: np.ndarray
+
+    def part(self, rows: np.ndarray) -> PixelCache:
+        """The same for some of the images: a Job brings the numbers of its own, not of millions."""
+        return PixelCache(self.path, self.sizes[rows], self.starts[rows], self.marks[rows])
+
+    def has(self, index: int) -> bool:
+        content = _mapped(self.path)
+        return content is not None and content[self.marks[index]] == 1
+
+    def pixels(self, index: int) -> Tensor:
+        """The image that it has: uint8 (3, H, W), a view of the file, with the channels last."""
+        height, width = self.sizes[index].tolist()
+        start = int(self.starts[index])
+        flat = _mapped(self.path)[start : start + 3 * height * width]
+        return torch.from_numpy(flat).view(height, width, 3).permute(2, 0, 1)
+
+    def keep(self, index: int, pixels: Tensor) -> None:
+        """Take uint8 (3, H, W), unless the file has become one of another size."""
+        if _mapped(self.path) is not None and [*pixels.shape[1:]] == self.sizes[index].tolist():
+            self.pixels(index).copy_(pixels)
+            _mapped(self.path)[self.marks[index]] = 1  # last: a process may be killed before
+
+
+@functools.lru_cache(maxsize=4)
+def _mapped(path: Path) -> np.ndarray | None:
+    """The bytes of the file, uint8, or None if it is gone."""
+    try:
+        return np.memmap(path, np.uint8, "r+").view(np.ndarray)
+    except OSError:
+        return None
+
+
+def keep_pixels(data: Images, kind: str) -> None:
+    """From now on decode each file of `data` once, and keep the whole image. Not of an ImageSet.
+
+    kind: one of CACHES, "memory" for SHARED_MEMORY, "file" for the folder of the lists of files.
+    What is kept there ends with the run. Raises InputError where there is not the room for all,
+    and on Windows, where a file that is mapped cannot be deleted, so it would stay.
+    """
+    if kind == "none" or isinstance(data, ImageSet):
+        return
+    if os.name == "nt":
+        raise InputError(f"--cache {kind} is not for Windows; say --cache none")
+    if kind == "memory" and not SHARED_MEMORY.is_dir():
+        raise InputError(f"--cache memory needs {SHARED_MEMORY}, which is not here; --cache file?")
+    with refusing(f"--cache {kind}: cannot keep decoded images", through=(InputError,)):
+        place = SHARED_MEMORY if kind == "memory" else _list_file(data.root).parent
+        sizes = _measured(data)
+        starts = np.cumsum(3 * sizes.prod(1))  # where each ends
+        end = int(starts[-1])
+        starts -= 3 * sizes.prod(1)
+        # of this run alone, also where machines share the folder and count processes alike
+        known = [platform.node(), os.path.realpath(data.root), file_digest(data)]
+        digest = hashlib.sha256("\n".join(known).encode(errors="surrogateescape") + sizes.tobytes())
+        run = os.getppid() if launched().size > 1 else os.getpid()
+        path = place / f"pixels-{run}-{digest.hexdigest()[:32]}"
+        place.mkdir(parents=True, exist_ok=True)
+        _remove_unused(place, but=path)
+        while not _reserved(path, end + len(data), kind):
+            pass
+    data.cache = PixelCache(path, sizes, starts, end + np.arange(len(data)))
+
+
+def _measured(files: ImageFiles) -> np.ndarray:
+    """The size of each image, from its header: int64 (N, 2) height and width, 0 if unreadable."""
+
+    def measure(rows: Tensor) -> list[tuple[int, int]]:
+        sizes = []
+        for row in rows.tolist():
+            try:
+                sizes.append(image_size(files.path(row)))
+            except InputError:  # whoever needs its pixels says so
+                sizes.append((0, 0))
+        return sizes
+
+    parts = share(len(files)).split(256)
+    with ThreadPoolExecutor() as pool:  # they wait for the disk
+        found = [*progress_bar(pool.map(measure, parts), "measuring", len(parts))]
+    return gathered(torch.tensor([*itertools.chain(*found)]), len(files)).numpy()
+
+
+def _reserved(path: Path, size: int, kind: str) -> bool:
+    """Make a file of so many bytes, unless another process of this run has; hold it to the end.
+
+    Returns False if somebody has removed it meanwhile. Raises InputError where there is no room:
+    at once for all, as a process ends without a word when a mapped file finds none later.
+    """
+    file = open(path, "a+b", opener=functools.partial(os.open, mode=0o600))  # noqa: SIM115
+    try:
+        alone = _flock(file, alone=True) is not False
+        if alone and same_file(file.fileno(), path) and os.path.getsize(path) != size:
+            _check_room(path.parent, size, kind)
+            tqdm.write(f"keeping {gib(size)} of decoded images in {path.parent}", file=sys.stderr)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            file.truncate(size)
+        _flock(file, alone=False)  # waits for the process that is making it
+        if same_file(file.fileno(), path) and os.path.getsize(path) == size:
+            atexit.register(_let_go, file, path)
+            os.register_at_fork(after_in_child=file.close)  # a worker may outlive a killed run
+            return True
+    except BaseException:
+        _let_go(file, path)
+        raise
+    file.close()
+    return False
+
+
+def _let_go(file: IO, path: Path) -> None:
+    """Close the file; the last process that holds it deletes it."""
+    with contextlib.suppress(OSError), file:
+        if _flock(file, alone=True) is not False and same_file(file.fileno(), path):
+            path.unlink()
+
+
+def _remove_unused(place: Path, but: Path) -> None:
+    """Delete what killed runs have left. Not their process ids tell: they may be another host's."""
+    for path in {*place.glob("pixels-*")} - {but}:
+        with contextlib.suppress(OSError), open(path, "r+b") as file:
+            if _flock(file, alone=True):
+                path.unlink()
+
+
+def _flock(file: IO, alone: bool) -> bool | None:
+    """Hold the file together with others, waiting for one that is alone; or alone, if possible.
+
+    Returns whether it is held; None where the file system has no such locks.
+    """
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _check_room(place: Path, size: int, kind: str) -> None:
+    """Raise InputError if the folder, or the memory, has no room for `size` bytes."""
+    free = shutil.disk_usage(place).free
+    hint = "make room there, name another place in XDG_CACHE_HOME, or say --cache none"
+    if kind == "memory":
+        free = min(free, MEMORY_SHARE * free_memory())
+        hint = "--cache file keeps them on the disk"
+    if size > free:
+        raise InputError(
+            f"--cache {kind}: the decoded images take {gib(size)}, but {place} has room for "
+            f"{gib(free)}; {hint}"
+        )
+
+
+MEMORY_SHARE = 0.8  # of the memory that is free: a run needs some itself
+
+
+class CachedPhoto(Photo):
+    """A Photo that is decoded in whole, the first time; after that no file is opened.
+
+    The first time is as any other: views must not depend on what happens to be there already.
+    """
+
+    def __init__(self, path: str | Path, cache: PixelCache, index: int) -> None:
+        self.cache, self.index = cache, index
+        self.opened = not cache.has(index)
+        if self.opened:
+            super().__init__(path)
+        else:
+            self.path = path
+            self.height, self.width = cache.sizes[index].tolist()
+
+    def __exit__(self, *_: object) -> None:
+        if self.opened:
+            super().__exit__()
+
+    def pixels(self, least: float = 1) -> Tensor:
+        del least  # a smaller decoding would serve these boxes, and not the next ones
+        if not self.cache.has(self.index):
+            pixels = super().pixels()
+            self.cache.keep(self.index, pixels)
+            return pixels
+        return self.cache.pixels(self.index)
+
+
 # ------------------------------------------------------------------ data sets: decoding in parallel
 
 # (sizes int64 (N, 2) height and width, argument of each image (N, …)) -> boxes int (N, V, 4)
@@ -1866,14 +2092,15 @@ class Job:
     size: int
     boxes: Boxes | None
     arguments: np.ndarray | None  # (N, …) for boxes
+    cache: PixelCache | None = None
 
     def __call__(self) -> tuple[Tensor, dict[int, str]]:
         """uint8 (M, V, size, size, 3) of the files that can be read; position -> why not."""
-        root, photos, bad = str(self.root), {}, {}
+        photos, bad = {}, {}
         with contextlib.ExitStack() as stack:
-            for i, path in enumerate(self.paths):
+            for i in range(len(self.paths)):
                 try:
-                    photos[i] = stack.enter_context(Photo(os.path.join(root, os.fsdecode(path))))
+                    photos[i] = stack.enter_context(self.photo(i))
                 except InputError as error:  # raised, it would arrive wrapped in a traceback
                     bad[i] = str(error)
             boxes = np.empty((len(photos), 1, 0))
@@ -1890,6 +2117,10 @@ class Job:
                 except InputError as error:
                     bad[i] = str(error)
         return views[:done], bad
+
+    def photo(self, i: int) -> Photo:
+        path = os.path.join(str(self.root), os.fsdecode(self.paths[i]))
+        return CachedPhoto(path, self.cache, i) if self.cache else Photo(path)
 
 
 JOB_IMAGES = 64  # that a worker decodes at a time: so a batch of thousands is not one's in whole
@@ -1994,7 +2225,9 @@ def decoded_batches(
     root = files.root.absolute()  # the workers may have begun in another folder
 
     def job(rows: Tensor, arguments: np.ndarray | None) -> Job:
-        return Job(root, files.paths[rows.numpy()], size, boxes, arguments)
+        at = rows.numpy()
+        cache = files.cache and files.cache.part(at)
+        return Job(root, files.paths[at], size, boxes, arguments, cache)
 
     def parts(rows: Tensor, arguments: np.ndarray | None) -> Iterator[Any]:
         for i in range(0, len(rows), JOB_IMAGES):

@@ -1,8 +1,12 @@
 """Folders of images that are streamed: decoded fast, by workers that stay, whatever the files."""
 
 import contextlib
+import dataclasses
+import errno
 import io
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -450,6 +454,227 @@ def test_more_than_max_bad_ends_a_run_saved(own_photos, streamed_config, monkeyp
     with pytest.raises(InputError, match=r"than --max-bad 0\.01 allows.*continues here"):
         simclr.run(config)
     assert utils.load_checkpoint(config.folder / "last.pt")["position"]["epoch"] == 1
+
+
+# ------------------------------------------------------------------------------ decoded only once
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """Makes the streamed images of a folder, and a new cache for them in one of two places."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    count = iter(range(100))
+
+    def make(root, kind, **options):
+        shared_memory = tmp_path / f"memory{next(count)}"
+        shared_memory.mkdir()
+        monkeypatch.setattr(utils, "SHARED_MEMORY", shared_memory)
+        if kind == "file":
+            monkeypatch.setenv("XDG_CACHE_HOME", str(shared_memory))
+        data = streamed(root, **options)
+        utils.keep_pixels(data, kind)
+        return data
+
+    return make
+
+
+def epoch_views(config, data, epoch):
+    return list(simclr.view_batches(config, data, simclr.make_augment(config), CPU, epoch, 0))
+
+
+def same_views(a, b):
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["memory", "file"])
+def test_decoded_once_views_are_those_of_a_full_decoding(
+    own_photos, streamed_config, cached, kind, workers, monkeypatch
+):
+    config = streamed_config(own_photos, workers=workers)
+    data = cached(own_photos, kind)
+    assert data.cache.path.parent.name != "simclr" or kind == "file"
+    kept = [epoch_views(config, data, epoch) for epoch in (0, 1)]
+    again = cached(own_photos, kind)
+    assert again.cache.path != data.cache.path
+    with monkeypatch.context() as patch:  # no cache at all, and nothing reduced
+        patch.setattr(utils, "_idle", {})
+        real = utils.Photo.pixels
+        patch.setattr(utils.Photo, "pixels", lambda self, least=1: real(self))
+        plain = [epoch_views(config, streamed(own_photos), epoch) for epoch in (0, 1)]
+    assert all(same_views(a, b) for a, b in zip(kept, plain, strict=True))
+    assert same_views(epoch_views(config, again, 1), kept[1])  # resumed: this epoch is its first
+    for name in utils.list_images(own_photos):
+        (own_photos / name).unlink()
+    assert same_views(epoch_views(config, data, 1), kept[1])
+    for i in (0, 7, 19):
+        assert data.cache.has(i)
+    part = utils.take(data, torch.tensor([19, 3]))
+    (both,) = part.batches(SIDE, 2, CPU, workers)
+    assert len(both) == 2
+
+
+def test_cached_pixels_are_read_images(own_photos, cached):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(smooth(150, 99)).save(own_photos / "a" / "turned.jpg", exif=exif)
+    Image.fromarray(smooth(31, 47)[..., 0]).save(own_photos / "a" / "grey.png")
+    data = cached(own_photos, "memory")
+    (centres,) = data.batches(SIDE, 50, CPU)
+    for i in range(len(data)):
+        whole = utils.read_image(data.path(i))
+        assert torch.equal(data.cache.pixels(i), whole)
+        wanted = utils.to_uint8(utils.center_view(whole[None], SIDE)[0])
+        assert torch.equal(utils.to_uint8(centres[i]), wanted)
+
+
+def test_unreadable_and_changed_files_beside_a_cache(own_photos, streamed_config, cached, capsys):
+    break_files(own_photos, "a/02.jpg")
+    (own_photos / "a" / "04.jpg").write_bytes(b"no image")
+    config = streamed_config(own_photos, batch_size=20)
+    data = cached(own_photos, "memory", max_bad=0.15)
+    assert data.cache.sizes.tolist()[2] == [0, 0]
+    Image.fromarray(smooth(33, 44)).save(own_photos / "b" / "19.jpg")  # after it was measured
+    (views,) = epoch_views(config, data, 0)
+    plain = streamed(own_photos, max_bad=0.15, cache=None)
+    assert len(epoch_views(config, plain, 0)[0]) == len(views)
+    assert sorted(data.unreadable) == sorted(plain.unreadable) == [1, 2]
+    assert not any(data.cache.has(i) for i in (1, 2, 19))
+    assert sum(data.cache.has(i) for i in range(20)) == 17
+    assert same_views(epoch_views(config, data, 0), [views])
+
+
+def test_a_run_goes_on_without_its_cache(own_photos, streamed_config, cached):
+    config = streamed_config(own_photos)
+    data = cached(own_photos, "memory")
+    before = epoch_views(config, data, 0)
+    data.cache.path.unlink()
+    utils._mapped.cache_clear()
+    assert same_views(epoch_views(config, data, 0), before)
+    assert not data.cache.has(0)
+
+
+def test_a_cached_run_opens_no_file_after_its_first_epoch(
+    own_photos, streamed_config, cached, monkeypatch, unjudged, capsys
+):
+    """Nor to measure kNN by the training images; the others are for testing, and stay."""
+    cached(own_photos, "memory")  # only for its places
+    config = streamed_config(own_photos, run="c", cache="memory", batch_size=4, epochs=3)
+    finished, train = simclr.Pretraining.finish_epoch, simclr.load_data(config, CPU).train.paths
+
+    def then_delete(self):
+        for name in train:
+            (own_photos / os.fsdecode(name)).unlink(missing_ok=True)
+        return finished(self)
+
+    simclr.run(dataclasses.replace(config, run="whole"))
+    monkeypatch.setattr(simclr.Pretraining, "finish_epoch", then_delete)
+    simclr.run(config)
+    assert log(config) == log(dataclasses.replace(config, run="whole"))
+    assert not any("unreadable" in row for row in log(config))
+    with pytest.raises(InputError, match=r"--cache \(memory there, none now\)"):
+        simclr.check_same_run(
+            dataclasses.asdict(config), {"images": 16}, dataclasses.replace(config, cache="none"),
+            16, "",
+        )  # fmt: skip
+
+
+CACHED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import torch, test_streaming, utils
+from pathlib import Path
+utils.SHARED_MEMORY = Path(sys.argv[3])
+utils.keep_pixels(data := test_streaming.streamed(Path(sys.argv[2])), "memory")
+workers = int(sys.argv[4])
+for _ in data.batches(16, 5, torch.device("cpu"), workers):
+    pass
+print("kept", flush=True)
+sys.stdin.read(1) == "k" and os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def start_cached(photos, memory, workers, **environment):
+    here = str(Path(__file__).parent)
+    path = os.pathsep.join([here, str(Path(here).parent)])
+    command = [sys.executable, "-c", CACHED, here, str(photos), str(memory), str(workers)]
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": path, **environment},
+    )  # fmt: skip
+
+
+def test_a_cache_ends_with_its_run_or_with_the_next(photos, tmp_path, monkeypatch, capsys):
+    """Processes of a run share a file, that the last deletes; the next run finds a dead one's."""
+    monkeypatch.setattr(utils, "SHARED_MEMORY", tmp_path)
+    at_exit = []
+    monkeypatch.setattr(utils.atexit, "register", lambda *call: at_exit.append(call))
+    as_if = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2",
+             "MASTER_ADDR": "localhost"}  # fmt: skip
+    one, killed = start_cached(photos, tmp_path, 0, **as_if), start_cached(photos, tmp_path, 1)
+    for process in (one, killed):
+        process.stdout.readline()
+    shared, its = sorted(tmp_path.iterdir(), key=lambda path: str(killed.pid) in path.name)
+    assert all(file.stat().st_mode & 0o077 == 0 for file in (shared, its))  # nobody else's to see
+    killed.stdin.write("k")
+    killed.stdin.close()
+    killed.wait()
+    assert its.exists()
+    utils.keep_pixels(data := streamed(photos), "memory")  # of the process that started the other
+    assert [*tmp_path.iterdir()] == [data.cache.path] == [shared]
+    assert all(data.cache.has(i) for i in range(20))
+    for let_go, *arguments in at_exit:
+        let_go(*arguments)
+    assert shared.exists()
+    line = one.communicate(".")[1]
+    assert one.returncode == 0
+    assert not shared.exists()
+    assert line == f"keeping 0.8 MiB of decoded images in {tmp_path}\n"
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("kind", "hint"), [("memory", "--cache file"), ("file", "XDG_CACHE_HOME")])
+def test_not_enough_room_is_one_line(
+    own_photos, streamed_config, cached, monkeypatch, capsys, kind, hint
+):
+    cached(own_photos, "memory")
+    capsys.readouterr()
+    monkeypatch.setattr(utils, "SHARED_MEMORY", own_photos.parent / "empty")
+    utils.SHARED_MEMORY.mkdir()
+    space = shutil.disk_usage(own_photos)._replace(free=300_000)
+    if kind == "file":
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: space)
+    else:
+        monkeypatch.setattr(utils, "free_memory", lambda: 300_000)
+    config = streamed_config(own_photos)
+    with pytest.raises(SystemExit) as stop:
+        simclr.main(
+            ["--dataset", "folder", "--data-dir", str(own_photos), "--device", "cpu", "--cache",
+             kind, "--checkpoints", config.checkpoints, "--figures", config.figures]
+        )  # fmt: skip
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(
+        rf"--cache {kind}: the decoded images take \d\.\d MiB, but .* 0\.[23] MiB", line
+    )
+    assert hint in line
+    assert not [*utils.SHARED_MEMORY.iterdir()]
+    assert not [*own_photos.parent.glob("**/pixels-*")][1:]  # but for the fixture's
+    assert not Path(config.checkpoints).exists()
+
+
+def test_no_shared_memory_and_a_full_disk_are_errors(own_photos, cached, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full, raising=False)
+        with pytest.raises(InputError, match=r"--cache file: cannot keep .*No space left"):
+            cached(own_photos, "file")
+        assert not [*own_photos.parent.glob("**/pixels-*")]
+    monkeypatch.setattr(utils, "SHARED_MEMORY", own_photos / "none")
+    with pytest.raises(InputError, match=r"needs .*none, which is not here; --cache file"):
+        utils.keep_pixels(streamed(own_photos), "memory")
 
 
 # ---------------------------------------------------------------------------------- lists of files
