@@ -231,7 +231,7 @@ class Sometimes:
 
 TRANSFORMATIONS: dict[str, Callable[[Config], list[Any]]] = {  # of Figure 5, in its order
     "crop": lambda c: [
-        simclr.RandomResizedCrop(c.image_size, (c.crop_min, 1.0)), simclr.RandomFlip(c.flip)
+        simclr.RandomResizedCrop(c.view_side, (c.crop_min, 1.0)), simclr.RandomFlip(c.flip)
     ],
     "cutout": lambda c: [Cutout()],
     "color": lambda c: [
@@ -239,13 +239,13 @@ TRANSFORMATIONS: dict[str, Callable[[Config], list[Any]]] = {  # of Figure 5, in
         if isinstance(step, simclr.ColorJitter | simclr.RandomGrayscale)
     ],
     "sobel": lambda c: [Sobel()],
-    "noise": lambda c: [GaussianNoise(c.image_size)],
-    "blur": lambda c: [simclr.RandomBlur(1.0, c.image_size)],
+    "noise": lambda c: [GaussianNoise(c.view_side)],
+    "blur": lambda c: [simclr.RandomBlur(1.0, c.view_side)],
     "rotate": lambda c: [RightAngle()],
 }  # fmt: skip
 EXTRAS: dict[str, Callable[[Config], Any]] = {  # what Table 3 adds to both views
     "rotation": lambda c: RightAngle(),
-    "noise": lambda c: Sometimes(GaussianNoise(c.image_size)),
+    "noise": lambda c: Sometimes(GaussianNoise(c.view_side)),
     "sobel": lambda c: Sometimes(Sobel()),
 }
 
@@ -309,7 +309,7 @@ class AblationRun(simclr.Pretraining):
 
 def with_steps(config: Config, steps: list[Any]) -> simclr.Augment:
     """An augmentation of these steps and no others."""
-    augment = simclr.Augment(config.image_size)
+    augment = simclr.Augment(config.view_side)
     augment.steps = steps
     return augment
 
@@ -321,10 +321,8 @@ def make_augment(config: Config, variant: Variant, data: Images) -> simclr.Augme
     many, it is a random crop, as in the paper (Section 3.1).
     """
     if variant.branch:
-        crop = simclr.RandomResizedCrop(config.image_size, (config.crop_min, 1.0))
-        return with_steps(
-            config, [Whole(config.image_size) if isinstance(data, ImageSet) else crop]
-        )
+        crop = simclr.RandomResizedCrop(config.view_side, (config.crop_min, 1.0))
+        return with_steps(config, [Whole(config.view_side) if isinstance(data, ImageSet) else crop])
     augment = simclr.make_augment(config)
     if variant.extra:
         augment.steps.append(EXTRAS[variant.extra](config))
@@ -1635,7 +1633,7 @@ class Clock:
 
     def seconds_per_view(self, job: Job) -> float:
         config = simclr.resolve(job.config, self.data.pretrain, self.device)
-        key = (config.arch, config.width, config.image_size, config.precision)
+        key = (config.arch, config.width, config.view_side, config.precision)
         if key not in self.speeds:
             small = dataclasses.replace(config, batch_size=TIMED_BATCH)
             run = AblationRun(small, self.data, self.device, Variant())

@@ -120,7 +120,7 @@ def check_options(options: Options) -> None:
         raise InputError(f"--seeds must be at least 1, got {options.seeds}")
     if options.epochs < 0:
         raise InputError(f"--epochs must be 0 or more, got {options.epochs}")
-    if options.image_size and not simclr.MIN_SIZE <= options.image_size <= 4096:
+    if options.image_size and not simclr.MIN_SIZE <= options.image_size <= simclr.MAX_SIZE:
         raise InputError(f"--image-size must be 0 or 8 to 4096, got {options.image_size}")
     if options.workers < -1:
         raise InputError(f"--workers must be -1 or more, got {options.workers}")
@@ -782,6 +782,7 @@ def evaluation_setup(source: Source, options: Options, device: torch.device) -> 
         config,
         data_dir=options.data_dir or config.data_dir,
         image_size=options.image_size or config.image_size,
+        view_size=0,  # a setting of pre-training
         workers=options.workers,
     )
     data = simclr.load_data(config, device)

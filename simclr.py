@@ -79,6 +79,10 @@ class Config:
     image_size: int = setting(
         0, "side in px that the encoder sees; 0: the images' own, or 224 if they vary"
     )
+    view_size: int = setting(
+        0, "side in px of the views in pre-training; 0: image_size. Smaller ones are faster, and "
+        "make larger objects, which suits larger test images (Touvron et al. 2019)"
+    )  # fmt: skip
     # augmentation (Section 3 and Appendix A)
     crop_min: float = setting(0.08, "smallest area of a random crop, as a share of the image")
     flip: float = setting(0.5, "probability of a horizontal flip")
@@ -166,6 +170,11 @@ class Config:
     run: str = setting("", "name of the run (default: <dataset>_<arch>)", identity=False)
     checkpoints: str = setting("checkpoints", "folder of all runs' checkpoints", identity=False)
     figures: str = setting("figures", "folder of all runs' figures", identity=False)
+
+    @property
+    def view_side(self) -> int:
+        """Side in px of the views that are trained on; of a resolved configuration."""
+        return self.view_size or self.image_size
 
     @property
     def folder(self) -> Path:
@@ -260,7 +269,9 @@ def check_config(config: Config) -> None:
         need(getattr(config, name) >= 0, name, "0 or more")
     for name in ("warmup_epochs", "knn_every", "keep_every", "checkpoint_minutes", "seed"):
         need(getattr(config, name) >= 0, name, "0 or more")
-    need(config.image_size == 0 or 8 <= config.image_size <= 4096, "image_size", "0 or 8 to 4096")
+    for name in ("image_size", "view_size"):
+        side = getattr(config, name)
+        need(side == 0 or MIN_SIZE <= side <= MAX_SIZE, name, f"0 or {MIN_SIZE} to {MAX_SIZE}")
     need(0 < config.crop_min <= 1, "crop_min", "in (0, 1]")
     need(0 <= config.rotation <= 180, "rotation", "in [0, 180] degrees")
     need(0 <= config.hue * config.color_strength <= 0.5, "hue", "0 to 0.5 turns after scaling by s")
@@ -309,14 +320,20 @@ def resolve(config: Config, data: Images, device: torch.device) -> Config:
     if config.dataset == "folder":
         data_dir = str(Path(data_dir).resolve())
     return dataclasses.replace(
-        config, image_size=size, precision=precision, stem=stem, compile=compiled, data_dir=data_dir
+        config,
+        image_size=size,
+        view_size=0 if config.view_size == size else config.view_size,
+        precision=precision,
+        stem=stem,
+        compile=compiled,
+        data_dir=data_dir,
     )
 
 
 STREAMED_SIZE = 224  # px: what images of varying sizes are cropped to
 COMPILE_STEPS = 5000  # of a run: compiling takes a minute, and saves milliseconds a step
 SMALL_STEM_SIZE = 64  # px: up to here the 3x3 stem (Appendix B.9 has 32)
-MIN_SIZE = 8  # px
+MIN_SIZE, MAX_SIZE = 8, 4096  # px
 MAX_HEAD = 65_536  # width of the head's layers: more is a slip of the keyboard
 MAX_NAME = 255  # bytes: what file systems take as the name of a folder
 
@@ -657,7 +674,7 @@ class Augment:
 def make_augment(config: Config) -> Augment:
     """The augmentation that a (resolved) configuration describes."""
     return Augment(
-        config.image_size,
+        config.view_side,
         crop_scale=(config.crop_min, 1.0),
         flip_p=config.flip,
         rotation=config.rotation,
@@ -1016,7 +1033,7 @@ def check_memory(config: Config, n: int, device: torch.device) -> None:
     """
     with torch.device("meta"):
         model = SimCLR(config)
-    conv1, side = model.encoder.conv1, config.image_size
+    conv1, side = model.encoder.conv1, config.view_side
     outputs = conv1.out_channels * (side // conv1.stride[0]) ** 2  # of a view
     width = 2 if config.precision == "bfloat16" else 4  # bytes of each
     batch = batch_count(config, n)[0]
@@ -1028,7 +1045,7 @@ def check_memory(config: Config, n: int, device: torch.device) -> None:
         raise InputError(
             f"this needs more than {needed / 2**30:,.0f} GiB of memory, and {device} has "
             f"{utils.memory_of(device) / 2**30:,.0f}: choose a smaller {flag('micro_batch')}, "
-            f"{flag('batch_size')}, {flag('image_size')} or {flag('width')}"
+            f"{flag('batch_size')}, {flag('view_size')} or {flag('width')}"
         )
 
 
@@ -1555,7 +1572,7 @@ class Pretraining:
         Where it cannot be, as without a C compiler, a line says so and it is what it was.
         """
         weights = copy.deepcopy(self.model.state_dict())
-        size = self.config.image_size
+        size = self.config.view_side
         count = 2 * self.batch_size // self.pieces // utils.world_size()
         views = torch.zeros(count, 3, size, size, device=self.device)
         graphs = {} if self.config.micro_batch else COMPILE  # which write over a piece's z
@@ -1717,7 +1734,7 @@ def too_large(config: Config, batch: int, device: torch.device) -> str:
     """What to do where a step needs more memory than there is."""
     held, processes = config.micro_batch or batch, utils.world_size()
     smaller = [m for m in range(processes, held // 2 + 1, processes) if batch % m == 0]
-    remedy = f"a smaller {flag('batch_size')}, {flag('image_size')} or {flag('width')}"
+    remedy = f"a smaller {flag('batch_size')}, {flag('view_size')} or {flag('width')}"
     if smaller:
         remedy = f"{flag('micro_batch')} {smaller[-1]}, or {remedy}"
     return f"{device} has too little memory for the activations of {held} images: try {remedy}"
@@ -2137,8 +2154,12 @@ class FigureKeeper:
 
 
 def geometric_augment(config: Config) -> Augment:
-    """Crops, flips and rotations of the recipe without its colours (B.5: crops and flips)."""
-    return make_augment(dataclasses.replace(config, jitter_p=0.0, gray_p=0.0, blur_p=0.0))
+    """Crops, flips and rotations of the recipe without its colours (B.5: crops and flips).
+
+    A classifier learns from views of the size that it is tested on.
+    """
+    plain = dataclasses.replace(config, view_size=0, jitter_p=0.0, gray_p=0.0, blur_p=0.0)
+    return make_augment(plain)
 
 
 def labelled_batches(
@@ -2334,12 +2355,12 @@ def draw_views(config: Config, data: Images, device: torch.device) -> Any:
     count, views = min(SHEET[0], len(data)), SHEET[1]
     random = utils.generator("cpu", config.seed, SHUFFLE)
     rows = torch.randperm(len(data), generator=random)[:count]
-    originals = next(utils.take(data, rows).batches(config.image_size, count, device))
+    originals = next(utils.take(data, rows).batches(config.view_side, count, device))
     key = (config.seed, VIEWS)
     batches = augmented_batches(data, rows[None], [key], make_augment(config), views, device, 0)
     drawn = next(batches).unflatten(0, (views, count)).transpose(0, 1)  # (N, views, 3, S, S)
     tiles = utils.to_uint8(torch.cat([originals[:, None], drawn], 1)).cpu()
-    picture = utils.mosaic(tiles, gap=max(1, config.image_size // 16))
+    picture = utils.mosaic(tiles, gap=max(1, config.view_side // 16))
 
     width, margin, heading = 9, 0.05, 0.35  # inches
     height = (width - 2 * margin) * picture.shape[0] / picture.shape[1]
@@ -2364,7 +2385,7 @@ def show_views(config: Config, file: Path) -> None:
     if not len(data):
         raise InputError("there are no images to show")
     config = resolve(config, data, device)
-    config.image_size = min(config.image_size, LARGEST_TILE)
+    config.view_size = min(config.view_side, LARGEST_TILE)
     utils.save_figure(draw_views(config, data, device), file)
     print(f"views of {config.dataset} by the recipe {config.recipe}: {file}")
 

@@ -242,7 +242,7 @@ def pil_pipeline(config: simclr.Config, module: Any) -> Any:
     jitter = (s * config.brightness, s * config.contrast, s * config.saturation, s * config.hue)
     return module.Compose(
         [
-            module.RandomResizedCrop(config.image_size, (config.crop_min, 1.0)),
+            module.RandomResizedCrop(config.view_side, (config.crop_min, 1.0)),
             module.RandomHorizontalFlip(config.flip),
             module.RandomApply([module.ColorJitter(*jitter)], config.jitter_p),
             module.RandomGrayscale(config.gray_p),

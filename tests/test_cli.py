@@ -44,6 +44,7 @@ def fails(capsys, tmp_path, *argv):
         ("--lr -1", "--lr must be positive"),
         ("--epochs 0", "--epochs must be at least 1"),
         ("--image-size 7", "--image-size must be 0 or 8 to 4096"),
+        ("--view-size 5000", "--view-size must be 0 or 8 to 4096, got 5000"),
         ("--width 0", "--width must be in (0, 16]"),
         ("--crop-min 0", "--crop-min must be in (0, 1]"),
         ("--crop-min 1.5", "--crop-min must be in (0, 1]"),

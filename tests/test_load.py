@@ -54,6 +54,14 @@ def evaluation_of(file, **overrides):
 # ------------------------------------------------------------------------------- the frozen encoder
 
 
+def test_smaller_views_of_the_training_are_not_those_of_the_evaluation(trained):
+    source = load_source(trained)
+    source.config.view_size = 12
+    config, _ = load_simCLR.evaluation_setup(source, Options(), CPU)
+    assert (config.image_size, config.view_side) == (16, 16)
+    assert simclr.make_augment(config).size == 16
+
+
 def test_load_encoder_is_the_trained_encoder_frozen(trained):
     encoder = load_encoder(trained.parent)
     images = utils.load_images("digits", "test").images[:8].float() / 255

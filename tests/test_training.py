@@ -203,6 +203,35 @@ def test_streamed_views_equal_views_from_memory(tiny_config, tmp_path, write_ima
     assert (a - b).abs().max() <= 1.5 / 255
 
 
+def test_views_may_be_smaller_than_the_images_that_are_judged(tiny_config, tmp_path, write_image):
+    """--view-size is the side of the views, held in memory or streamed, and of nothing else."""
+    config = tiny_config(image_size=16, view_size=12, batch_size=4, workers=0, blur_p=1.0)
+    for i in range(4):
+        write_image(tmp_path / f"{i}.png", size=(20, 20), seed=i)
+    memory = utils.load_images("folder", "pretrain", tmp_path)
+    streamed = ImageFiles(tmp_path, np.array([f"{i}.png".encode() for i in range(4)]))
+    augment = plain_augment(config)
+    for data in (memory, streamed):
+        (views,) = simclr.view_batches(config, data, augment, CPU, 0, 0)
+        assert views.shape == (8, 3, 12, 12)
+    pixels = simclr.features(utils.flat_pixels, memory, config, CPU)
+    assert pixels.shape == (4, 3 * 16 * 16)
+    assert simclr.geometric_augment(config).size == 16  # for a classifier, which is tested on them
+
+
+def test_views_as_large_as_the_images_are_no_setting(tiny_config):
+    """So that a run continues whichever of the two is given; another size is another run."""
+    data = numbered(4)
+    given, left, other = (
+        simclr.resolve(tiny_config(view_size=size), data, CPU) for size in (16, 0, 12)
+    )
+    assert given == left
+    assert (left.view_side, other.view_side) == (16, 12)
+    assert simclr.differences(dataclasses.asdict(left), other) == ["--view-size (0 there, 12 now)"]
+    before = {k: v for k, v in dataclasses.asdict(left).items() if k != "view_size"}
+    assert simclr.differences(before, left) == []  # of a version that did not have it
+
+
 # ---------------------------------------------------------------------------- runs and their files
 
 

@@ -1,0 +1,275 @@
+"""A race: how good is the representation after so many minutes, by each way of training?
+
+    python tests/race.py --dataset folder --data-dir data/cifar10_jpeg --recipe cifar10-fast \\
+        --arch resnet10 --width 0.25                                        # ten minutes, our loop
+    python tests/race.py --dataset folder … --recipe cifar10 --loop usual   # the usual loop
+    python tests/race.py --draw figures/race.png                            # all of them, drawn
+
+Trains by our loop or by the usual one (PIL in worker processes, two float32 passes; benchmark.py
+measures its speed), with the same settings, network and images. The learning rate follows the
+clock, so that each race ends as a whole run of that length. kNN accuracy is measured on the way,
+with the clock stopped. A race is a line of JSON in tests/results/race.jsonl.
+
+--steps N ends a race after N steps instead, however long they take: other seeds of a race that was
+run by the clock, or settings to choose from, on a machine that does other work as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision import transforms
+
+import benchmark  # which also makes the scripts known
+import simclr
+import utils
+from utils import InputError, setting
+
+
+@dataclass
+class Options:
+    """What a race has beside the settings of a run."""
+
+    loop: str = setting("ours", "who trains", ("ours", "usual"))
+    minutes: float = setting(10.0, "of training, without loading and measuring")
+    steps: int = setting(0, "steps that stand for those minutes, however long they take; 0: none")
+    points: int = setting(10, "how often kNN accuracy is measured, the last time at the end")
+    results: str = setting("tests/results/race.jsonl", "a line is added to this file")
+    draw: str = setting("", "no race, but a figure of all those in the results, to this file")
+
+
+class Clock:
+    """How much of a race is over, in [0, 1], by time or by steps, and how good it was then."""
+
+    def __init__(self, options: Options, accuracy: Callable[[], float]) -> None:
+        self.options, self.accuracy = options, accuracy
+        self.steps, self.started, self.stopped = 0, time.perf_counter(), 0.0
+        self.curve: list[tuple[float, float]] = []  # progress and kNN accuracy, both in [0, 1]
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started - self.stopped
+
+    @property
+    def progress(self) -> float:
+        if self.options.steps:
+            return self.steps / self.options.steps
+        return self.seconds / (60 * self.options.minutes)
+
+    @property
+    def over(self) -> bool:
+        return len(self.curve) >= self.options.points
+
+    def after_step(self) -> bool:
+        """Measure if it is time. Returns whether the race is over."""
+        self.steps += 1
+        progress = self.progress
+        if progress * self.options.points >= len(self.curve) + 1:
+            with self.paused():
+                self.curve.append((progress, self.accuracy()))
+                print(f"{progress:4.0%}  kNN {self.curve[-1][1]:.1%}", flush=True)
+        return self.over
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.stopped += time.perf_counter() - started
+
+
+PARTS = 100_000  # of a race: the schedule counts steps
+
+
+def rate(config: simclr.Config, progress: float) -> float:
+    """The learning rate; the warm-up is the same share of a race as of the run's epochs."""
+    warmup = round(PARTS * config.warmup_epochs / config.epochs)
+    peak = simclr.peak_learning_rate(config, config.batch_size)
+    return simclr.learning_rate(min(PARTS - 1, int(PARTS * progress)), PARTS, warmup, peak)
+
+
+@dataclass
+class Race:
+    """A network in training. Both loops take the first batch of it from the same weights."""
+
+    config: simclr.Config
+    data: simclr.Data
+    device: torch.device
+    options: Options
+
+    def run(self) -> tuple[Clock, nn.Module]:
+        """Train to the end. Returns the clock and the encoder."""
+        torch.manual_seed(self.config.seed)  # of the usual loop's views
+        return self.ours() if self.options.loop == "ours" else self.usual()
+
+    def clock(self, encoder: nn.Module) -> Clock:
+        """Starts it."""
+        return Clock(
+            self.options,
+            lambda: simclr.knn_accuracy(encoder, self.data, self.config, self.device),
+        )
+
+    def ours(self) -> tuple[Clock, nn.Module]:
+        """Epochs as in a run of simclr.py."""
+        run = simclr.Pretraining(self.config, self.data, self.device)
+        network, clock = run.network(), self.clock(run.model.encoder)
+        for epoch in itertools.count():
+            run.position = simclr.Position(epoch)
+            simclr.train_epoch(
+                network, run.optimizer, run.batches(), lambda _: rate(self.config, clock.progress),
+                run.loss, self.config.precision, run.position, clock.after_step, run.pieces,
+            )  # fmt: skip
+            if clock.over:
+                return clock, run.model.encoder
+
+    def usual(self) -> tuple[Clock, nn.Module]:
+        """As public single-file implementations train."""
+        config, device, images = self.config, self.device, self.data.pretrain
+        if config.blur_p or config.rotation:
+            raise InputError("the usual loop has no blur and no rotation here")
+        model = simclr.make_model(config).to(device)
+        optimizer = simclr.make_optimizer(config, model)
+        pipeline = benchmark.pil_pipeline(config, transforms)
+        augment = benchmark.Twice(transforms.Compose([pipeline, transforms.ToTensor()]))
+        loader = DataLoader(
+            benchmark.Views(images.images, augment, len(images)), config.batch_size, shuffle=True,
+            drop_last=True, num_workers=utils.cpu_cores(), pin_memory=device.type == "cuda",
+            persistent_workers=True,
+        )  # fmt: skip
+        clock = self.clock(model.encoder)
+        while True:
+            for views in loader:
+                model.train()
+                z1, z2 = (model(x.to(device, non_blocking=True))[1] for x in views)
+                loss = usual_loss(z1, z2, config.temperature)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate(config, clock.progress)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                if clock.after_step():
+                    return clock, model.encoder
+
+
+def usual_loss(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+    """NT-Xent by its plain formula."""
+    return F.cross_entropy(*simclr.contrastive_logits(z1, z2, temperature))
+
+
+def linear_accuracy(
+    encoder: nn.Module, data: simclr.Data, config: simclr.Config, device: torch.device
+) -> float:
+    """Of logistic regression on all labels: linear_all of simclr.evaluate()."""
+    h, h_test = (simclr.features(encoder, x, config, device) for x in (data.train, data.test))
+    h, h_test = utils.standardize(h, h_test)
+    y, y_test = data.train.labels_read, data.test.labels_read
+    return utils.linear_accuracy(h, y, h_test, y_test, len(data.train.classes))
+
+
+def hold(options: Options, given: dict[str, Any]) -> dict[str, Any]:
+    """A race from the settings that were given. Returns its line of the results."""
+    config = simclr.make_config(**given)
+    device = utils.choose_device(config.device)
+    data = simclr.load_data(config, device)
+    if not (data.labelled and isinstance(data.pretrain, utils.ImageSet)):
+        raise InputError("a race needs labelled images that are held in memory")
+    config = simclr.resolve(config, data.pretrain, device)
+    if options.loop == "usual":
+        config = dataclasses.replace(config, precision="float32")
+    clock, encoder = Race(config, data, device, options).run()
+    seconds = clock.seconds
+    settings = {k: v for k, v in given.items() if k not in ("data_dir", "device", "seed", "recipe")}
+    return {
+        "loop": options.loop,
+        "recipe": config.recipe,
+        "seed": config.seed,
+        "settings": settings,  # beside the recipe's
+        "minutes": options.minutes,
+        "by_clock": not options.steps,
+        "steps": clock.steps,
+        "seconds": round(seconds, 1),
+        "views_per_second": round(2 * config.batch_size * clock.steps / seconds),
+        "knn": clock.curve[-1][1],
+        "linear": linear_accuracy(encoder, data, config, device),
+        "curve": [[round(progress, 4), knn] for progress, knn in clock.curve],
+        "machine": benchmark.machine(device),
+    }
+
+
+def name_of(row: dict) -> str:
+    """What a line of the figure is called: all that differs but the seed."""
+    changed = " ".join(
+        f"{k} {v}" for k, v in row["settings"].items() if k not in ("dataset", "arch", "width")
+    )
+    return f"{row['loop']} loop, recipe {row['recipe']}" + (f", {changed}" if changed else "")
+
+
+def draw(rows: list[dict]) -> Any:
+    """kNN accuracy against the minutes of training, a line a race: a matplotlib Figure."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    names = dict.fromkeys(map(name_of, rows))
+    groups = {name: [row for row in rows if name_of(row) == name] for name in names}
+    best_first = sorted(groups.items(), key=lambda g: -statistics.mean(r["knn"] for r in g[1]))
+    for i, (name, races) in enumerate(best_first):
+        ends = [100 * race["knn"] for race in races]
+        spread = f" ± {statistics.stdev(ends):.1f}" if len(ends) > 1 else ""
+        label = f"{name}: {statistics.mean(ends):.1f}{spread} %"
+        for race in races:
+            progress, knn = zip(*race["curve"], strict=True)
+            minutes = [race["minutes"] * p for p in progress]
+            percent = [100 * a for a in knn]
+            axes.plot(minutes, percent, "o-", color=f"C{i}", markersize=3, linewidth=1, label=label)
+            label = None  # one entry a group
+    axes.set(xlabel="minutes of training", ylabel="kNN accuracy (k = 10), %", xlim=(0, None))
+    axes.grid(color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    return figure
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = utils.OneLineParser(
+        prog="race.py", usage="python tests/race.py [--flag value ...]", description=__doc__
+    )
+    utils.add_flags(parser, Options, {"loop": "the race"})
+    utils.add_flags(parser, simclr.Config, simclr.FIELD_GROUPS)
+    given = vars(parser.parse_args(argv))
+    names = [f.name for f in dataclasses.fields(Options)]
+    options = Options(**{name: given.pop(name) for name in names if name in given})
+    file = Path(options.results)
+    try:
+        if options.minutes <= 0 or options.points < 1 or options.steps < 0:
+            raise InputError("--minutes must be positive, --points 1 or more, --steps 0 or more")
+        if options.draw:
+            rows = utils.read_jsonl(file)
+            if not rows:
+                raise InputError(f"no race in {file} yet")
+            utils.save_figure(draw(rows), Path(options.draw))
+            print(f"{len(rows)} races: {options.draw}")
+            return
+        row = hold(options, given)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "a", encoding="utf-8") as results:
+            results.write(json.dumps(row) + "\n")
+        print(json.dumps(row))
+    except (InputError, OSError) as error:
+        utils.exit_with_error("race.py", error)
+
+
+if __name__ == "__main__":
+    main()
