@@ -182,9 +182,16 @@ class Scene:
 
 
 def read_scene(config: simclr.Config, options: Options, device: torch.device) -> Scene:
-    """The run's test images, or its training images if it has no others, at most --images."""
-    train, images = utils.load_splits(config.dataset, ("train", "test"), config.data_dir)
-    train, images, split = train.to(device), images.to(device), "test"
+    """The run's test images, or its training images if it has no others, at most --images.
+
+    Without those that cannot be read, of which there may be as many as in training.
+    """
+    found = utils.load_splits(config.dataset, ("train", "test"), config.data_dir)
+    train, images = (
+        utils.readable(simclr.tolerant(x, config), simclr.worker_count(config)).to(device)
+        for x in found
+    )
+    split = "test"
     if not len(images):
         images, split = train, "training"
     if len(images) < 2:

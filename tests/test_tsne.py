@@ -414,6 +414,23 @@ def test_unlabelled_images_are_drawn_without_colours(tmp_path, write_image, caps
     assert (config.figure_folder / "neighbours.png").exists()
 
 
+def test_images_that_cannot_be_read_are_named_and_left_out(tmp_path, write_image, capsys):
+    for i in range(16):
+        write_image(tmp_path / "photos" / f"{i}.png", (20, 14 + i % 2), seed=i)  # streamed
+    photos = dict(dataset="folder", data_dir=str(tmp_path / "photos"), image_size=8, max_bad=0.1)
+    config = train(tmp_path, **photos, epochs=1, batch_size=8, workers=0, warmup_epochs=0.0)
+    (tmp_path / "photos" / "7.png").write_bytes(b"no image")
+    capsys.readouterr()
+    places = ["--checkpoints", config.checkpoints, "--figures", config.figures]
+    tSNE.main([*places, "--method", "pca"])
+    said = capsys.readouterr()
+    assert "drawing 15 unlabelled training images of photos" in said.out
+    assert "7.png" in said.err + said.out
+    page = (config.figure_folder / "tsne.html").read_text(encoding="utf-8")
+    assert '"8.png"' in page
+    assert '"7.png"' not in page
+
+
 def test_training_images_with_labels_have_colours_but_no_accuracy(tmp_path, write_image, capsys):
     for i in range(16):
         write_image(tmp_path / "photos" / "train" / "ab"[i % 2] / f"{i}.png", seed=i)
