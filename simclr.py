@@ -81,7 +81,7 @@ class Config:
     )
     view_size: int = setting(
         0, "side in px of the views in pre-training; 0: image_size. Smaller ones are faster, and "
-        "make larger objects, which suits larger test images (Touvron et al. 2019)"
+        "enlarge objects less, as test images do not (Touvron et al. 2019, arXiv 1906.06423)"
     )  # fmt: skip
     # augmentation (Section 3 and Appendix A)
     crop_min: float = setting(0.08, "smallest area of a random crop, as a share of the image")

@@ -208,12 +208,13 @@ def hold(options: Options, given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def name_of(row: dict) -> str:
-    """What a line of the figure is called: all that differs but the seed."""
-    changed = " ".join(
-        f"{k} {v}" for k, v in row["settings"].items() if k not in ("dataset", "arch", "width")
-    )
-    return f"{row['loop']} loop, recipe {row['recipe']}" + (f", {changed}" if changed else "")
+def name_of(row: dict, rows: list[dict]) -> str:
+    """What a line of the figure is called: all in which the rows differ, but for the seed."""
+    settings = [
+        f"{key} {value}" for key, value in row["settings"].items()
+        if any(other["settings"].get(key) != value for other in rows)
+    ]  # fmt: skip
+    return ", ".join([f"{row['loop']} loop", row["recipe"], *settings])
 
 
 def draw(rows: list[dict]) -> Any:
@@ -222,8 +223,9 @@ def draw(rows: list[dict]) -> Any:
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    names = dict.fromkeys(map(name_of, rows))
-    groups = {name: [row for row in rows if name_of(row) == name] for name in names}
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(name_of(row, rows), []).append(row)
     best_first = sorted(groups.items(), key=lambda g: -statistics.mean(r["knn"] for r in g[1]))
     for i, (name, races) in enumerate(best_first):
         ends = [100 * race["knn"] for race in races]
