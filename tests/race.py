@@ -201,9 +201,9 @@ def hold(options: Options, given: dict[str, Any]) -> dict[str, Any]:
         "steps": clock.steps,
         "seconds": round(seconds, 1),
         "views_per_second": round(2 * config.batch_size * clock.steps / seconds),
-        "knn": clock.curve[-1][1],
-        "linear": linear_accuracy(encoder, data, config, device),
-        "curve": [[round(progress, 4), knn] for progress, knn in clock.curve],
+        "knn": round(clock.curve[-1][1], 4),
+        "linear": round(linear_accuracy(encoder, data, config, device), 4),
+        "curve": [[round(x, 4) for x in point] for point in clock.curve],
         "machine": benchmark.machine(device),
     }
 
