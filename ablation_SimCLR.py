@@ -281,7 +281,7 @@ class AblationRun(simclr.Pretraining):
         self.variant = variant
         self.augment = make_augment(config, variant, data.pretrain)
         steps = [step for name in variant.branch for step in TRANSFORMATIONS[name](config)]
-        self.branch = with_steps(config, steps)
+        self.branch = simclr.Augment(config.view_side, steps)
         if variant.passes == 2:
             weights = self.model.state_dict()
             self.model = TwoPasses(config).to(device, memory_format=torch.channels_last)
@@ -307,13 +307,6 @@ class AblationRun(simclr.Pretraining):
         return {**super().state(), "variant": dataclasses.asdict(self.variant)}
 
 
-def with_steps(config: Config, steps: list[Any]) -> simclr.Augment:
-    """An augmentation of these steps and no others."""
-    augment = simclr.Augment(config.view_side)
-    augment.steps = steps
-    return augment
-
-
 def make_augment(config: Config, variant: Variant, data: Images) -> simclr.Augment:
     """What both views get. config: resolved.
 
@@ -321,8 +314,9 @@ def make_augment(config: Config, variant: Variant, data: Images) -> simclr.Augme
     many, it is a random crop, as in the paper (Section 3.1).
     """
     if variant.branch:
-        crop = simclr.RandomResizedCrop(config.view_side, (config.crop_min, 1.0))
-        return with_steps(config, [Whole(config.view_side) if isinstance(data, ImageSet) else crop])
+        size = config.view_side
+        crop = simclr.RandomResizedCrop(size, (config.crop_min, 1.0))
+        return simclr.Augment(size, [Whole(size) if isinstance(data, ImageSet) else crop])
     augment = simclr.make_augment(config)
     if variant.extra:
         augment.steps.append(EXTRAS[variant.extra](config))
@@ -566,7 +560,7 @@ def transformed_features(
     steps = len(data) // size
     rows = torch.arange(size * steps).view(steps, size).repeat(PROBE_VIEWS, 1)
     keys = [(config.seed, simclr.LABELS, part, i) for i in range(len(rows))]
-    workers = simclr.worker_count(config)
+    workers = utils.worker_count(config.workers)
     views = simclr.augmented_batches(data, rows, keys, augment, 1, job.device, workers)
     where = job.device if isinstance(data, ImageSet) else "cpu"  # where the randomness is drawn
     found: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -1813,7 +1807,7 @@ def run(names: Sequence[str], options: Options, given: dict[str, Any]) -> bool:
     return not failed
 
 
-@utils.quiet_without_reader()
+@utils.command("ablation_SimCLR.py")
 def main(argv: Sequence[str] | None = None) -> None:
     try:
         with utils.InterruptedBySignals():
@@ -1821,13 +1815,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             utils.wait_for_others()
             if not fine:
                 raise SystemExit(1)
-    except InputError as error:
-        utils.exit_with_error("ablation_SimCLR.py", error)
     except simclr.Interrupted as stop:
         print("\nstopped and saved; the same command continues", file=sys.stderr)
         raise SystemExit(128 + stop.signal) from None
-    except KeyboardInterrupt as stop:
-        utils.exit_stopped(stop)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,6 @@ import json
 import os
 import re
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -52,7 +51,7 @@ from tqdm import tqdm
 import simclr
 import utils
 from simclr import REPRESENTATIONS, Config, Data, Encoder, LabelTraining
-from utils import ImageFiles, Images, InputError, flag, setting
+from utils import ImageFiles, InputError, flag, setting
 
 # ----------------------------------------------------------------------------------------- options
 
@@ -639,7 +638,7 @@ class Evaluation:
         batches = simclr.labelled_batches(
             self.data.train, torch.arange(len(self.data.train)),
             simclr.geometric_augment(self.config), size, steps, (self.config.seed, stream),
-            self.device, simclr.worker_count(self.config),
+            self.device, utils.worker_count(self.config.workers),
         )  # fmt: skip
         for images, labels in batches:
             with torch.no_grad(), utils.autocast(self.device, self.config.precision):
@@ -894,13 +893,6 @@ def most_confident_mistakes(truth: Tensor, predicted: Tensor, confidence: Tensor
     return order[: int((predicted != truth).sum())].tolist()
 
 
-def image_names(data: Images) -> list[str]:
-    """How an image is named in a list: by its path, or where there is none by its index."""
-    if data.paths is None:
-        return [str(i) for i in range(len(data))]
-    return [os.fsdecode(path) for path in data.paths]
-
-
 def write_predictions(
     file: Path, names: Sequence[str], predicted: Sequence[str], confidence: Sequence[float],
     truth: Sequence[str] | None = None,
@@ -1139,7 +1131,7 @@ def run_evaluation(source: Source, options: Options, device: torch.device) -> di
     if options.predictions:
         class_names = [[data.train.classes[i] for i in x.tolist()] for x in (predicted, truth)]
         write_predictions(
-            Path(options.predictions), image_names(data.test), class_names[0],
+            Path(options.predictions), utils.image_names(data.test), class_names[0],
             confidence.tolist(), class_names[1],
         )  # fmt: skip
     names, shown = names_of(source), results.get("confusion")
@@ -1228,15 +1220,9 @@ def run_on(where: str, options: Options, device: torch.device) -> dict | None:
     return run_evaluation(source, options, device)
 
 
-@utils.quiet_without_reader()
+@utils.command("load_simCLR.py")
 def main(argv: Sequence[str] | None = None) -> None:
-    try:
-        run(*parse_command_line(argv))
-    except InputError as error:
-        utils.exit_with_error("load_simCLR.py", error)
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        raise SystemExit(130) from None
+    run(*parse_command_line(argv))
 
 
 if __name__ == "__main__":

@@ -304,36 +304,31 @@ def check_config(config: Config) -> None:
 
 def resolve(config: Config, data: Images, device: torch.device) -> Config:
     """Replace what was left to be chosen (0, "auto") by what fits the data and the device."""
-    size, precision, stem = config.image_size, config.precision, config.stem
-    compiled = config.compile
-    if size == 0:
-        size = min(data.images.shape[-2:]) if isinstance(data, ImageSet) else STREAMED_SIZE
-        if size < MIN_SIZE:
+    config = dataclasses.replace(config)  # a copy
+    if not config.image_size:
+        held = isinstance(data, ImageSet)
+        config.image_size = min(data.images.shape[-2:]) if held else STREAMED_SIZE
+        if config.image_size < MIN_SIZE:
             raise InputError(
-                f"the images are only {size} px; choose {flag('image_size')} {MIN_SIZE} or more"
+                f"the images are only {config.image_size} px; choose {flag('image_size')} "
+                f"{MIN_SIZE} or more"
             )
-    if precision == "auto":
-        precision = "bfloat16" if utils.has_fast_bfloat16(device) else "float32"
-    if stem == "auto":
-        stem = "small" if size <= SMALL_STEM_SIZE else "imagenet"
-    if compiled == "auto":
+    if config.view_size == config.image_size:
+        config.view_size = 0
+    if config.precision == "auto":
+        config.precision = "bfloat16" if utils.has_fast_bfloat16(device) else "float32"
+    if config.stem == "auto":
+        config.stem = "small" if config.image_size <= SMALL_STEM_SIZE else "imagenet"
+    alone = utils.world_size() == 1
+    if config.compile == "auto":
         long = config.epochs * batch_count(config, len(data))[1] >= COMPILE_STEPS
-        plain = not config.micro_batch and utils.world_size() == 1
-        compiled = "on" if device.type == "cuda" and long and plain else "off"
-    if compiled == "on" and utils.world_size() > 1:
+        worth = device.type == "cuda" and long and alone and not config.micro_batch
+        config.compile = "on" if worth else "off"
+    if config.compile == "on" and not alone:
         raise InputError(f"{flag('compile')} on: not with several processes")
-    data_dir = config.data_dir
     if config.dataset == "folder":
-        data_dir = str(Path(data_dir).resolve())
-    return dataclasses.replace(
-        config,
-        image_size=size,
-        view_size=0 if config.view_size == size else config.view_size,
-        precision=precision,
-        stem=stem,
-        compile=compiled,
-        data_dir=data_dir,
-    )
+        config.data_dir = str(Path(config.data_dir).resolve())
+    return config
 
 
 STREAMED_SIZE = 224  # px: what images of varying sizes are cropped to
@@ -585,8 +580,7 @@ class RandomBlur:
 
     def __init__(self, p: float, size: int) -> None:
         self.p = p
-        self.kernel = 2 * round((BLUR_KERNEL * size - 1) / 2) + 1  # odd
-        self.kernel = max(3, self.kernel)
+        self.kernel = max(3, 2 * round((BLUR_KERNEL * size - 1) / 2) + 1)  # odd
 
     def __call__(self, images: Tensor, u: Tensor) -> Tensor:
         blurred = gaussian_blur(images, lerp(*BLUR_SIGMA, u[:, 1]), self.kernel)
@@ -622,30 +616,8 @@ class Augment:
     first: the step to start with (1 where the crop was made while decoding).
     """
 
-    def __init__(
-        self,
-        size: int,
-        crop_scale: tuple[float, float] = (0.08, 1.0),
-        flip_p: float = 0.5,
-        rotation: float = 0.0,
-        jitter_p: float = 0.8,
-        strength: float = 1.0,
-        jitter: tuple[float, float, float, float] = (0.8, 0.8, 0.8, 0.2),
-        grayscale_p: float = 0.2,
-        blur_p: float = 0.5,
-    ) -> None:
-        self.size = size
-        self.steps: list[Any] = [RandomResizedCrop(size, crop_scale)]
-        if flip_p:
-            self.steps.append(RandomFlip(flip_p))
-        if rotation:
-            self.steps.append(RandomRotation(rotation))
-        if jitter_p and strength and any(jitter):
-            self.steps.append(ColorJitter(jitter_p, *(strength * s for s in jitter)))
-        if grayscale_p:
-            self.steps.append(RandomGrayscale(grayscale_p))
-        if blur_p:
-            self.steps.append(RandomBlur(blur_p, size))
+    def __init__(self, size: int, steps: list[Any]) -> None:
+        self.size, self.steps = size, steps
 
     @property
     def draws(self) -> int:
@@ -679,17 +651,20 @@ class Augment:
 
 def make_augment(config: Config) -> Augment:
     """The augmentation that a (resolved) configuration describes."""
-    return Augment(
-        config.view_side,
-        crop_scale=(config.crop_min, 1.0),
-        flip_p=config.flip,
-        rotation=config.rotation,
-        jitter_p=config.jitter_p,
-        strength=config.color_strength,
-        jitter=(config.brightness, config.contrast, config.saturation, config.hue),
-        grayscale_p=config.gray_p,
-        blur_p=config.blur_p,
-    )
+    size, s = config.view_side, config.color_strength
+    jitter = [s * x for x in (config.brightness, config.contrast, config.saturation, config.hue)]
+    steps: list[Any] = [RandomResizedCrop(size, (config.crop_min, 1.0))]
+    if config.flip:
+        steps.append(RandomFlip(config.flip))
+    if config.rotation:
+        steps.append(RandomRotation(config.rotation))
+    if config.jitter_p and any(jitter):
+        steps.append(ColorJitter(config.jitter_p, *jitter))
+    if config.gray_p:
+        steps.append(RandomGrayscale(config.gray_p))
+    if config.blur_p:
+        steps.append(RandomBlur(config.blur_p, size))
+    return Augment(size, steps)
 
 
 # -------------------------------------------------------------------- encoder and projection head
@@ -765,12 +740,9 @@ class SimCLR(nn.Module):
         if stem == "auto":
             stem = "small" if config.image_size <= SMALL_STEM_SIZE else "imagenet"
         self.encoder = Encoder(config.arch, config.width, stem)
+        dim = self.encoder.feature_dim
         self.projector = make_projector(
-            config.projection,
-            self.encoder.feature_dim,
-            config.head_hidden or self.encoder.feature_dim,
-            config.head_dim,
-            config.head_bn,
+            config.projection, dim, config.head_hidden or dim, config.head_dim, config.head_bn
         )
 
     def forward(self, views: Tensor) -> tuple[Tensor, Tensor]:
@@ -935,16 +907,11 @@ class LARS(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self) -> None:
         for group in self.param_groups:
             weights = [p for p in group["params"] if p.grad is not None]
             if weights:
                 self._update(weights, group)
-        return loss
 
     def _update(self, weights: list[Tensor], group: dict[str, Any]) -> None:
         """All weights of a group at once, with one launch a weight on a GPU instead of six."""
@@ -1093,7 +1060,7 @@ def view_batches(
     batches = order[: size * steps].view(steps, size)[start:]
     keys = ((config.seed, VIEWS, epoch, step) for step in range(start, steps))
     mine = slice(utils.rank(), None, utils.world_size())
-    workers = worker_count(config)
+    workers = utils.worker_count(config.workers)
     yield from augmented_batches(data, batches, keys, augment, 2, device, workers, mine)
 
 
@@ -1147,10 +1114,6 @@ def crop_boxes(crop: RandomResizedCrop, sizes: np.ndarray, u: np.ndarray) -> np.
     height, width = torch.from_numpy(sizes).repeat_interleave(u.shape[1], 0).unbind(1)
     boxes = crop.boxes(torch.from_numpy(u).flatten(0, 1), height, width)
     return boxes.unflatten(0, u.shape[:2]).numpy()
-
-
-def worker_count(config: Config) -> int:
-    return utils.worker_count(config.workers)
 
 
 def train_epoch(
@@ -1301,7 +1264,8 @@ def tolerant(data: Images, config: Config) -> Images:
 
 def readable(data: Data, config: Config) -> Data:
     """Without the labelled images that cannot be read: an evaluation meets each many times."""
-    train, test = (utils.readable(part, worker_count(config)) for part in (data.train, data.test))
+    workers = utils.worker_count(config.workers)
+    train, test = (utils.readable(part, workers) for part in (data.train, data.test))
     return Data(data.pretrain, train, test)
 
 
@@ -1309,17 +1273,13 @@ def describe_data(data: Data) -> str:
     """What was found: how many images and classes, or why there are no labels."""
     text = f"{len(data.pretrain):,} images to learn from"
     if data.train.labels is None:
-        return f"{text}; no labels: {utils.why_unlabelled(file_names(data.train))}"
+        return f"{text}; no labels: {utils.why_unlabelled(utils.image_names(data.train))}"
     text = f"{len(data.train.classes)} classes, {text}"
     if len(data.test) and data.test.labels is None:
-        why = utils.why_unlabelled(file_names(data.test), data.train.classes)
+        why = utils.why_unlabelled(utils.image_names(data.test), data.train.classes)
         return f"{text}, but no labels for the evaluation: {why}"
     held_out = f"{len(data.test):,}" if len(data.test) else "none"
     return f"{text}, {held_out} held out for the evaluation"
-
-
-def file_names(data: Images) -> list[str]:
-    return [] if data.paths is None else [os.fsdecode(path) for path in data.paths]
 
 
 class Pretraining:
@@ -1371,7 +1331,9 @@ class Pretraining:
 
     @property
     def complete(self) -> bool:
-        return self.position.epoch >= self.config.epochs or reached(self.config, self.log)
+        """After the last epoch, or that whose kNN accuracy is the one to end at."""
+        accuracy = self.log[-1].get("knn", 0) if self.log else 0
+        return self.position.epoch >= self.config.epochs or 0 < self.config.stop_at_knn <= accuracy
 
     def resume(self) -> bool:
         """Take up the run's checkpoint, or the previous one. Returns whether there is one.
@@ -1386,7 +1348,7 @@ class Pretraining:
         check_format(state, file)
         with utils.refusing(f"{file} is not a checkpoint of this run", through=(InputError,)):
             images = len(self.data.pretrain)
-            changed = check_same_run(state["config"], state, self.config, images, self.files)
+            changed = check_same_run(state, self.config, images, self.files)
             if faults := utils.misfits(state["model"], self.model.state_dict()):
                 raise ValueError(faults[0])
             self.model.load_state_dict(state["model"])
@@ -1513,7 +1475,7 @@ class Pretraining:
     def write_records(self) -> None:
         """What people read, config.json and log.jsonl: it follows from the checkpoint."""
         utils.write_json(self.config.folder / "config.json", dataclasses.asdict(self.config))
-        self.lines += map(utils.json_line, self.log[len(self.lines) :])
+        self.lines += [json.dumps(row) + "\n" for row in self.log[len(self.lines) :]]
         utils.write_atomically(self.log_file, "".join(self.lines).encode())
 
     def train(self) -> None:
@@ -1660,11 +1622,6 @@ class Pretraining:
         return row
 
 
-def reached(config: Config, log: list[dict]) -> bool:
-    """Whether the last epoch's kNN accuracy is the one that the run was to end at."""
-    return 0 < config.stop_at_knn <= (log[-1].get("knn", 0) if log else 0)
-
-
 COMPILE = {"mode": "reduce-overhead"}  # of torch.compile: on CUDA with CUDA graphs
 COMPILE_WARMUP = 3  # steps: the first compiles, CUDA graphs are recorded in the second
 
@@ -1708,14 +1665,13 @@ def pretrain(
     config: Config,
     data: Data,
     device: torch.device,
-    say: Callable[[str], None] = print,
     make_run: type[Pretraining] = Pretraining,
     overwrite: bool = False,
 ) -> SimCLR:
     """Train, or continue, the run that `config` (resolved) describes. Returns the trained model.
 
-    say: is told if a run is continued. make_run: Pretraining or a variant of it. overwrite: start
-    anew; an earlier run of the name stays as it is until the first checkpoint replaces it.
+    make_run: Pretraining or a variant of it. overwrite: start anew; an earlier run of the name
+    stays as it is until the first checkpoint replaces it.
     """
     run = make_run(config, data, device)
     resumed = not overwrite and run.resume()
@@ -1725,7 +1681,8 @@ def pretrain(
     else:
         run.bring_up_to_date()  # whatever has become of the files
         if not run.complete:
-            say(f"continuing {config.folder} after {run.position.epoch} of {config.epochs} epochs")
+            done = f"{run.position.epoch} of {config.epochs} epochs"
+            print(f"continuing {config.folder} after {done}")
     if not run.complete:
         try:
             run.train()
@@ -1841,13 +1798,13 @@ def check_format(state: dict, where: Path) -> None:
         )
 
 
-def check_same_run(saved: dict, record: dict, config: Config, images: int, files: str) -> bool:
+def check_same_run(record: dict, config: Config, images: int, files: str) -> bool:
     """Raise InputError if a run's saved configuration or its images are not the ones given.
 
-    record: has the number of images and, since there is one, the digest of their files. Returns
-    whether these are others, as config.changed_files allows.
+    record: has the configuration, the number of images and, since there is one, the digest of
+    their files. Returns whether these are others, as config.changed_files allows.
     """
-    differ, changed = differences(saved, config), ""
+    differ, changed = differences(record["config"], config), ""
     if record["images"] != images:
         changed = f"number of images ({utils.shown(record['images'])} there, {images} now)"
     elif record.get("files", files) != files:
@@ -2006,9 +1963,8 @@ def features(
 
     Raises InputError if it is not finite, as after a training that diverged.
     """
-    found = utils.embed(
-        encoder, data, config.image_size, device, config.precision, workers=worker_count(config)
-    )
+    workers = utils.worker_count(config.workers)
+    found = utils.embed(encoder, data, config.image_size, device, config.precision, workers=workers)
     if not found.isfinite().all():
         raise InputError(f"what the network computes of some images is not finite. {REMEDIES}")
     return found
@@ -2264,19 +2220,18 @@ def fine_tune(
 ) -> nn.Sequential:
     """A copy of the encoder with a linear classifier on it, trained as a whole (Appendix B.5).
 
-    encoder: images -> features, in any state; it is left as it is, and an untrained one makes this
-    training from scratch. data: labelled; rows: int64 (M,), which of its images to learn from.
-    Returns images -> logits, in eval mode.
+    encoder: images -> features (B, encoder.feature_dim), in any state; it is left as it is, and an
+    untrained one makes this training from scratch. data: labelled; rows: int64 (M,), which of its
+    images to learn from. Returns images -> logits, in eval mode.
     """
-    encoder = copy.deepcopy(encoder).requires_grad_(True).train()
-    with torch.no_grad():
-        probe = torch.zeros(1, 3, config.image_size, config.image_size, device=device)
-        dim = encoder.eval()(probe).shape[1]
-    network = nn.Sequential(encoder, zero_classifier(dim, len(data.classes))).to(device).train()
+    classifier = zero_classifier(encoder.feature_dim, len(data.classes))
+    network = nn.Sequential(copy.deepcopy(encoder), classifier).to(device)
+    network.requires_grad_(True).train()
     steps = how.steps(len(rows))
     key = (config.seed, LABELS, seed)
     size = how.batch(len(rows))
-    batches = labelled_batches(data, rows, augment, size, steps, key, device, worker_count(config))
+    workers = utils.worker_count(config.workers)
+    batches = labelled_batches(data, rows, augment, size, steps, key, device, workers)
     train_on_labels(network, batches, steps, how.lr * size / 256, how, config.precision, after_step)
     return network.eval()
 
@@ -2402,7 +2357,7 @@ def finished_summary(config: Config, data: Data) -> dict | None:
     try:
         summary = json.loads(file.read_bytes())
         record = {"images": images, **summary}
-        check_same_run(summary["config"], record, config, images, utils.file_digest(data.pretrain))
+        check_same_run(record, config, images, utils.file_digest(data.pretrain))
         if "knn" in summary:
             table(summary, len(data.test))  # has all that is shown of it
     except (FileNotFoundError, NotADirectoryError):
@@ -2440,9 +2395,11 @@ def run_on(config: Config, device: torch.device, overwrite: bool) -> dict:
         if "knn" in summary:
             print(table(summary, len(data.test)))
         return summary
+    processes = utils.world_size()
+    where = device if processes == 1 else f"{processes} processes on {device.type}"
     print(
         f"\n{describe_data(data)}\n"
-        f"on {place(device)} in {config.precision}; files in {config.folder}, "
+        f"on {where} in {config.precision}; files in {config.folder}, "
         f"figure in {config.figure_folder}"
     )
 
@@ -2476,12 +2433,6 @@ def check_alike(config: Config, data: Data) -> None:
         part = getattr(data, split)
         facts[f"images ({split})"] = (len(part), utils.file_digest(part))
     utils.check_alike(facts)
-
-
-def place(device: torch.device) -> str:
-    """The device, for people; of several processes how many there are."""
-    processes = utils.world_size()
-    return str(device) if processes == 1 else f"{processes} processes on {device.type}"
 
 
 def train_and_evaluate(config: Config, data: Data, device: torch.device, overwrite: bool) -> dict:
@@ -2559,7 +2510,7 @@ def flags_of(config: Config) -> list[str]:
     return flags
 
 
-@utils.quiet_without_reader()
+@utils.command("simclr.py")
 def main(argv: Sequence[str] | None = None) -> None:
     try:
         config, overwrite, views_file = parse_command_line(argv)
@@ -2569,8 +2520,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                     show_views(config, Path(views_file))
             else:
                 run(config, overwrite)
-    except InputError as error:
-        utils.exit_with_error("simclr.py", error)
     except Interrupted as stop:
         given = [sys.argv[0], *(word for word in sys.argv[1:] if word != "--overwrite")]
         alone = argv is None and utils.launched().size == 1
@@ -2578,8 +2527,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         if utils.launched().rank == 0:
             print(f"\nstopped and saved; continue with: {command}", file=sys.stderr)
         raise SystemExit(128 + stop.signal) from None
-    except KeyboardInterrupt as stop:
-        utils.exit_stopped(stop)
 
 
 if __name__ == "__main__":

@@ -187,10 +187,8 @@ def read_scene(config: simclr.Config, options: Options, device: torch.device) ->
     Without those that cannot be read, of which there may be as many as in training.
     """
     found = utils.load_splits(config.dataset, ("train", "test"), config.data_dir)
-    train, images = (
-        utils.readable(simclr.tolerant(x, config), simclr.worker_count(config)).to(device)
-        for x in found
-    )
+    workers = utils.worker_count(config.workers)
+    train, images = (utils.readable(simclr.tolerant(x, config), workers).to(device) for x in found)
     split = "test"
     if not len(images):
         images, split = train, "training"
@@ -978,7 +976,7 @@ def describe(scene: Scene, options: Options) -> str:
     return f"{scene.describe()} · {how}{judged}"
 
 
-@utils.quiet_without_reader()
+@utils.command("tSNE.py")
 def main(argv: Sequence[str] | None = None) -> None:
     try:
         started, arguments = time.perf_counter(), parse_command_line(argv)
@@ -987,8 +985,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         written = draw(*arguments)
         print(f"{'in all':56}{time.perf_counter() - started:7.1f} s")
         print("\n".join(str(path) for path in written))
-    except InputError as error:
-        utils.exit_with_error("tSNE.py", error)
     except KeyboardInterrupt:
         print("\nstopped; what was computed is kept", file=sys.stderr, flush=True)
         sys.stdout.flush()

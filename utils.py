@@ -81,13 +81,6 @@ def exit_with_error(program: str, error: BaseException) -> NoReturn:
     raise SystemExit(2)
 
 
-def exit_stopped(stop: KeyboardInterrupt) -> NoReturn:
-    """Say on stderr that the program was stopped, and leave with 128 + the signal, as shells do."""
-    if launched().rank == 0:
-        print("\nstopped; what had been saved before is kept", file=sys.stderr)
-    raise SystemExit(128 + getattr(stop, "signal", signal.SIGINT)) from None
-
-
 def one_line(text: str, most: int) -> str:
     """`text` in a line that no terminal takes for a command, of at most `most` characters."""
     text = " ".join(text[: 2 * most].split())
@@ -118,12 +111,13 @@ def shown(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def quiet_without_reader() -> Iterator[None]:
-    """What all commands do about their output.
+def command(program: str) -> Iterator[None]:
+    """How all commands end, and what they do about their output.
 
-    They end as Unix tools do, without a word, when nobody reads on (`python simclr.py | head -1`).
-    File names that are no text are printed escaped, and what PIL thinks of a file is not printed:
-    it is decoded, or it is an error that names it.
+    An InputError is one line on stderr and exit code 2; where they are stopped they say so, and
+    leave with 128 + the signal, as shells do. They end as Unix tools do, without a word, when
+    nobody reads on (`python simclr.py | head -1`). File names that are no text are printed escaped,
+    and what PIL thinks of a file is not printed: it is decoded, or it is an error that names it.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -131,6 +125,12 @@ def quiet_without_reader() -> Iterator[None]:
     try:
         try:
             yield
+        except InputError as error:
+            exit_with_error(program, error)
+        except KeyboardInterrupt as stop:
+            if launched().rank == 0:
+                print("\nstopped; what had been saved before is kept", file=sys.stderr)
+            raise SystemExit(128 + getattr(stop, "signal", signal.SIGINT)) from None
         finally:
             print(end="", flush=True)  # else it fails after the last line of Python
     except BrokenPipeError:
@@ -340,9 +340,7 @@ def locked(path: Path) -> Iterator[bool]:
     The lock ends with its holder, however that ends; the file stays. Where there are no such locks
     (Windows, some network folders) it is not exclusive. Raises InputError if there can be no file.
     """
-    try:
-        import fcntl
-    except ImportError:
+    if os.name == "nt":
         yield True
         return
     try:
@@ -350,19 +348,12 @@ def locked(path: Path) -> Iterator[bool]:
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        except OSError:  # the file system has no locks
-            yield True
-            return
-        if not same_file(file.fileno(), path):  # its last holder has just deleted it
-            yield False
-            return
-        os.register_at_fork(after_in_child=file.close)  # a worker may outlive a killed holder
-        yield True
+        free = _flock(file, alone=True)  # None: the file system has no locks
+        if free:
+            free = same_file(file.fileno(), path)  # else its last holder has just deleted it
+        if free:
+            os.register_at_fork(after_in_child=file.close)  # a worker may outlive a killed holder
+        yield free is not False
 
 
 def same_file(descriptor: int, path: Path) -> bool:
@@ -388,9 +379,9 @@ class Forgiving:
     def __init__(self) -> None:
         self._failing: dict[Any, str] = {}  # what is written -> why it could not be
 
-    def __call__(self, write: Callable[..., Any], *arguments: Any, **options: Any) -> bool:
+    def __call__(self, write: Callable[..., Any], *arguments: Any) -> bool:
         try:
-            write(*arguments, **options)
+            write(*arguments)
         except InputError as error:
             reason = str(getattr(error.__cause__, "strerror", error))
             if reason not in self._failing.values():
@@ -405,11 +396,6 @@ class Forgiving:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
-
-
-def json_line(row: dict) -> str:
-    """A row of a JSON-lines file."""
-    return json.dumps(row) + "\n"
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -623,12 +609,9 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame: object) -> None:
-        if number == signal.SIGINT and self:
+        if number == signal.SIGINT and self.signal is not None:
             raise KeyboardInterrupt
         self.signal = self.signal or number
-
-    def __bool__(self) -> bool:
-        return self.signal is not None
 
 
 class Terminated(KeyboardInterrupt):
@@ -846,7 +829,8 @@ def _store() -> dist.Store:
     It outlives them: what those wrote that torchrun has started again must not be read.
     """
     store, *_ = next(dist.rendezvous("env://", timeout=PATIENCE))
-    return dist.PrefixStore(f"attempt {restarts()}", store)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"attempt {attempt}", store)
 
 
 PATIENCE = timedelta(hours=1)  # for a process that downloads, or evaluates, while others wait
@@ -913,11 +897,6 @@ def without_place(message: str) -> str:
     return one_line(re.sub(r"^\[[^\]]*:\d+\] *", "", message), 500)
 
 
-def restarts() -> int:
-    """How often torchrun has started this process again after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-
-
 def mark(name: str) -> None:
     """Note something for the processes that torchrun starts in place of these: see marked()."""
     if launched().size > 1:
@@ -971,9 +950,7 @@ def gathered(part: Tensor, n: int) -> Tensor:
     """All n rows, in all processes, of which each has computed its share(): -> (n, …)."""
     if world_size() == 1:
         return part
-    whole = part.new_empty(world_size(), *part.shape)
-    dist.all_gather([*whole.unbind()], part.contiguous())
-    return whole.flatten(0, 1)[:n]
+    return Gather.apply(part).flatten(0, 1)[:n]
 
 
 def united(values: dict) -> dict:
@@ -1017,9 +994,7 @@ class CommonNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Any:
         dims = [0, *range(2, x.ndim)]
         own = torch.stack(torch.var_mean(at_least_float32(x), dims, correction=0))  # (2, C)
-        every = own.new_empty(world_size(), *own.shape)
-        dist.all_gather([*every.unbind()], own)
-        variances, means = every.unbind(1)  # (W, C)
+        variances, means = Gather.apply(own).unbind(1)  # (W, C)
         mean, variance = means.mean(0), variances.mean(0) + means.var(0, correction=0)
         ctx.eps = eps
         ctx.save_for_backward(x, weight, mean, variance)
@@ -1103,22 +1078,10 @@ def with_common_statistics(module: nn.Module, device: torch.device) -> nn.Module
 DATASETS = ("digits", "cifar10", "cifar100", "svhn", "fashion-mnist", "stl10", "folder")
 SPLITS = ("pretrain", "train", "test")
 
-IMAGE_SUFFIXES = frozenset(
-    [
-        ".jpg",
-        ".jpeg",
-        ".png",
-        ".bmp",
-        ".gif",
-        ".tif",
-        ".tiff",
-        ".webp",
-        ".ppm",
-        ".pgm",
-        ".pbm",
-        ".jp2",
-    ]
-)
+IMAGE_SUFFIXES = frozenset([
+    ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp",
+    ".ppm", ".pgm", ".pbm", ".jp2",
+])  # fmt: skip
 HELD_OUT = 0.2  # share of each class kept for testing where a data set has no split of its own
 MEMORY_SIDE = 128  # px: larger images are streamed from disk
 MEMORY_BYTES = 8 * 2**30  # bytes: sets that are larger as uint8 are streamed from disk
@@ -1286,6 +1249,13 @@ def file_digest(data: Images) -> str:
     if data.labels is not None:
         found.update(data.labels.cpu().numpy().astype("<i8"))
     return found.hexdigest()
+
+
+def image_names(data: Images) -> list[str]:
+    """How an image is named in a list: by its path, or where there is none by its index."""
+    if data.paths is None:
+        return [str(i) for i in range(len(data))]
+    return [os.fsdecode(path) for path in data.paths]
 
 
 LONGEST_ASPECT = 4  # the ends of longer images are cut off before they are resized
@@ -1562,10 +1532,6 @@ def _walk_images(root: Path, stamps: dict[str, tuple[int, int]] | None = None) -
                 yield below + name
 
 
-def has_images(folder: Path) -> bool:
-    return folder.is_dir() and next(_walk_images(folder), None) is not None
-
-
 def why_unlabelled(paths: Sequence[str], classes: Sequence[str] = ()) -> str:
     """What keeps files from being labelled by the layout `<class>/<file>`; "" if nothing does.
 
@@ -1612,7 +1578,7 @@ def split_folders(root: Path) -> tuple[Path, Path | None]:
     has_folders = train.is_dir() and any(entry.is_dir() for entry in os.scandir(train))
     if not train.is_dir() or not (has_folders or any(test.is_dir() for test in tests)):
         return root, None
-    return train, next((test for test in tests if has_images(test)), None)
+    return train, next((t for t in tests if t.is_dir() and any(_walk_images(t))), None)
 
 
 def _load_folder(root: Path, splits: Sequence[str]) -> list[Images]:
@@ -2146,10 +2112,6 @@ class _Jobs(Dataset):
         return job()
 
 
-def _as_it_is(item: Any) -> Any:
-    return item
-
-
 def _become_worker(_: int) -> None:
     """Signals to all processes of a run are for the main one, which ends the others."""
     for name in StopRequest._NAMES:
@@ -2177,8 +2139,8 @@ def in_workers(
     if loader is None:
         items = _Jobs()
         loader = DataLoader(
-            items, batch_size=None, sampler=items, num_workers=workers, collate_fn=_as_it_is,
-            pin_memory=pin, worker_init_fn=_become_worker, persistent_workers=True,
+            items, batch_size=None, sampler=items, num_workers=workers, pin_memory=pin,
+            worker_init_fn=_become_worker, persistent_workers=True,
         )  # fmt: skip
     loader.sampler.jobs = jobs
     iterator = iter(loader)
@@ -2456,13 +2418,9 @@ class LogisticRegression:
         coordinates = start.requires_grad_()  # (K, R)
         bias = self.bias.clone().requires_grad_()
         solver = torch.optim.LBFGS(
-            [coordinates, bias],
-            max_iter=2000,
-            tolerance_grad=tolerance,
-            tolerance_change=0,
-            history_size=20,
-            line_search_fn="strong_wolfe",
-        )
+            [coordinates, bias], max_iter=2000, tolerance_grad=tolerance, tolerance_change=0,
+            history_size=20, line_search_fn="strong_wolfe",
+        )  # fmt: skip
 
         def objective() -> Tensor:
             solver.zero_grad()
@@ -2559,12 +2517,9 @@ def linear_accuracy(
     test_features: Tensor,
     test_labels: Tensor,
     num_classes: int,
-    inverse_strength: float = 1.0,
 ) -> float:
     """Test accuracy in [0, 1] of logistic regression on frozen features."""
-    weight, bias = fit_logistic_regression(
-        train_features, train_labels, num_classes, inverse_strength
-    )
+    weight, bias = fit_logistic_regression(train_features, train_labels, num_classes)
     return accuracy((test_features @ weight + bias).argmax(1), test_labels)
 
 

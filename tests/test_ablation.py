@@ -164,7 +164,7 @@ def test_sometimes_and_whole(squares):
 @pytest.mark.parametrize("name", ablation.TRANSFORMATIONS)
 def test_transformations_treat_each_image_alone(name, squares):
     config = simclr.make_config(dataset="cifar10", image_size=20)
-    augment = ablation.with_steps(config, ablation.TRANSFORMATIONS[name](config))
+    augment = simclr.Augment(config.view_side, ablation.TRANSFORMATIONS[name](config))
     u = augment.draw(16, utils.generator("cpu", 0))
     together = augment(squares, u)
     assert together.shape == squares.shape
@@ -230,7 +230,7 @@ def test_probes_know_what_was_done_to_a_view(tiny_config, extra):
     assert label.bincount(minlength=2).min() > n / len(label.unique()) - 5 * math.sqrt(n)
     u = run.augment.draw(300, utils.generator("cpu", 0, simclr.LABELS, 1, 2))  # the third batch
     steps, own = run.augment.steps, run.augment.steps[-1].draws
-    before = ablation.with_steps(run.config, steps[:-1])
+    before = simclr.Augment(run.config.view_side, steps[:-1])
     views = before(run.data.test.images[:300], u[:, :-own])
     got, done = h[600:900].view_as(views), label[600:900]
     for i in range(300):

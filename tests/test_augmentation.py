@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 import simclr
-from simclr import Augment, RandomResizedCrop
+from simclr import RandomResizedCrop
 
 ADJUST = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)
 
@@ -159,8 +159,13 @@ def test_blur_kernel_is_a_tenth_of_the_side():
     assert simclr.RandomBlur(0.5, 96).kernel in (9, 11)
 
 
+def paper(**changes):
+    """The augmentation of the paper for ImageNet, to 16 px."""
+    return simclr.make_augment(simclr.Config(image_size=16, **{"blur_p": 0.5, **changes}))
+
+
 def test_augment_output(images, device):
-    augment = Augment(16)
+    augment = paper()
     for x in (images, (images * 255).to(torch.uint8)):
         views = augment(x.to(device))
         assert views.shape == (len(images), 3, 16, 16)
@@ -172,7 +177,7 @@ def test_augment_output(images, device):
 
 def test_same_randomness_same_views_on_every_device_and_in_pieces(images, device, monkeypatch):
     """A batch is cut into pieces that fit the cache of a CPU; 16 images are two of them here."""
-    augment = Augment(16, rotation=10.0)
+    augment = paper(rotation=10.0)
     u = augment.draw(len(images), torch.Generator().manual_seed(3))
     whole = augment._apply(images, u, 0)
     monkeypatch.setattr(simclr, "PIECE_BYTES", dict.fromkeys(("cpu", "gpu"), 8 * 12 * 16**2))
@@ -183,10 +188,9 @@ def test_same_randomness_same_views_on_every_device_and_in_pieces(images, device
 def test_every_image_gets_its_own_randomness():
     """One image repeated: all views differ, in each step alone and in all together."""
     image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)).repeat(64, 1, 1, 1)
-    everything = Augment(16, rotation=10.0, blur_p=1.0)
+    everything = paper(rotation=10.0, blur_p=1.0)
     for steps in [everything.steps, *([s] for s in everything.steps)]:
-        augment = Augment(16)
-        augment.steps = steps
+        augment = simclr.Augment(16, steps)
         distinct = torch.unique(augment(image).flatten(1), dim=0)
         coin = isinstance(steps[0], simclr.RandomFlip | simclr.RandomGrayscale)
         # a jitter that is left out (p = 0.8), or a crop of the same box, may repeat
@@ -194,7 +198,7 @@ def test_every_image_gets_its_own_randomness():
 
 
 def test_a_view_depends_on_its_own_row_of_u_and_on_nothing_else(images):
-    augment = Augment(16, rotation=10.0)
+    augment = paper(rotation=10.0)
     images = images.repeat(4, 1, 1, 1)  # 64
     u = augment.draw(len(images), torch.Generator().manual_seed(4))
     together = augment(images, u)
@@ -230,7 +234,7 @@ def test_jitter_factors_span_the_papers_range():
 
 
 def test_ablation_can_filter_the_list_of_steps(images):
-    augment = Augment(16)
+    augment = paper()
     augment.steps = [s for s in augment.steps if isinstance(s, RandomResizedCrop)]
     u = augment.draw(len(images))
     boxes = augment.steps[0].boxes(u, 24, 20)
@@ -247,7 +251,7 @@ def test_digits_recipe_neither_flips_nor_shifts_colours():
 
 
 def test_compiles_without_graph_breaks(images):
-    augment = Augment(16, rotation=10.0)
+    augment = paper(rotation=10.0)
     u = augment.draw(len(images))
     compiled = torch.compile(augment._apply, fullgraph=True, backend="eager")
     assert torch.equal(compiled(images, u, 0), augment._apply(images, u, 0))

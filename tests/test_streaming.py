@@ -574,8 +574,8 @@ def test_a_cached_run_opens_no_file_after_its_first_epoch(
     assert not any("unreadable" in row for row in log(config))
     with pytest.raises(InputError, match=r"--cache \(memory there, none now\)"):
         simclr.check_same_run(
-            dataclasses.asdict(config), {"images": 16}, dataclasses.replace(config, cache="none"),
-            16, "",
+            {"config": dataclasses.asdict(config), "images": 16},
+            dataclasses.replace(config, cache="none"), 16, "",
         )  # fmt: skip
 
 
