@@ -214,7 +214,8 @@ def name_of(row: dict, rows: list[dict]) -> str:
         f"{key} {value}" for key, value in row["settings"].items()
         if any(other["settings"].get(key) != value for other in rows)
     ]  # fmt: skip
-    return ", ".join([f"{row['loop']} loop", row["recipe"], *settings])
+    loop = {"ours": "our loop", "usual": "the usual loop"}[row["loop"]]
+    return ", ".join([loop, row["recipe"], *settings])
 
 
 def draw(rows: list[dict]) -> Any:
