@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
@@ -56,7 +56,8 @@ class Clock:
 
     def __init__(self, options: Options, accuracy: Callable[[], float]) -> None:
         self.options, self.accuracy = options, accuracy
-        self.steps, self.started, self.stopped = 0, time.perf_counter(), 0.0
+        self.steps, self.part = 0, 0  # part: how many measurements were due so far
+        self.started, self.stopped = time.perf_counter(), 0.0
         self.curve: list[tuple[float, float]] = []  # progress and kNN accuracy, both in [0, 1]
 
     @property
@@ -69,19 +70,17 @@ class Clock:
             return self.steps / self.options.steps
         return self.seconds / (60 * self.options.minutes)
 
-    @property
-    def over(self) -> bool:
-        return len(self.curve) >= self.options.points
-
     def after_step(self) -> bool:
         """Measure if it is time. Returns whether the race is over."""
         self.steps += 1
         progress = self.progress
-        if progress * self.options.points >= len(self.curve) + 1:
+        part = int(progress * self.options.points)
+        if part > self.part:  # one step may make several due
+            self.part = part
             with self.paused():
                 self.curve.append((progress, self.accuracy()))
                 print(f"{progress:4.0%}  kNN {self.curve[-1][1]:.1%}", flush=True)
-        return self.over
+        return part >= self.options.points
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -102,7 +101,7 @@ def rate(config: simclr.Config, progress: float) -> float:
 
 @dataclass
 class Race:
-    """A network in training. Both loops take the first batch of it from the same weights."""
+    """A training of a network. Both loops begin with the same weights."""
 
     config: simclr.Config
     data: simclr.Data
@@ -131,7 +130,7 @@ class Race:
                 network, run.optimizer, run.batches(), lambda _: rate(self.config, clock.progress),
                 run.loss, self.config.precision, run.position, clock.after_step, run.pieces,
             )  # fmt: skip
-            if clock.over:
+            if clock.part >= self.options.points:
                 return clock, run.model.encoder
 
     def usual(self) -> tuple[Clock, nn.Module]:
@@ -153,7 +152,7 @@ class Race:
             for views in loader:
                 model.train()
                 z1, z2 = (model(x.to(device, non_blocking=True))[1] for x in views)
-                loss = usual_loss(z1, z2, config.temperature)
+                loss = F.cross_entropy(*simclr.contrastive_logits(z1, z2, config.temperature))
                 for group in optimizer.param_groups:
                     group["lr"] = rate(config, clock.progress)
                 optimizer.zero_grad()
@@ -161,11 +160,6 @@ class Race:
                 optimizer.step()
                 if clock.after_step():
                     return clock, model.encoder
-
-
-def usual_loss(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
-    """NT-Xent by its plain formula."""
-    return F.cross_entropy(*simclr.contrastive_logits(z1, z2, temperature))
 
 
 def linear_accuracy(
@@ -262,14 +256,16 @@ def main(argv: list[str] | None = None) -> None:
             rows = utils.read_jsonl(file)
             if not rows:
                 raise InputError(f"no race in {file} yet")
-            utils.save_figure(draw(rows), Path(options.draw))
+            with utils.refusing(f"{file} has a line that is no race"):
+                figure = draw(rows)
+            utils.save_figure(figure, Path(options.draw))
             print(f"{len(rows)} races: {options.draw}")
             return
-        row = hold(options, given)
         file.parent.mkdir(parents=True, exist_ok=True)
-        with open(file, "a", encoding="utf-8") as results:
+        with open(file, "a", encoding="utf-8") as results:  # fails now, if it cannot be written
+            row = hold(options, given)
+            print(json.dumps(row), flush=True)
             results.write(json.dumps(row) + "\n")
-        print(json.dumps(row))
     except (InputError, OSError) as error:
         utils.exit_with_error("race.py", error)
 

@@ -21,7 +21,9 @@ def test_both_loops_race_and_are_drawn(tmp_path, few_digits, monkeypatch):
     race.main([*common, "--steps", "3"])
     race.main([*common, "--minutes", "0.002", "--seed", "1", "--view-size", "16"])
     race.main([*common, "--steps", "3", "--loop", "usual"])
-    ours, again, clock, usual = rows_of(results)
+    race.main([*common, "--steps", "1", "--points", "9"])  # a step may make several due
+    ours, again, clock, usual, short = rows_of(results)
+    assert (short["steps"], [point[0] for point in short["curve"]]) == (1, [1.0])
     assert ours["curve"] == again["curve"]
     for row in (ours, usual):
         assert (row["steps"], row["by_clock"]) == (3, False)
@@ -35,6 +37,15 @@ def test_both_loops_race_and_are_drawn(tmp_path, few_digits, monkeypatch):
     assert figure.stat().st_size > 10_000
     lines = race.draw([ours, again, clock, usual]).axes[0].get_legend().get_texts()
     assert len(lines) == 3  # two of them are one race by two seeds
+
+
+def test_a_line_that_is_no_race_is_refused(tmp_path, capsys):
+    file = tmp_path / "race.jsonl"
+    file.write_text('{"loop": "ours"}\n')
+    with pytest.raises(SystemExit) as stop:
+        race.main(["--draw", str(tmp_path / "x.png"), "--results", str(file)])
+    assert stop.value.code == 2
+    assert "has a line that is no race" in capsys.readouterr().err
 
 
 def test_the_rate_follows_the_race():
