@@ -204,7 +204,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     # much accuracy in little time, by smaller views; tuned with a small network on a CPU (README)
     "cifar10-fast": dict(
         arch="resnet18", batch_size=256, epochs=200, view_size=20, temperature=0.2, crop_min=0.2,
-        color_strength=0.5, gray_p=0.1, optimizer="sgd", lr=0.24, warmup_epochs=0.0,
+        color_strength=0.5, gray_p=0.1, optimizer="sgd", lr=0.24, warmup_epochs=20.0,
         weight_decay=5e-4, decay_all=True, head_hidden=1024,
     ),
     # the paper's own (Appendix B.9): 94.0 % with a linear classifier
