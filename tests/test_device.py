@@ -1,0 +1,150 @@
+"""Training never waits for the device, and mixes no devices. This needs no GPU.
+
+Tensors on torch's device "meta" have shapes but no numbers. What would wait for a GPU until it has
+computed some, such as .item(), a mask as an index or `if tensor:`, is an error there; copies from
+the CPU that are waited for, and operations on two devices, are noted here.
+"""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import simclr
+import utils
+from utils import ImageFiles, ImageSet
+
+META = torch.device("meta")
+STEPS = 3
+RECIPES = {  # recipe -> into how many pieces a batch is cut, bytes of NT-Xent's block
+    "digits": (1, simclr.BLOCK_BYTES),  # AdamW, rotation
+    "cifar10-fast": (2, simclr.BLOCK_BYTES),  # SGD, colours
+    "imagenet-paper": (1, 4 * 16 * 5),  # LARS, blur; blocks of 5 of the 16 rows
+}
+
+
+class Copies(TorchFunctionMode):
+    """Notes which functions make a tensor of Python's numbers."""
+
+    def __init__(self, noted):
+        self.noted = noted
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (torch.tensor, torch.as_tensor, Tensor.new_tensor):
+            self.noted.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+class Mixtures(TorchDispatchMode):
+    """Notes which operations have tensors on two devices, copies that are not waited for apart."""
+
+    def __init__(self, noted):
+        super().__init__()
+        self.noted = noted
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = operation(*args, **kwargs)
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
+        if len({x.device for x in tensors}) > 1 and not kwargs.get("non_blocking"):
+            self.noted.append(str(operation))
+        return result
+
+
+@contextlib.contextmanager
+def watched():
+    """Yields a list that grows by what is waited for, or works on two devices."""
+    noted = []
+    with Copies(noted), Mixtures(noted):
+        yield noted
+
+
+@pytest.fixture(autouse=True)
+def what_meta_has_not(monkeypatch):
+    """Generators, of which the device alone is kept, and autocast."""
+    generator, draw = utils.generator, simclr.Augment.draw
+
+    def draw_there(augment, n, where=None, device="cpu"):
+        return draw(augment, n, None, META) if where is META else draw(augment, n, where, device)
+
+    monkeypatch.setattr(simclr.Augment, "draw", draw_there)
+    monkeypatch.setattr(
+        utils, "generator", lambda where, *keys: META if where == META else generator(where, *keys)
+    )
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+
+
+def images():
+    pixels = torch.empty(8 * STEPS, 3, 16, 16, dtype=torch.uint8, device=META)
+    return ImageSet(pixels, torch.empty(8 * STEPS, dtype=torch.long, device=META), ("a", "b", "c"))
+
+
+def settings(recipe="digits", **others):
+    return simclr.make_config(
+        recipe=recipe, arch="resnet10", width=0.125, image_size=16, batch_size=8, view_size=12,
+        head_hidden=8, precision="float32", **others,
+    )  # fmt: skip
+
+
+def train(config, data, pieces=1):
+    """An epoch. Returns the steps that were made, and what was noted from the second on."""
+    model, position = simclr.make_model(config).to(META), simclr.Position()
+    batches = simclr.view_batches(config, data, simclr.make_augment(config), META, 0, 0)
+    with watched() as noted:
+
+        def after_step():
+            if position.step == 1:  # an epoch begins with copies
+                noted.clear()
+
+        with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):  # its end
+            simclr.train_epoch(
+                model, simclr.make_optimizer(config, model), batches, lambda _: 0.1,
+                lambda *z: simclr.nt_xent(*z, 0.5), config.precision, position, after_step, pieces,
+            )  # fmt: skip
+    return position.step, noted
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_step_does_not_wait_for_the_device(recipe, monkeypatch):
+    pieces, block = RECIPES[recipe]
+    monkeypatch.setattr(simclr, "BLOCK_BYTES", block)
+    assert train(settings(recipe), images(), pieces) == (STEPS, [])
+
+
+def test_a_step_on_streamed_images_does_not_wait_for_the_device(tmp_path, write_image):
+    names = [f"{i:02}.png" for i in range(8 * STEPS)]
+    for name in names:
+        write_image(tmp_path / name, size=(20, 16))
+    files = ImageFiles(tmp_path, np.array(names, "S"))
+    assert train(settings("folder", workers=0), files) == (STEPS, [])
+
+
+def test_a_step_on_labels_does_not_wait_for_the_device():
+    config, data, steps = settings(), images(), []
+    how = simclr.LabelTraining(epochs=1, batch_size=8, min_steps=STEPS)
+    encoder = simclr.make_model(config).encoder.to(META)
+    with watched() as noted:
+
+        def after_step():
+            if not steps:
+                noted.clear()
+            steps.append(0)
+
+        simclr.fine_tune(
+            encoder, data, torch.arange(len(data)), simclr.geometric_augment(config), how, config,
+            META, after_step=after_step,
+        )  # fmt: skip
+    assert (len(steps), noted) == (STEPS, [])
+
+
+def test_neighbours_do_not_wait_for_the_device():
+    h, labels = torch.empty(24, 5, device=META), images().labels
+    with watched() as noted:
+        for temperature in (None, 0.1):
+            utils.knn_predict(h, labels, h, 3, k=4, temperature=temperature)
+    assert not noted
