@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import ablation_SimCLR as ablation
 import simclr
 import utils
 from utils import ImageFiles, ImageSet
@@ -147,4 +148,21 @@ def test_neighbours_do_not_wait_for_the_device():
     with watched() as noted:
         for temperature in (None, 0.1):
             utils.knn_predict(h, labels, h, 3, k=4, temperature=temperature)
+    assert not noted
+
+
+@pytest.mark.parametrize("name", ablation.LOSSES)
+def test_other_losses_do_not_wait_for_the_device(name):
+    z = torch.empty(8, 5, device=META, requires_grad=True)
+    with watched() as noted:
+        ablation.LOSSES[name](*z.chunk(2), 0.5, 0.1).backward()
+    assert not noted
+
+
+def test_other_transformations_do_not_wait_for_the_device():
+    config, data = settings(), images()
+    steps = [step for make in ablation.TRANSFORMATIONS.values() for step in make(config)]
+    steps += [make(config) for make in ablation.EXTRAS.values()]
+    with watched() as noted:
+        simclr.Augment(config.view_side, steps)(data.images)
     assert not noted
