@@ -1098,7 +1098,7 @@ def augmented_batches(
     def batches_with_crops() -> Iterator[tuple[Tensor, np.ndarray]]:
         for rows, key in zip(batches[:, mine], keys, strict=True):
             u = draw(key, "cpu")
-            randomness.append(u)
+            randomness.append(u.pin_memory() if device.type == "cuda" else u)
             u = u[:, : crop.draws].unflatten(0, (views, -1)).transpose(0, 1)  # (N, views, draws)
             yield rows, u.contiguous().numpy()
 
