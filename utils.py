@@ -657,14 +657,14 @@ def choose_device(name: str) -> torch.device:
         name = f"cuda:{place.local_rank}"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.ones(1, device=device)  # by a kernel: for an old GPU this build may have none
     except Exception as error:  # RuntimeError, AssertionError, NotImplementedError by backend
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"--device {name} is not available here ({reason})") from error
     if device.type not in ("cpu", "cuda", "mps"):
         raise InputError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
-    if device.type == "cuda" and place.size > 1:
-        torch.cuda.set_device(device)  # so that nothing is put on the first GPU by all of them
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # so that nothing is put on the first GPU, or asked of it
     make_fast(device)
     return device
 

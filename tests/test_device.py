@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 import ablation_SimCLR as ablation
 import simclr
 import utils
-from utils import ImageFiles, ImageSet
+from utils import ImageFiles, ImageSet, InputError
 
 META = torch.device("meta")
 STEPS = 3
@@ -166,3 +167,24 @@ def test_other_transformations_do_not_wait_for_the_device():
     with watched() as noted:
         simclr.Augment(config.view_side, steps)(data.images)
     assert not noted
+
+
+def test_the_gpu_that_is_chosen_is_the_current_one(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    with FakeTensorMode():
+        assert [str(utils.choose_device(name)) for name in ("cuda", "cuda:0")] == ["cuda", "cuda:0"]
+    assert current == [torch.device("cuda:0")]
+
+
+def test_a_gpu_for_which_torch_has_no_kernels_is_refused(monkeypatch):
+    class Old(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is not torch.empty:  # the memory it can get
+                raise RuntimeError("CUDA error: no kernel image is available\nfor it")
+            return function(*args, **kwargs)
+
+    with FakeTensorMode(), Old():
+        with pytest.raises(InputError, match=r"cuda is not available here \(CUDA error: no kernel"):
+            utils.choose_device("cuda")
