@@ -729,8 +729,9 @@ def gib(count: float) -> str:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch could not get memory, of a GPU or of this machine."""
-    return isinstance(error, torch.OutOfMemoryError) or "t allocate memory" in str(error)
+    """Whether torch, or a library below it, could not get memory, of a GPU or of this machine."""
+    texts = ("t allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(x in str(error) for x in texts)
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

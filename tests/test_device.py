@@ -188,3 +188,18 @@ def test_a_gpu_for_which_torch_has_no_kernels_is_refused(monkeypatch):
     with FakeTensorMode(), Old():
         with pytest.raises(InputError, match=r"cuda is not available here \(CUDA error: no kernel"):
             utils.choose_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("Tried to allocate 20.00 GiB"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_lack_of_memory_is_known(error, expected):
+    assert utils.is_out_of_memory(error) == expected
