@@ -1539,6 +1539,7 @@ class Pretraining:
 
         Where it cannot be, as without a C compiler, a line says so and it is what it was.
         """
+        torch.compiler.reset()  # else torch leaves a process's ninth network as it is
         weights = copy.deepcopy(self.model.state_dict())
         size = self.config.view_side
         count = 2 * self.batch_size // self.pieces // utils.world_size()

@@ -289,6 +289,20 @@ def test_a_compiled_run_is_the_same_run(small_config, unjudged, monkeypatch, cap
         assert torch.equal(left, right)
 
 
+def test_every_network_of_a_process_is_compiled(tiny_config, monkeypatch):
+    """Of a function torch compiles so many forms, of all networks together, and no more."""
+    compiled = []
+    monkeypatch.setattr(
+        simclr, "COMPILE", {"backend": lambda graph, _: compiled.append(graph) or graph.forward}
+    )
+    images = ImageSet(torch.zeros(4, 3, 16, 16, dtype=torch.uint8))
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for width in (0.0625, 0.125):
+            config = tiny_config(image_size=16, width=width, precision="float32", compile="on")
+            simclr.Pretraining(config, simclr.Data(images, images, images), CPU).network()
+    assert len(compiled) == 2
+
+
 def test_a_run_that_cannot_be_compiled_is_run_as_it_is(small_config, unjudged, monkeypatch, capsys):
     def broken(graph, inputs):
         raise RuntimeError("no compiler\nof any kind")
