@@ -54,8 +54,13 @@ class Options:
 class Clock:
     """How much of a race is over, in [0, 1], by time or by steps, and how good it was then."""
 
-    def __init__(self, options: Options, accuracy: Callable[[], float]) -> None:
-        self.options, self.accuracy = options, accuracy
+    def __init__(
+        self,
+        options: Options,
+        accuracy: Callable[[], float],
+        wait: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.options, self.accuracy, self.wait = options, accuracy, wait
         self.steps, self.part = 0, 0  # part: how many measurements were due so far
         self.started, self.stopped = time.perf_counter(), 0.0
         self.curve: list[tuple[float, float]] = []  # progress and kNN accuracy, both in [0, 1]
@@ -84,6 +89,7 @@ class Clock:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
+        self.wait()  # what a GPU has still to do of the steps is training
         started = time.perf_counter()
         yield
         self.stopped += time.perf_counter() - started
@@ -118,6 +124,7 @@ class Race:
         return Clock(
             self.options,
             lambda: simclr.knn_accuracy(encoder, self.data, self.config, self.device),
+            benchmark.Stopwatch(self.device, 0).wait,
         )
 
     def ours(self) -> tuple[Clock, nn.Module]:

@@ -48,6 +48,14 @@ def test_a_line_that_is_no_race_is_refused(tmp_path, capsys):
     assert "has a line that is no race" in capsys.readouterr().err
 
 
+def test_steps_that_a_gpu_has_not_done_yet_are_training():
+    done = []
+    options = race.Options(steps=2, points=1)
+    clock = race.Clock(options, lambda: done.append("measured") or 0.5, lambda: done.append("step"))
+    assert [clock.after_step(), clock.after_step()] == [False, True]
+    assert done == ["step", "measured"]
+
+
 def test_the_rate_follows_the_race():
     config = race.simclr.make_config(
         dataset="digits", epochs=10, warmup_epochs=1.0, lr=2.0, lr_scaling="none"
