@@ -756,9 +756,11 @@ def several_processes(setup: Setup, options: Options) -> list[Row]:
     calculated from the bytes and the links' speeds: a ring, nothing hidden behind the computing,
     no latency. Half of the statistics are exchanged in the backward pass.
     """
-    one = dataclasses.replace(options, threads=1 if setup.device.type == "cpu" else 0)
+    on_cpu, gpus = setup.device.type == "cpu", max(1, torch.cuda.device_count())
+    most = options.processes if on_cpu else min(options.processes, gpus)
+    one = dataclasses.replace(options, device=setup.device.type, threads=1 if on_cpu else 0)
     rows, first = [], math.nan
-    for processes in (1, options.processes):
+    for processes in sorted({1, most}):
         found = in_a_process(one, "--loop", "whole step", processes=processes)
         row = rate(f"{processes} processes", setup.views, Timing(found["seconds"]))
         first = row.value if processes == 1 else first
