@@ -26,10 +26,11 @@ def pytest_configure():
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-def device(request):
+def device(request, monkeypatch):
     """Every device there is: a test that takes it also runs on a GPU where one is."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # three digits of a convolution
     return torch.device(request.param)
 
 
