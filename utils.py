@@ -114,10 +114,11 @@ def shown(value: Any) -> str:
 def command(program: str) -> Iterator[None]:
     """How all commands end, and what they do about their output.
 
-    An InputError is one line on stderr and exit code 2; where they are stopped they say so, and
-    leave with 128 + the signal, as shells do. They end as Unix tools do, without a word, when
-    nobody reads on (`python simclr.py | head -1`). File names that are no text are printed escaped,
-    and what PIL thinks of a file is not printed: it is decoded, or it is an error that names it.
+    An InputError, or too little memory, is one line on stderr and exit code 2; where they are
+    stopped they say so, and leave with 128 + the signal, as shells do. They end as Unix tools do,
+    without a word, when nobody reads on (`python simclr.py | head -1`). File names that are no text
+    are printed escaped, and what PIL thinks of a file is not printed: it is decoded, or it is an
+    error that names it.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -127,6 +128,10 @@ def command(program: str) -> Iterator[None]:
             yield
         except InputError as error:
             exit_with_error(program, error)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            exit_with_error(program, InputError(f"there is too little memory: {error}"))
         except KeyboardInterrupt as stop:
             if launched().rank == 0:
                 print("\nstopped; what had been saved before is kept", file=sys.stderr)
@@ -728,10 +733,11 @@ def gib(count: float) -> str:
     return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch, or a library below it, could not get memory, of a GPU or of this machine."""
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether torch, a library below it or numpy got no memory, of a GPU or of this machine."""
     texts = ("t allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(x in str(error) for x in texts)
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or any(x in str(error) for x in texts)
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

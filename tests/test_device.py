@@ -203,3 +203,13 @@ def test_a_gpu_for_which_torch_has_no_kernels_is_refused(monkeypatch):
 )
 def test_lack_of_memory_is_known(error, expected):
     assert utils.is_out_of_memory(error) == expected
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError])
+def test_too_little_memory_is_a_line(kind, capsys):
+    with pytest.raises(SystemExit, match="2"), utils.command("simclr.py"):
+        raise kind("2 GiB\nof 1")
+    expected = "simclr.py: error: there is too little memory: 2 GiB of 1\n"
+    assert capsys.readouterr().err == expected
+    with pytest.raises(RuntimeError, match="another"), utils.command("simclr.py"):
+        raise RuntimeError("another")
