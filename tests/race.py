@@ -197,6 +197,7 @@ def hold(options: Options, given: dict[str, Any]) -> dict[str, Any]:
         "recipe": config.recipe,
         "seed": config.seed,
         "settings": settings,  # beside the recipe's
+        "precision": config.precision,
         "minutes": options.minutes,
         "by_clock": not options.steps,
         "steps": clock.steps,

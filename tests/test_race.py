@@ -30,6 +30,7 @@ def test_both_loops_race_and_are_drawn(tmp_path, few_digits, monkeypatch):
         assert [point[0] for point in row["curve"]] == [0.6667, 1.0]
         assert row["knn"] == row["curve"][-1][1] > 0.2
         assert row["linear"] > 0.2
+    assert usual["precision"] == "float32"
     assert clock["by_clock"]
     assert clock["curve"][-1][0] >= 1
     assert clock["seed"] == 1
