@@ -243,7 +243,7 @@ def draw(rows: list[dict]) -> Any:
     axes.set(xlabel="minutes of training", ylabel="kNN accuracy (k = 10), %", xlim=(0, None))
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    figure.legend(frameon=False, fontsize=9, loc="outside upper center", ncols=2)
     return figure
 
 

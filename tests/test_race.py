@@ -36,7 +36,7 @@ def test_both_loops_race_and_are_drawn(tmp_path, few_digits, monkeypatch):
     assert clock["seed"] == 1
     race.main(["--draw", str(figure), "--results", str(results)])
     assert figure.stat().st_size > 10_000
-    lines = race.draw([ours, again, clock, usual]).axes[0].get_legend().get_texts()
+    lines = race.draw([ours, again, clock, usual]).legends[0].get_texts()
     assert len(lines) == 3  # two of them are one race by two seeds
 
 
