@@ -55,10 +55,7 @@ class Clock:
     """How much of a race is over, in [0, 1], by time or by steps, and how good it was then."""
 
     def __init__(
-        self,
-        options: Options,
-        accuracy: Callable[[], float],
-        wait: Callable[[], None] = lambda: None,
+        self, options: Options, accuracy: Callable[[], float], wait: Callable[[], None]
     ) -> None:
         self.options, self.accuracy, self.wait = options, accuracy, wait
         self.steps, self.part = 0, 0  # part: how many measurements were due so far
