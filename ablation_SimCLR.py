@@ -67,7 +67,7 @@ def opposite_similarities(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
     Appendix B.10: the losses other than NT-Xent take negatives from one augmented side only.
     """
     with simclr.full_precision(z1):
-        cosine = simclr.unit(z1) @ simclr.unit(z2).T  # (N, N)
+        cosine = simclr.normalize_rows(z1) @ simclr.normalize_rows(z2).T  # (N, N)
     negative = ~torch.eye(len(z1), dtype=torch.bool, device=z1.device)
     return torch.cat([cosine, cosine.T]), negative.repeat(2, 1)
 
@@ -194,7 +194,7 @@ class GaussianNoise:
     def __call__(self, images: Tensor, u: Tensor) -> Tensor:
         tiny = torch.finfo(u.dtype).eps
         normal = torch.special.ndtri(u[:, 1:].clamp(tiny, 1 - tiny)).view_as(images)
-        return (images + simclr.column(NOISE * u[:, 0]) * normal).clamp(0, 1)
+        return (images + simclr.per_image(NOISE * u[:, 0]) * normal).clamp(0, 1)
 
 
 class Sobel:
@@ -231,7 +231,7 @@ class Sometimes:
         self.step, self.p, self.draws = step, p, 1 + step.draws
 
     def __call__(self, images: Tensor, u: Tensor) -> Tensor:
-        return torch.where(simclr.column(u[:, 0] < self.p), self.step(images, u[:, 1:]), images)
+        return torch.where(simclr.per_image(u[:, 0] < self.p), self.step(images, u[:, 1:]), images)
 
 
 TRANSFORMATIONS: dict[str, Callable[[Config], list[Any]]] = {  # of Figure 5, in its order
@@ -1517,7 +1517,7 @@ def do(job: Job, data: Data, device: torch.device) -> None:
     started = time.perf_counter()
     name = job.name
     config = simclr.resolve(dataclasses.replace(job.config, run=name), data.pretrain, device)
-    with simclr.held(config):  # simclr.py may continue the run as well
+    with simclr.run_lock(config):  # simclr.py may continue the run as well
         utils.remove_leftovers(job.place.parent, job.place.name)
         utils.remove_leftovers(config.folder, RECORD, job.result_file.name)
         if not (config.folder / RECORD).exists():
@@ -1570,7 +1570,7 @@ class Grid:
             if job.result() is not None:
                 continue
             utils.make_folders(job.place.parent)
-            with utils.locked(job.place.with_suffix(".lock")) as free:
+            with utils.file_lock(job.place.with_suffix(".lock")) as free:
                 if not free or job.result() is not None:  # another process has it, or had it
                     continue
                 print(f"{i}/{len(mine)}  {job.config.run}", flush=True)
@@ -1702,7 +1702,7 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 def shard_of(options: Options) -> tuple[int, int]:
     """Which of how many shards this process does: the one asked for, or torchrun's."""
-    place = utils.launched()
+    place = utils.rank_info()
     if place.size > 1 and options.shard:
         raise InputError("--shard: torchrun makes a shard of each process by itself")
     return parse_shard(options.shard or f"{place.rank + 1}/{place.size}")
@@ -1775,7 +1775,7 @@ def list_runs(grid_: Grid) -> None:
 
 def run(names: Sequence[str], options: Options, given: dict[str, Any]) -> bool:
     """What `python ablation_SimCLR.py` does. Returns whether no run failed."""
-    if utils.launched().rank and (not names or options.redraw or options.dry_run):
+    if utils.rank_info().rank and (not names or options.redraw or options.dry_run):
         return True  # once is enough
     if not names:
         list_studies(given, options.seeds)
@@ -1797,8 +1797,8 @@ def run(names: Sequence[str], options: Options, given: dict[str, Any]) -> bool:
     data = simclr.load_data(base, device)
     if not data.labelled:
         raise InputError(f"{base.dataset} in {base.data_dir} has no labels to measure by")
-    utils.keep_pixels(data.pretrain, base.cache)
-    data = simclr.readable(data, base)
+    utils.cache_pixels(data.pretrain, base.cache)
+    data = simclr.only_readable(data, base)
     utils.make_folders(grids[0].csv.parent, base.folder.parent)
     print(f"{describe_base(given)}: {simclr.describe_data(data)}; on {device}", flush=True)
     for each in grids:

@@ -367,7 +367,7 @@ def load_strictly(
     for name in expected:
         if name.endswith("num_batches_tracked"):  # old files lack it, and it has no effect here
             named.setdefault(name, torch.tensor(0))
-    if faults := utils.misfits(named, expected):
+    if faults := utils.state_dict_mismatches(named, expected):
         more = f", and {len(faults) - MAX_LISTED} more" if len(faults) > MAX_LISTED else ""
         raise InputError(f"{what} does not fit: {'; '.join(faults[:MAX_LISTED])}{more}")
     encoder = Encoder(arch, width, stem)
@@ -429,7 +429,7 @@ def load_source(file: Path, normalize: str = "auto") -> Source:
         source.projector = run.model.projector
         source.description = f"{run.config.arch} at width {run.config.width:g}, epoch {run.epoch}"
     else:
-        with utils.refusing(f"{file} is not a checkpoint", through=(InputError,)):
+        with utils.errors_as_input_error(f"{file} is not a checkpoint", through=(InputError,)):
             got = import_encoder(state, file)
             exported = exported_settings(state)
         if exported:
@@ -720,7 +720,7 @@ def describe_amount(amount: str) -> str:
 @contextlib.contextmanager
 def steps_bar(total: int, title: str) -> Iterator[Callable[[], Any]]:
     """A progress bar, on a terminal only. Yields what advances it by a step."""
-    hidden = None if utils.is_first() else True
+    hidden = None if utils.is_main_process() else True
     with tqdm(total=total, desc=title, unit="step", leave=False, disable=hidden) as bar:
         yield bar.update
 
@@ -793,7 +793,7 @@ def evaluation_setup(source: Source, options: Options, device: torch.device) -> 
     config = simclr.resolve(config, data.pretrain, device)
     check_size(source, config.image_size)
     config = dataclasses.replace(config, precision=choose_precision(source, options, device))
-    return config, simclr.readable(data, config)
+    return config, simclr.only_readable(data, config)
 
 
 def is_transfer(source: Source, config: Config) -> bool:
@@ -1199,11 +1199,11 @@ def parse_command_line(argv: Sequence[str] | None = None) -> tuple[str, Options]
 def run(where: str, options: Options) -> dict | None:
     """What `python load_simCLR.py` does. Returns the evaluation, if there was one."""
     device = utils.choose_device(options.device)
-    if utils.launched().size > 1 and (training := set(options.tasks) - {"knn", "linear"}):
+    if utils.rank_info().size > 1 and (training := set(options.tasks) - {"knn", "linear"}):
         raise InputError(
             f"--tasks {' '.join(sorted(training))}: they train in one process; without torchrun"
         )
-    with utils.together(device):
+    with utils.process_group(device):
         return run_on(where, options, device)
 
 

@@ -361,18 +361,18 @@ def lerp(low: float, high: float, u: Tensor) -> Tensor:
     return low + (high - low) * u
 
 
-def column(values: Tensor) -> Tensor:
+def per_image(values: Tensor) -> Tensor:
     """(N,) -> (N, 1, 1, 1), to multiply images with."""
     return values.view(-1, 1, 1, 1)
 
 
-def choose(chosen: Tensor, new: Tensor, images: Tensor) -> Tensor:
+def where_chosen(chosen: Tensor, new: Tensor, images: Tensor) -> Tensor:
     """`new` for the images that are chosen, bool (N,), and `images` for the others, exactly.
 
     new: (N, 3 or 1, H, W). lerp with weights 0 and 1 is exact, and on a CPU several times as fast
     as torch.where with a mask.
     """
-    return images.lerp(new, column(chosen).to(images.dtype))
+    return images.lerp(new, per_image(chosen).to(images.dtype))
 
 
 class RandomResizedCrop:
@@ -455,7 +455,7 @@ class RandomFlip:
         self.p = p
 
     def __call__(self, images: Tensor, u: Tensor) -> Tensor:
-        return choose(u[:, 0] < self.p, images.flip(-1), images)
+        return where_chosen(u[:, 0] < self.p, images.flip(-1), images)
 
 
 class RandomRotation:
@@ -525,9 +525,9 @@ def color_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
         factor = factors.gather(1, which[:, None])[:, 0]  # (N,)
         reference = luma(images)  # (N, 1, H, W)
         mean = reference.mean((-3, -2, -1))  # (N,)
-        reference *= column((1 - factor) * (which == saturation))
-        reference += column((1 - factor) * (which == contrast) * mean)
-        images = torch.addcmul(reference, images, column(factor)).clamp_(0, 1)
+        reference *= per_image((1 - factor) * (which == saturation))
+        reference += per_image((1 - factor) * (which == contrast) * mean)
+        images = torch.addcmul(reference, images, per_image(factor)).clamp_(0, 1)
     return images
 
 
@@ -554,7 +554,7 @@ def adjust_hue(images: Tensor, turns: Tensor) -> Tensor:
     largest_is_blue = (red - green).add_(chroma, alpha=4)
     sixths = largest_is_green.lerp_(largest_is_blue, green_is_not)
     sixths = largest_is_red.lerp_(sixths, red_is_not)
-    hue = sixths.div_((6 * chroma).clamp_(min=1e-12)) + column(turns)  # (N, 1, H, W) in turns
+    hue = sixths.div_((6 * chroma).clamp_(min=1e-12)) + per_image(turns)  # (N, 1, H, W) in turns
     n = 5 - 2 * torch.arange(3, device=images.device).view(1, 3, 1, 1)
     k = hue + (n / 6 + 1)  # (N, 3, H, W), positive, so that frac() is what lies above the floor
     k = k.frac_().mul_(6).sub_(2).abs_().sub_(1).clamp_(0, 1)
@@ -570,7 +570,7 @@ class RandomGrayscale:
         self.p = p
 
     def __call__(self, images: Tensor, u: Tensor) -> Tensor:
-        return choose(u[:, 0] < self.p, luma(images), images)
+        return where_chosen(u[:, 0] < self.p, luma(images), images)
 
 
 class RandomBlur:
@@ -584,7 +584,7 @@ class RandomBlur:
 
     def __call__(self, images: Tensor, u: Tensor) -> Tensor:
         blurred = gaussian_blur(images, lerp(*BLUR_SIGMA, u[:, 1]), self.kernel)
-        return choose(u[:, 0] < self.p, blurred, images)
+        return where_chosen(u[:, 0] < self.p, blurred, images)
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, kernel: int) -> Tensor:
@@ -711,18 +711,18 @@ class Encoder(torchvision.models.ResNet):
             self.inplanes = self._scaled(64)
         stage = super()._make_layer(block, self._scaled(planes), blocks, stride, dilate)
         shortcut = stage[0].downsample[0] if stride > 1 else None
-        if shortcut is not None and shortcut.in_channels < NARROW:
+        if shortcut is not None and shortcut.in_channels < CONV_BUG_CHANNELS:
             shortcut.stride = (1, 1)
-            shortcut.register_forward_pre_hook(partial(thinned, stride))
+            shortcut.register_forward_pre_hook(partial(subsample_input, stride))
         return stage
 
 
 # channels: with fewer, the gradient of a 1x1 convolution of stride 2 writes outside of its memory
 # on CPUs (torch 2.14, channels last, from 64 px on)
-NARROW = 16
+CONV_BUG_CHANNELS = 16
 
 
-def thinned(stride: int, _: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+def subsample_input(stride: int, _: nn.Module, inputs: tuple[Tensor]) -> Tensor:
     """Every stride-th pixel of a module's input: what a 1x1 convolution of that stride sees."""
     return inputs[0][..., ::stride, ::stride]
 
@@ -789,10 +789,10 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     if z1.ndim != 2 or z1.shape != z2.shape:
         raise ValueError(f"need two (N, D) of one shape, got {(*z1.shape,)} and {(*z2.shape,)}")
     with full_precision(z1):
-        return NTXent.apply(unit(torch.cat([z1, z2])), temperature)
+        return NTXent.apply(normalize_rows(torch.cat([z1, z2])), temperature)
 
 
-def unit(z: Tensor) -> Tensor:
+def normalize_rows(z: Tensor) -> Tensor:
     """Rows (N, D) scaled to length 1, in at least float32; shorter than 1e-12: divided by that."""
     z = utils.at_least_float32(z)
     largest = z.detach().abs().amax(1, keepdim=True)  # (N, 1)
@@ -811,7 +811,7 @@ def contrastive_logits(z1: Tensor, z2: Tensor, temperature: float) -> tuple[Tens
     (2N, 2N), -inf where a view meets itself, and int64 (2N,) the column of each view's partner.
     """
     with full_precision(z1):
-        z = unit(torch.cat([z1, z2]))  # (2N, D)
+        z = normalize_rows(torch.cat([z1, z2]))  # (2N, D)
         logits = z @ z.T / temperature  # (2N, 2N)
     logits.fill_diagonal_(float("-inf"))  # k != i
     partner = torch.arange(len(z), device=z.device).roll(len(z1))  # (2N,) the other view
@@ -869,7 +869,7 @@ class NTXent(torch.autograd.Function):
 def contrastive_accuracy(z1: Tensor, z2: Tensor) -> Tensor:
     """Share of the 2N views whose nearest other view is their partner: scalar in [0, 1]."""
     with full_precision(z1):
-        blocks = logit_blocks(unit(torch.cat([z1, z2])), temperature=1.0)
+        blocks = logit_blocks(normalize_rows(torch.cat([z1, z2])), temperature=1.0)
         hits = [(logits.argmax(1) == partner).sum() for _, logits, partner in blocks]
     return torch.stack(hits).sum() / (2 * len(z1))
 
@@ -878,7 +878,7 @@ def contrastive_accuracy(z1: Tensor, z2: Tensor) -> Tensor:
 def mean_cosine(z: Tensor) -> Tensor:
     """Over all pairs of the rows (2N, D): scalar in [-1, 1]. 1: they are all the same."""
     n = len(z)
-    return (unit(z).sum(0).square().sum() - n) / (n * (n - 1))
+    return (normalize_rows(z).sum(0).square().sum() - n) / (n * (n - 1))
 
 
 # ------------------------------------------------------------------------ optimiser and schedule
@@ -1145,7 +1145,7 @@ def train_epoch(
             return network(views.contiguous(memory_format=torch.channels_last))[1]
 
     def contrast(z: Tensor) -> tuple[Tensor, Tensor]:
-        z = of_all_processes(z)  # (2N, D)
+        z = gather_views(z)  # (2N, D)
         return loss_function(*z.chunk(2)), z.detach()
 
     for views in batches:  # (2N, 3, S, S)
@@ -1193,7 +1193,7 @@ def cached_gradients(
 
     parts = views.unflatten(0, (2, -1)).chunk(pieces, dim=1)  # (2, M, 3, S, S): both views
     states, projections = [], []  # states: so that dropout is the same in both passes
-    with torch.no_grad(), utils.running_statistics_kept(network):
+    with torch.no_grad(), utils.keep_running_statistics(network):
         for part in parts:
             states.append(utils.random_state(views.device))
             projections.append(projected(part))
@@ -1203,12 +1203,12 @@ def cached_gradients(
     gradients = z.grad.unflatten(0, (2, -1)).chunk(pieces, dim=1)  # (2, M, D)
     for i, (part, state, gradient) in enumerate(zip(parts, states, gradients, strict=True)):
         utils.set_random_state(state, views.device)
-        with utils.gradients_exchanged(network, i == pieces - 1):
+        with utils.exchange_gradients(network, i == pieces - 1):
             projected(part).backward(gradient)
     return loss, more
 
 
-def of_all_processes(z: Tensor) -> Tensor:
+def gather_views(z: Tensor) -> Tensor:
     """z of the whole batch from each process's part of it, with gradient: (2N / W, D) -> (2N, D).
 
     In the order of the batch, of which a process has every W-th image.
@@ -1262,10 +1262,10 @@ def tolerant(data: Images, config: Config) -> Images:
     return dataclasses.replace(data, max_bad=config.max_bad)
 
 
-def readable(data: Data, config: Config) -> Data:
+def only_readable(data: Data, config: Config) -> Data:
     """Without the labelled images that cannot be read: an evaluation meets each many times."""
     workers = utils.worker_count(config.workers)
-    train, test = (utils.readable(part, workers) for part in (data.train, data.test))
+    train, test = (utils.only_readable(part, workers) for part in (data.train, data.test))
     return Data(data.pretrain, train, test)
 
 
@@ -1294,7 +1294,7 @@ class Pretraining:
             raise InputError(f"{flag('stop_at_knn')}: there are no labels to measure it by")
         check_parts(config, len(data.pretrain))
         check_memory(config, len(data.pretrain), device)
-        model = utils.with_common_statistics(make_model(config), device)
+        model = utils.convert_sync_batchnorm(make_model(config), device)
         self.model = model.to(device, memory_format=torch.channels_last)
         self.optimizer = make_optimizer(config, self.model)
         self.augment = make_augment(config)
@@ -1303,13 +1303,13 @@ class Pretraining:
         self.lines: list[str] = []  # of it, as written: encoding thousands takes time every epoch
         self.batch_size, self.steps = batch_count(config, len(data.pretrain))  # steps per epoch
         self.pieces = self.batch_size // config.micro_batch if config.micro_batch else 1
-        self.files = utils.file_digest(data.pretrain)
+        self.files = utils.files_digest(data.pretrain)
         self.checkpoint = config.folder / CHECKPOINT
         self.log_file = config.folder / "log.jsonl"
         self.saved = False  # whether the files there are this run's
         self.intact = False  # whether the checkpoint is, and worth keeping as the previous one
         self.next_save = self.save_time()
-        self.forgiving = utils.Forgiving()
+        self.forgiving = utils.WarnOnFailure()
         self.probe = torch.full((1, 3, config.image_size, config.image_size), 0.5, device=device)
 
     def loss(self, z1: Tensor, z2: Tensor) -> Tensor:
@@ -1341,15 +1341,17 @@ class Pretraining:
         Raises InputError if both are damaged or one is of another configuration, naming what
         differs.
         """
-        found = utils.from_first(self.read_checkpoint)
+        found = utils.broadcast_from_rank0(self.read_checkpoint)
         if found is None:
             return False
         state, file = found
         check_format(state, file)
-        with utils.refusing(f"{file} is not a checkpoint of this run", through=(InputError,)):
+        with utils.errors_as_input_error(
+            f"{file} is not a checkpoint of this run", through=(InputError,)
+        ):
             images = len(self.data.pretrain)
             changed = check_same_run(state, self.config, images, self.files)
-            if faults := utils.misfits(state["model"], self.model.state_dict()):
+            if faults := utils.state_dict_mismatches(state["model"], self.model.state_dict()):
                 raise ValueError(faults[0])
             self.model.load_state_dict(state["model"])
             self.load_optimizer(dict(state["optimizer"])["state"])
@@ -1385,7 +1387,7 @@ class Pretraining:
             for name in names
         }
         there = {f"{name} of weight {i}": x for i in saved for name, x in saved[i].items()}
-        if faults := utils.misfits(there, expected):
+        if faults := utils.state_dict_mismatches(there, expected):
             raise ValueError(faults[0])
         self.optimizer.load_state_dict({"state": saved, "param_groups": groups})
 
@@ -1450,7 +1452,7 @@ class Pretraining:
         """Raise InputError now if checkpoints cannot be written, and not after hours."""
         trial = self.config.folder / TRIAL
         utils.save_checkpoint(trial, self.state())
-        if utils.is_first():
+        if utils.is_main_process():
             trial.unlink(missing_ok=True)
 
     def keep(self) -> None:
@@ -1489,19 +1491,19 @@ class Pretraining:
         network = self.network()
         total, done = self.config.epochs * self.steps, self.position.epoch * self.steps
         with (
-            utils.StopRequest() as stop,
+            utils.StopSignals() as stop,
             utils.Progress(total, done + self.position.step, unit="step") as progress,
         ):
 
             def ask(problem: InputError | None = None, steps: int = 1) -> bool:
                 """Whether to leave the epoch, and why; of several processes each gets the same."""
                 nonlocal signal, save, error
-                signal, save, failed = utils.largest(
+                signal, save, failed = utils.all_reduce_max(
                     stop.signal or 0,
                     steps > 0 and time.monotonic() >= self.next_save,  # else it would never go on
                     problem is not None,
                 )
-                error = utils.common_error(problem) if failed else None
+                error = utils.error_on_any_rank(problem) if failed else None
                 return bool(signal or save or failed)
 
             signal, save, error = 0, 0, None
@@ -1523,7 +1525,7 @@ class Pretraining:
                     self.save()
                 elif not (due and self.forgiving(self.save)) and self.saved:
                     self.bring_up_to_date()
-                if figure.due or (self.complete and utils.is_first()):
+                if figure.due or (self.complete and utils.is_main_process()):
                     self.forgiving(figure.draw, self.log)
                 progress.show(*describe(row, self.log, self.config), last=self.complete)
                 if signal:
@@ -1555,7 +1557,7 @@ class Pretraining:
                 self.optimizer.zero_grad()
         except Exception as error:  # compilers raise nearly anything
             reason = " ".join(str(error).split())[:200]
-            utils.say(f"torch.compile cannot be used here, so it is not ({reason})")
+            utils.log_warning(f"torch.compile cannot be used here, so it is not ({reason})")
             return plain
         finally:
             self.optimizer.zero_grad()
@@ -1609,7 +1611,7 @@ class Pretraining:
         if position.cosine > COLLAPSED:
             row["collapsed"] = True
             if not any("collapsed" in earlier for earlier in self.log):
-                utils.say(f"after epoch {row['epoch']} {COLLAPSE}. {REMEDIES}")
+                utils.log_warning(f"after epoch {row['epoch']} {COLLAPSE}. {REMEDIES}")
         self.position = Position(position.epoch + 1)
         every = self.config.knn_every
         due = self.complete or (every and self.position.epoch % every == 0)
@@ -1735,19 +1737,19 @@ def kept_checkpoints(folder: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def held(config: Config) -> Iterator[None]:
+def run_lock(config: Config) -> Iterator[None]:
     """Inside, no other process works on the run. Raises InputError if one does.
 
     Where nothing has been saved at the end, no folder is left behind either. Processes that work
     together are one: the first of them holds it.
     """
-    if not utils.is_first():
+    if not utils.is_main_process():
         yield
         return
     new = utils.make_folders(config.folder, config.figure_folder)
     lock = config.folder / LOCK
     try:
-        with utils.locked(lock) as free:
+        with utils.file_lock(lock) as free:
             if not free:
                 raise InputError(
                     f"another process is working on {config.folder}; wait for it, or choose "
@@ -1900,14 +1902,14 @@ def load_run(file: Path) -> TrainedRun:
 def trained_run(state: dict, file: Path) -> TrainedRun:
     """load_run() of what has been read of `file`."""
     check_format(state, file)
-    with utils.refusing(f"{file} is not a checkpoint of a run"):
+    with utils.errors_as_input_error(f"{file} is not a checkpoint of a run"):
         config = Config(**state["config"])
         check_config(config)
         if not config.image_size:
             raise ValueError("its configuration has no size of images")
         with torch.device("meta"):
             expected = SimCLR(config).state_dict()
-        if faults := utils.misfits(state["model"], expected):
+        if faults := utils.state_dict_mismatches(state["model"], expected):
             raise ValueError(faults[0])
         model = make_model(config)
         model.load_state_dict(state["model"])
@@ -1982,10 +1984,10 @@ def knn_accuracy(
 
 def knn_of(train: Tensor, test: Tensor, data: Data) -> float:
     """knn_accuracy() of features (N, D), (M, D). Several processes classify a share each."""
-    mine, classes = utils.share(len(test)).to(test.device), len(data.train.classes)
+    mine, classes = utils.shard_indices(len(test)).to(test.device), len(data.train.classes)
     labels = data.train.labels_read
     predicted = utils.knn_predict(train, labels, test[mine], classes, KNN_NEIGHBOURS)
-    return utils.accuracy(utils.gathered(predicted, len(test)), data.test.labels_read)
+    return utils.accuracy(utils.all_gather_rows(predicted, len(test)), data.test.labels_read)
 
 
 def evaluate(model: SimCLR, data: Data, config: Config, device: torch.device) -> dict[str, dict]:
@@ -2018,7 +2020,7 @@ def evaluate(model: SimCLR, data: Data, config: Config, device: torch.device) ->
     return results
 
 
-def table(results: dict[str, dict], images: int) -> str:
+def results_table(results: dict[str, dict], images: int) -> str:
     """What evaluate() found, for people."""
     lines = [
         f"{f'{images:,} test images':22} {'kNN (k=10)':>11} "
@@ -2102,7 +2104,7 @@ class FigureKeeper:
 
     @property
     def due(self) -> bool:
-        return utils.is_first() and time.perf_counter() >= self._next
+        return utils.is_main_process() and time.perf_counter() >= self._next
 
     def draw(self, log: Sequence[dict], baselines: dict[str, float] | None = None) -> None:
         started = time.perf_counter()
@@ -2317,7 +2319,7 @@ def draw_views(config: Config, data: Images, device: torch.device) -> Any:
     count, views = min(SHEET[0], len(data)), SHEET[1]
     random = utils.generator("cpu", config.seed, SHUFFLE)
     rows = torch.randperm(len(data), generator=random)[:count]
-    originals = next(utils.take(data, rows).batches(config.view_side, count, device))
+    originals = next(utils.subset(data, rows).batches(config.view_side, count, device))
     key = (config.seed, VIEWS)
     batches = augmented_batches(data, rows[None], [key], make_augment(config), views, device, 0)
     drawn = next(batches).unflatten(0, (views, count)).transpose(0, 1)  # (N, views, 3, S, S)
@@ -2358,9 +2360,9 @@ def finished_summary(config: Config, data: Data) -> dict | None:
     try:
         summary = json.loads(file.read_bytes())
         record = {"images": images, **summary}
-        check_same_run(record, config, images, utils.file_digest(data.pretrain))
+        check_same_run(record, config, images, utils.files_digest(data.pretrain))
         if "knn" in summary:
-            table(summary, len(data.test))  # has all that is shown of it
+            results_table(summary, len(data.test))  # has all that is shown of it
     except (FileNotFoundError, NotADirectoryError):
         return None
     except InputError:
@@ -2380,21 +2382,23 @@ def run(config: Config, overwrite: bool = False) -> dict:
     Raises InputError, also if another process works on the run, and Interrupted.
     """
     device = utils.choose_device(config.device)
-    with utils.together(device):
-        return run_on(config, device, overwrite and not utils.from_first(utils.marked, OVERWRITTEN))
+    with utils.process_group(device):
+        return run_on(
+            config, device, overwrite and not utils.broadcast_from_rank0(utils.marked, OVERWRITTEN)
+        )
 
 
 def run_on(config: Config, device: torch.device, overwrite: bool) -> dict:
     """run() on a device, in one process or in several that work together."""
     data = load_data(config, device)
     as_given, config = config, resolve(config, data.pretrain, device)
-    check_alike(config, data)
+    check_same_on_all_ranks(config, data)
     print(describe_config(config))
-    summary = None if overwrite else utils.from_first(finished_summary, config, data)
+    summary = None if overwrite else utils.broadcast_from_rank0(finished_summary, config, data)
     if summary is not None:
         print(f"\n{config.folder} is finished; --overwrite trains it again")
         if "knn" in summary:
-            print(table(summary, len(data.test)))
+            print(results_table(summary, len(data.test)))
         return summary
     processes = utils.world_size()
     where = device if processes == 1 else f"{processes} processes on {device.type}"
@@ -2404,11 +2408,11 @@ def run_on(config: Config, device: torch.device, overwrite: bool) -> dict:
         f"figure in {config.figure_folder}"
     )
 
-    utils.keep_pixels(data.pretrain, config.cache)
-    with held(config):
+    utils.cache_pixels(data.pretrain, config.cache)
+    with run_lock(config):
         summary = train_and_evaluate(config, data, device, overwrite)
     if "knn" in summary:
-        print("\n" + table(summary, len(data.test)))
+        print("\n" + results_table(summary, len(data.test)))
     else:
         print("\nNo labelled test images, so the representation was not evaluated")
     print(
@@ -2423,7 +2427,7 @@ def run_on(config: Config, device: torch.device, overwrite: bool) -> dict:
     return summary
 
 
-def check_alike(config: Config, data: Data) -> None:
+def check_same_on_all_ranks(config: Config, data: Data) -> None:
     """Raise InputError if processes that are to work together have other settings or images."""
     facts = {
         flag(f.name): getattr(config, f.name)
@@ -2432,8 +2436,8 @@ def check_alike(config: Config, data: Data) -> None:
     }
     for split in ("pretrain", "train", "test"):
         part = getattr(data, split)
-        facts[f"images ({split})"] = (len(part), utils.file_digest(part))
-    utils.check_alike(facts)
+        facts[f"images ({split})"] = (len(part), utils.files_digest(part))
+    utils.check_same_on_all_ranks(facts)
 
 
 def train_and_evaluate(config: Config, data: Data, device: torch.device, overwrite: bool) -> dict:
@@ -2441,7 +2445,7 @@ def train_and_evaluate(config: Config, data: Data, device: torch.device, overwri
     model = pretrain(config, data, device, overwrite=overwrite)
     started = time.perf_counter()
     results = evaluate(model, data, config, device) if data.labelled else {}
-    return utils.from_first(write_summary, config, data, model, results, started)
+    return utils.broadcast_from_rank0(write_summary, config, data, model, results, started)
 
 
 def write_summary(
@@ -2455,7 +2459,7 @@ def write_summary(
     summary = {
         "config": dataclasses.asdict(config),
         "images": len(data.pretrain),
-        "files": utils.file_digest(data.pretrain),
+        "files": utils.files_digest(data.pretrain),
         "parameters": sum(p.numel() for p in model.encoder.parameters()),
         "loss": log[-1]["loss"],
         **results,
@@ -2517,15 +2521,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         config, overwrite, views_file = parse_command_line(argv)
         with utils.InterruptedBySignals():
             if views_file:
-                if utils.launched().rank == 0:
+                if utils.rank_info().rank == 0:
                     show_views(config, Path(views_file))
             else:
                 run(config, overwrite)
     except Interrupted as stop:
         given = [sys.argv[0], *(word for word in sys.argv[1:] if word != "--overwrite")]
-        alone = argv is None and utils.launched().size == 1
+        alone = argv is None and utils.rank_info().size == 1
         command = utils.python_command(*given) if alone else "the same call"
-        if utils.launched().rank == 0:
+        if utils.rank_info().rank == 0:
             print(f"\nstopped and saved; continue with: {command}", file=sys.stderr)
         raise SystemExit(128 + stop.signal) from None
 

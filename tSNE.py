@@ -188,7 +188,9 @@ def read_scene(config: simclr.Config, options: Options, device: torch.device) ->
     """
     found = utils.load_splits(config.dataset, ("train", "test"), config.data_dir)
     workers = utils.worker_count(config.workers)
-    train, images = (utils.readable(simclr.tolerant(x, config), workers).to(device) for x in found)
+    train, images = (
+        utils.only_readable(simclr.tolerant(x, config), workers).to(device) for x in found
+    )
     split = "test"
     if not len(images):
         images, split = train, "training"
@@ -199,7 +201,7 @@ def read_scene(config: simclr.Config, options: Options, device: torch.device) ->
     name = config.dataset
     if name == "folder":
         name = Path(config.data_dir).resolve().name
-    return Scene(utils.take(images, rows), rows, split, train, name)
+    return Scene(utils.subset(images, rows), rows, split, train, name)
 
 
 class Cache:
@@ -767,8 +769,8 @@ def draw_neighbours(
                     fontweight="bold", fontsize=9, va="center")  # fmt: skip
         for row, query in enumerate(queries):
             near = found["train_near"][query]
-            images = [utils.take(scene.shown, torch.tensor([query])),
-                      utils.take(scene.train, torch.from_numpy(near))]  # fmt: skip
+            images = [utils.subset(scene.shown, torch.tensor([query])),
+                      utils.subset(scene.train, torch.from_numpy(near))]  # fmt: skip
             tiles = torch.cat(
                 [small_images(x, config.image_size, torch.device("cpu")) for x in images]
             )
@@ -980,7 +982,7 @@ def describe(scene: Scene, options: Options) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     try:
         started, arguments = time.perf_counter(), parse_command_line(argv)
-        if utils.launched().rank:
+        if utils.rank_info().rank:
             return  # of torchrun's processes one draws
         written = draw(*arguments)
         print(f"{'in all':56}{time.perf_counter() - started:7.1f} s")

@@ -89,7 +89,7 @@ def one_line(text: str, most: int) -> str:
 
 
 @contextlib.contextmanager
-def refusing(what: str, through: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+def errors_as_input_error(what: str, through: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Turns whatever is raised inside into an InputError that begins with `what`, some apart.
 
     For what is made of a file from anywhere: there is no end to what a strange one can raise.
@@ -133,7 +133,7 @@ def command(program: str) -> Iterator[None]:
                 raise
             exit_with_error(program, InputError(f"there is too little memory: {error}"))
         except KeyboardInterrupt as stop:
-            if launched().rank == 0:
+            if rank_info().rank == 0:
                 print("\nstopped; what had been saved before is kept", file=sys.stderr)
             raise SystemExit(128 + getattr(stop, "signal", signal.SIGINT)) from None
         finally:
@@ -263,7 +263,7 @@ def write_atomically(
     Raises InputError when the folder cannot be written or the disk is full; `path` is untouched
     then. Of several processes the first writes; in the others this does nothing.
     """
-    if not is_first():
+    if not is_main_process():
         return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -325,7 +325,7 @@ def make_folders(*folders: Path) -> list[Path]:
 
     Raises InputError, having made none, if one cannot be. Of several processes the first does it.
     """
-    if not is_first():
+    if not is_main_process():
         return []
     check_folders(*folders)
     every = {path for folder in folders for path in (folder, *folder.parents)}
@@ -339,7 +339,7 @@ def make_folders(*folders: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[bool]:
+def file_lock(path: Path) -> Iterator[bool]:
     """Holds the lock that the file `path` stands for. Yields False if somebody else holds it.
 
     The lock ends with its holder, however that ends; the file stays. Where there are no such locks
@@ -369,13 +369,13 @@ def same_file(descriptor: int, path: Path) -> bool:
         return False
 
 
-def say(line: str) -> None:
+def log_warning(line: str) -> None:
     """A line on stderr, above a progress bar if there is one, from one of several processes."""
-    if is_first():
+    if is_main_process():
         tqdm.write(line, file=sys.stderr)
 
 
-class Forgiving:
+class WarnOnFailure:
     """Lets a long run go on where a file cannot be written, with one warning a reason.
 
     `forgiving(write, *arguments)` calls it and returns whether it went well.
@@ -391,7 +391,7 @@ class Forgiving:
             reason = str(getattr(error.__cause__, "strerror", error))
             if reason not in self._failing.values():
                 said = f"warning: {error}; the run goes on and tries again"
-                say(" ".join(said.split()))
+                log_warning(" ".join(said.split()))
             self._failing[write] = reason
             return False
         self._failing.pop(write, None)
@@ -432,7 +432,7 @@ def save_checkpoint(path: Path, state: dict, before: Callable[[], object] = lamb
     The file is torch.save's, with a digest where torch.load does not look, so that any damage
     shows: the checksums inside say nothing of headers and padding. before: see write_atomically().
     """
-    if not is_first():
+    if not is_main_process():
         return
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -555,7 +555,7 @@ def check_pickles(file: IO[bytes], count: int) -> None:
                 raise ValueError(f"it names {shown(argument.replace(' ', '.'))}")
 
 
-def misfits(tensors: dict[str, Any], expected: dict[str, Tensor]) -> list[str]:
+def state_dict_mismatches(tensors: dict[str, Any], expected: dict[str, Tensor]) -> list[str]:
     """What keeps `tensors` from being a state dict of these names and shapes, a text each.
 
     expected: may be on the meta device. Several tensors may not be views of the same memory, nor
@@ -575,10 +575,10 @@ def misfits(tensors: dict[str, Any], expected: dict[str, Tensor]) -> list[str]:
     held = sum({store.data_ptr(): store.nbytes() for store in stores}.values())
     if sum(tensors[name].nbytes for name in expected) > held:
         return ["its tensors are views of the same memory"]
-    return [f"{name} {fault}" for name in expected if (fault := odd(tensors[name]))]
+    return [f"{name} {fault}" for name in expected if (fault := weight_fault(tensors[name]))]
 
 
-def odd(value: Tensor) -> str:
+def weight_fault(value: Tensor) -> str:
     """What is wrong with a tensor as a weight, or ""."""
     if value.ndim and not value.is_floating_point():
         return f"is of type {value.dtype}, not a float"
@@ -588,10 +588,10 @@ def odd(value: Tensor) -> str:
 # --------------------------------------------------------------------------------------- signals
 
 
-class StopRequest:
+class StopSignals:
     """Turns SIGINT, SIGTERM and SIGUSR1 (SLURM's advance notice) into a flag that a loop can read.
 
-    `with StopRequest() as stop:` — `stop.signal` is None until a signal arrives, then its number.
+    `with StopSignals() as stop:` — `stop.signal` is None until a signal arrives, then its number.
     SIGINT after that ends the program at once. Outside the main thread it does nothing.
     """
 
@@ -601,7 +601,7 @@ class StopRequest:
         self.signal: int | None = None
         self._old: dict[int, Any] = {}
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> StopSignals:
         for name in self._NAMES:
             number = getattr(signal, name, None)
             if number is not None:
@@ -627,7 +627,7 @@ class Terminated(KeyboardInterrupt):
         self.signal = signal
 
 
-class InterruptedBySignals(StopRequest):
+class InterruptedBySignals(StopSignals):
     """Inside, SIGTERM and SIGUSR1 end the program as Ctrl-C does, cleaning up: see Terminated."""
 
     _NAMES = ("SIGTERM", "SIGUSR1")
@@ -647,7 +647,7 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    place = launched()
+    place = rank_info()
     if place.size > 1 and name not in ("cpu", "cuda"):
         raise InputError(
             f"--device {name} is one device for {place.size} processes: say cuda, and each takes "
@@ -703,7 +703,7 @@ def worker_count(asked: int) -> int:
 
     Of several processes that torchrun started on this machine each gets its share of the cores.
     """
-    cores = max(1, cpu_cores() // launched().local_size)
+    cores = max(1, cpu_cores() // rank_info().local_size)
     return cores if asked < 0 else min(asked, cores)
 
 
@@ -716,12 +716,12 @@ def memory_of(device: torch.device) -> float:
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     with contextlib.suppress(OSError, ValueError):  # of a container; the word "max" for none
         limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
-    return min(limits) / launched().local_size
+    return min(limits) / rank_info().local_size
 
 
 def free_memory() -> float:
     """Bytes of this machine's memory that programs can still take; infinite if it is not known."""
-    limits = [memory_of(torch.device("cpu")) * launched().local_size]
+    limits = [memory_of(torch.device("cpu")) * rank_info().local_size]
     with contextlib.suppress(OSError, ValueError, KeyError):
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         limits.append(1024 * int(dict(line.split()[:2] for line in lines)["MemAvailable:"]))
@@ -764,7 +764,7 @@ def set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) 
 
 
 @contextlib.contextmanager
-def running_statistics_kept(module: nn.Module) -> Iterator[None]:
+def keep_running_statistics(module: nn.Module) -> Iterator[None]:
     """Inside, BatchNorm in train mode normalises as ever, but its running statistics stay."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     tracking = [norm.track_running_stats for norm in norms]
@@ -790,13 +790,13 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 # ----------------------------------------------------------------------------- several processes
 #
 # torchrun starts a script several times, and each copy, a process, finds its number (the rank) in
-# the environment. Inside together() they work as one on torch.distributed: each computes its part
+# the environment. Inside process_group() they work as one on torch.distributed: each computes its part
 # of a batch or of a data set, and what they need of each other they exchange. The first of them,
 # rank 0, is the one that writes files and speaks. Alone, all of this does nothing.
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """Which of how many processes this is, on all machines and on this one."""
 
     rank: int = 0
@@ -805,13 +805,13 @@ class Place:
     local_size: int = 1
 
 
-def launched() -> Place:
+def rank_info() -> RankInfo:
     """What torchrun says of this process; alone if it was not started by it."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     found = [os.environ.get(name, "") for name in names]
     if not all(text.isdecimal() for text in found) or "MASTER_ADDR" not in os.environ:
-        return Place()
-    return Place(*map(int, found))
+        return RankInfo()
+    return RankInfo(*map(int, found))
 
 
 def rank() -> int:
@@ -824,7 +824,7 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Whether this is the process that writes files and speaks."""
     return rank() == 0
 
@@ -845,7 +845,7 @@ PATIENCE = timedelta(hours=1)  # for a process that downloads, or evaluates, whi
 
 def first_to_fail() -> bool:
     """Whether no other process of this run has asked this before."""
-    if launched().size == 1:
+    if rank_info().size == 1:
         return True
     try:
         return _store().add("failed", 1) == 1
@@ -855,7 +855,7 @@ def first_to_fail() -> bool:
 
 def wait_for_others() -> None:
     """Until all processes of this run have come here: torchrun ends the others when one fails."""
-    size = launched().size
+    size = rank_info().size
     if size > 1:
         here = _store().add("arrived", 1)
         while here < size:
@@ -864,13 +864,13 @@ def wait_for_others() -> None:
 
 
 @contextlib.contextmanager
-def together(device: torch.device) -> Iterator[None]:
+def process_group(device: torch.device) -> Iterator[None]:
     """Inside, the processes that torchrun started work as one: NCCL for CUDA, Gloo for the CPU.
 
     Only the first prints. Raises InputError where this build of torch cannot, and when another
     process has ended: it has said why, or torchrun does.
     """
-    place = launched()
+    place = rank_info()
     if place.size == 1:
         yield
         return
@@ -906,31 +906,31 @@ def without_place(message: str) -> str:
 
 def mark(name: str) -> None:
     """Note something for the processes that torchrun starts in place of these: see marked()."""
-    if launched().size > 1:
+    if rank_info().size > 1:
         _store().underlying_store.set(name, "yes")
 
 
 def marked(name: str) -> bool:
     """Whether mark() was called, also before torchrun started these processes again."""
-    return launched().size > 1 and _store().underlying_store.check([name])
+    return rank_info().size > 1 and _store().underlying_store.check([name])
 
 
-def common_error(error: InputError | None) -> InputError:
+def error_on_any_rank(error: InputError | None) -> InputError:
     """The error of one process, in all. Some have one, the others give None."""
     if error and world_size() == 1:
         return error
-    return InputError(next(iter(united({rank(): str(error)} if error else {}).values())))
+    return InputError(next(iter(all_gather_dicts({rank(): str(error)} if error else {}).values())))
 
 
-def check_alike(facts: dict[str, Any]) -> None:
+def check_same_on_all_ranks(facts: dict[str, Any]) -> None:
     """Raise InputError, in all processes, if they do not all have the same."""
-    every = united({rank(): facts})
+    every = all_gather_dicts({rank(): facts})
     for other, theirs in every.items():
         if differ := [name for name, value in theirs.items() if value != every[0][name]]:
             raise InputError(f"process {other} has other {', '.join(differ)} than process 0")
 
 
-def largest(*numbers: int) -> list[int]:
+def all_reduce_max(*numbers: int) -> list[int]:
     """The largest of each number over all processes, in all of them. They wait for each other."""
     if world_size() == 1:
         return [*numbers]
@@ -939,28 +939,28 @@ def largest(*numbers: int) -> list[int]:
     return found.tolist()
 
 
-def from_first(function: Callable[..., Any], *arguments: Any) -> Any:
+def broadcast_from_rank0(function: Callable[..., Any], *arguments: Any) -> Any:
     """What `function` returns in the first process, in all of them. The others do not call it."""
-    value = [function(*arguments) if is_first() else None]
+    value = [function(*arguments) if is_main_process() else None]
     if world_size() > 1:
         dist.broadcast_object_list(value, device=torch.device("cpu"))
     return value[0]
 
 
-def share(n: int) -> Tensor:
+def shard_indices(n: int) -> Tensor:
     """Which of n rows this process computes, int64: as many as the others, the last row again."""
     size = math.ceil(n / world_size())
     return (torch.arange(size) + rank() * size).clamp(max=n - 1)
 
 
-def gathered(part: Tensor, n: int) -> Tensor:
-    """All n rows, in all processes, of which each has computed its share(): -> (n, …)."""
+def all_gather_rows(part: Tensor, n: int) -> Tensor:
+    """All n rows, in all processes, of which each has computed its shard_indices(): -> (n, …)."""
     if world_size() == 1:
         return part
     return Gather.apply(part).flatten(0, 1)[:n]
 
 
-def united(values: dict) -> dict:
+def all_gather_dicts(values: dict) -> dict:
     """The entries of all processes' dicts, in all."""
     every: list[dict] = [{}] * world_size()
     if world_size() == 1:
@@ -1025,7 +1025,7 @@ class CommonNorm(torch.autograd.Function):
         return by_x.sub_(offset.to(x.dtype).view(shape)), by_weight, by_bias, None
 
 
-class CommonBatchNorm(nn.modules.batchnorm._BatchNorm):
+class SyncBatchNormCPU(nn.modules.batchnorm._BatchNorm):
     """BatchNorm over the batches of all processes, exactly, on any device.
 
     For the CPU, where torch has no SyncBatchNorm. Takes (B, C) or (B, C, H, W).
@@ -1059,12 +1059,12 @@ def distributed(module: nn.Module) -> nn.Module:
     return kind(module, **{name: False}, gradient_as_bucket_view=True)
 
 
-def gradients_exchanged(network: nn.Module, now: bool) -> contextlib.AbstractContextManager:
+def exchange_gradients(network: nn.Module, now: bool) -> contextlib.AbstractContextManager:
     """Inside, backward passes of a distributed() network sum up here, until one with now=True."""
     return contextlib.nullcontext() if now or world_size() == 1 else network.no_sync()
 
 
-def with_common_statistics(module: nn.Module, device: torch.device) -> nn.Module:
+def convert_sync_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
     """The module with each BatchNorm replaced by one over all processes, of the same state dict."""
     if world_size() == 1:
         return module
@@ -1072,11 +1072,11 @@ def with_common_statistics(module: nn.Module, device: torch.device) -> nn.Module
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for name, child in module.named_children():
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            common = CommonBatchNorm(child.num_features, child.eps, child.momentum)
+            common = SyncBatchNormCPU(child.num_features, child.eps, child.momentum)
             common.load_state_dict(child.state_dict())
             setattr(module, name, common)
         else:
-            with_common_statistics(child, device)
+            convert_sync_batchnorm(child, device)
     return module
 
 
@@ -1143,7 +1143,7 @@ class ImageFiles:
     root: the folder. paths: bytes array (N,) of file names below it, one flat block. labels: int64
     (N,) or None. classes: name of each label. max_bad: share of the files in [0, 1] that may turn
     out to be unreadable; with 0 the first is an error. unreadable: those found, index -> reason.
-    cache: where what has been decoded is kept, see keep_pixels().
+    cache: where what has been decoded is kept, see cache_pixels().
     """
 
     root: Path
@@ -1168,7 +1168,7 @@ class ImageFiles:
         """One image, decoded now: uint8 (3, H, W). Raises InputError if it cannot be read."""
         return read_image(self.path(index))
 
-    def readable(self) -> np.ndarray:
+    def readable_rows(self) -> np.ndarray:
         """Which images are not known to be unreadable: int64 (M,), in order."""
         return np.setdiff1d(np.arange(len(self)), [*self.unreadable])
 
@@ -1177,9 +1177,9 @@ class ImageFiles:
         """Labels of the images that batches() gives, all but the unreadable ones: int64 (M,)."""
         if self.labels is None or not self.unreadable:
             return self.labels
-        return self.labels[torch.from_numpy(self.readable()).to(self.labels.device)]
+        return self.labels[torch.from_numpy(self.readable_rows()).to(self.labels.device)]
 
-    def note(self, bad: dict[int, str], most: float) -> None:
+    def record_unreadable(self, bad: dict[int, str], most: float) -> None:
         """Take note of files that cannot be read, index -> reason, and name them once.
 
         Raises InputError, and forgets the new ones, if they make more than the share `most` of all.
@@ -1199,9 +1199,9 @@ class ImageFiles:
         before, self.unreadable = len(self.unreadable), self.unreadable | new
         if self.max_bad < 1:  # who takes any number of them reports them at the end
             for why in [*new.values()][: max(0, MOST_NAMED - before)]:
-                say(one_line(f"warning: {why}; it is left out", LONGEST_MESSAGE))
+                log_warning(one_line(f"warning: {why}; it is left out", LONGEST_MESSAGE))
             if before < MOST_NAMED <= count:
-                say("warning: more images that cannot be read are only counted")
+                log_warning("warning: more images that cannot be read are only counted")
 
     def batches(
         self, size: int, batch_size: int, device: torch.device, workers: int = 0
@@ -1211,7 +1211,7 @@ class ImageFiles:
         Unreadable images are left out, those that are known from before without another try, so
         that afterwards labels_read are the labels. Raises InputError if max_bad is 0.
         """
-        rows = torch.from_numpy(self.readable())
+        rows = torch.from_numpy(self.readable_rows())
         batches = ((chunk, None) for chunk in rows.split(batch_size))
         for views in decoded_batches(self, batches, size, None, workers, device):
             yield views[:, 0].contiguous().float() / 255
@@ -1220,7 +1220,7 @@ class ImageFiles:
 Images = ImageSet | ImageFiles
 
 
-def take(data: Images, rows: Tensor) -> Images:
+def subset(data: Images, rows: Tensor) -> Images:
     """The images that rows, int64 (M,) on any device, choose, in their order."""
     labels = None if data.labels is None else data.labels[rows.to(data.labels.device)]
     if isinstance(data, ImageSet):
@@ -1230,25 +1230,25 @@ def take(data: Images, rows: Tensor) -> Images:
     return ImageFiles(data.root, data.paths[at], labels, data.classes, cache=cache)
 
 
-def readable(data: Images, workers: int) -> Images:
+def only_readable(data: Images, workers: int) -> Images:
     """The images that can be read. Decodes all, where they are streamed, and names the others."""
     if isinstance(data, ImageSet):
         return data
-    part = shared_out(data)
-    batches = part.batches(1, JOB_IMAGES, torch.device("cpu"), workers)
-    for _ in progress_bar(batches, "reading", math.ceil(len(part) / JOB_IMAGES)):
+    part = shard(data)
+    batches = part.batches(1, REQUEST_IMAGES, torch.device("cpu"), workers)
+    for _ in progress_bar(batches, "reading", math.ceil(len(part) / REQUEST_IMAGES)):
         pass
-    note_of_part(part, data)
-    return take(data, torch.from_numpy(data.readable()))
+    record_unreadable_of_shard(part, data)
+    return subset(data, torch.from_numpy(data.readable_rows()))
 
 
 def agree_on_unreadable(data: Images) -> None:
     """Of several processes each takes note of what the others could not read."""
     if world_size() > 1 and isinstance(data, ImageFiles):
-        data.note(united(data.unreadable), data.max_bad)
+        data.record_unreadable(all_gather_dicts(data.unreadable), data.max_bad)
 
 
-def file_digest(data: Images) -> str:
+def files_digest(data: Images) -> str:
     """SHA-256 of the names of the images' files and their labels; "" where they have no files."""
     if data.paths is None:
         return ""
@@ -1312,7 +1312,7 @@ def load_splits(dataset: str, splits: Sequence[str], data_dir: str | Path = "dat
     if dataset == "digits":
         return [_load_digits(split) for split in splits]
     if dataset == "folder":
-        with refusing(f"cannot read {data_dir}", through=(InputError,)):
+        with errors_as_input_error(f"cannot read {data_dir}", through=(InputError,)):
             return _load_folder(Path(data_dir), splits)
     return [_load_torchvision(dataset, split, Path(data_dir)) for split in splits]
 
@@ -1688,7 +1688,7 @@ _OPENING = threading.Lock()  # warnings.catch_warnings() is not for several thre
 
 
 @contextlib.contextmanager
-def _naming(path: str | Path) -> Iterator[None]:
+def _errors_naming_file(path: str | Path) -> Iterator[None]:
     """What PIL raises of a file, nearly any type, becomes an InputError that names it."""
     try:
         yield
@@ -1707,7 +1707,7 @@ class Photo:
 
     def __init__(self, path: str | Path) -> None:
         self.path = path
-        with _naming(path):
+        with _errors_naming_file(path):
             status = os.stat(path)
             if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
                 raise OSError("it is not a file")
@@ -1735,7 +1735,7 @@ class Photo:
         is as much: the decoder then averages blocks of pixels and saves most of its arithmetic.
         """
         image = self.image
-        with _naming(self.path):
+        with _errors_naming_file(self.path):
             shrink = next((s for s in (8, 4, 2) if s * least <= 1), 1)
             if shrink > 1:  # other formats than JPEG take no notice
                 image.draft(image.mode, (image.width // shrink, image.height // shrink))
@@ -1898,7 +1898,7 @@ def _mapped(path: Path) -> np.ndarray | None:
         return None
 
 
-def keep_pixels(data: Images, kind: str) -> None:
+def cache_pixels(data: Images, kind: str) -> None:
     """From now on decode each file of `data` once, and keep the whole image. Not of an ImageSet.
 
     kind: one of CACHES, "memory" for SHARED_MEMORY, "file" for the folder of the lists of files.
@@ -1911,16 +1911,18 @@ def keep_pixels(data: Images, kind: str) -> None:
         raise InputError(f"--cache {kind} is not for Windows; say --cache none")
     if kind == "memory" and not SHARED_MEMORY.is_dir():
         raise InputError(f"--cache memory needs {SHARED_MEMORY}, which is not here; --cache file?")
-    with refusing(f"--cache {kind}: cannot keep decoded images", through=(InputError,)):
+    with errors_as_input_error(
+        f"--cache {kind}: cannot keep decoded images", through=(InputError,)
+    ):
         place = SHARED_MEMORY if kind == "memory" else _list_file(data.root).parent
         sizes = _measured(data)
         starts = np.cumsum(3 * sizes.prod(1))  # where each ends
         end = int(starts[-1])
         starts -= 3 * sizes.prod(1)
         # of this run alone, also where machines share the folder and count processes alike
-        known = [platform.node(), os.path.realpath(data.root), file_digest(data)]
+        known = [platform.node(), os.path.realpath(data.root), files_digest(data)]
         digest = hashlib.sha256("\n".join(known).encode(errors="surrogateescape") + sizes.tobytes())
-        run = os.getppid() if launched().size > 1 else os.getpid()
+        run = os.getppid() if rank_info().size > 1 else os.getpid()
         path = place / f"pixels-{run}-{digest.hexdigest()[:32]}"
         place.mkdir(parents=True, exist_ok=True)
         _remove_unused(place, but=path)
@@ -1941,10 +1943,10 @@ def _measured(files: ImageFiles) -> np.ndarray:
                 sizes.append((0, 0))
         return sizes
 
-    parts = share(len(files)).split(256)
+    parts = shard_indices(len(files)).split(256)
     with ThreadPoolExecutor() as pool:  # they wait for the disk
         found = [*progress_bar(pool.map(measure, parts), "measuring", len(parts))]
-    return gathered(torch.tensor([*itertools.chain(*found)]), len(files)).numpy()
+    return all_gather_rows(torch.tensor([*itertools.chain(*found)]), len(files)).numpy()
 
 
 def _reserved(path: Path, size: int, kind: str) -> bool:
@@ -2057,7 +2059,7 @@ Boxes = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclass
-class Job:
+class DecodeRequest:
     """Some files to decode. boxes: what to crop of each, None: its center_view(), one view."""
 
     root: Path
@@ -2084,7 +2086,7 @@ class Job:
             done = 0
             for (i, photo), parts in zip(photos.items(), boxes, strict=True):
                 try:
-                    with photo, _naming(photo.path):
+                    with photo, _errors_naming_file(photo.path):
                         photo.crops(views[done], parts) if self.boxes else photo.center(views[done])
                     done += 1
                 except InputError as error:
@@ -2096,7 +2098,9 @@ class Job:
         return CachedPhoto(path, self.cache, i) if self.cache else Photo(path)
 
 
-JOB_IMAGES = 64  # that a worker decodes at a time: so a batch of thousands is not one's in whole
+REQUEST_IMAGES = (
+    64  # that a worker decodes at a time: so a batch of thousands is not one's in whole
+)
 
 
 class _Jobs(Dataset):
@@ -2107,21 +2111,21 @@ class _Jobs(Dataset):
     """
 
     def __init__(self) -> None:
-        self.jobs: Iterator[Job] = iter(())
+        self.jobs: Iterator[DecodeRequest] = iter(())
 
     def __getstate__(self) -> dict:
         return {}  # processes that are not forked get a copy: the jobs stay here
 
-    def __iter__(self) -> Iterator[Job]:
+    def __iter__(self) -> Iterator[DecodeRequest]:
         return self.jobs
 
-    def __getitem__(self, job: Job) -> tuple[Tensor, dict[int, str]]:
+    def __getitem__(self, job: DecodeRequest) -> tuple[Tensor, dict[int, str]]:
         return job()
 
 
 def _become_worker(_: int) -> None:
     """Signals to all processes of a run are for the main one, which ends the others."""
-    for name in StopRequest._NAMES:
+    for name in StopSignals._NAMES:
         if number := getattr(signal, name, None):
             signal.signal(number, signal.SIG_IGN)
 
@@ -2131,7 +2135,7 @@ _iterators: weakref.WeakSet[Any] = weakref.WeakSet()  # of all that have process
 
 
 def in_workers(
-    jobs: Iterator[Job], workers: int, pin: bool
+    jobs: Iterator[DecodeRequest], workers: int, pin: bool
 ) -> Iterator[tuple[Tensor, dict[int, str]]]:
     """What the jobs give, in order, done by as many processes; by this one for 0.
 
@@ -2184,7 +2188,7 @@ def decoded_batches(
     """Decode and crop files in worker processes, in order.
 
     Yields uint8 (N, V, 3, size, size) a batch, on `device`, with the channels last in memory.
-    batches: for each batch rows of `files`, int64 (N,), and arguments (N, …) for `boxes`, see Job.
+    batches: for each batch rows of `files`, int64 (N,), and arguments (N, …) for `boxes`, see DecodeRequest.
     workers: processes, 0 for none; the result does not depend on them. A file that cannot be read
     is noted in files.unreadable. With boxes, where each batch needs all its images, the next
     readable file takes its place, with the same argument; without, it is left out. Raises
@@ -2193,17 +2197,17 @@ def decoded_batches(
     waiting: collections.deque[tuple[Tensor, np.ndarray | None]] = collections.deque()
     root = files.root.absolute()  # the workers may have begun in another folder
 
-    def job(rows: Tensor, arguments: np.ndarray | None) -> Job:
+    def job(rows: Tensor, arguments: np.ndarray | None) -> DecodeRequest:
         at = rows.numpy()
         cache = files.cache and files.cache.part(at)
-        return Job(root, files.paths[at], size, boxes, arguments, cache)
+        return DecodeRequest(root, files.paths[at], size, boxes, arguments, cache)
 
     def parts(rows: Tensor, arguments: np.ndarray | None) -> Iterator[Any]:
-        for i in range(0, len(rows), JOB_IMAGES):
-            part = slice(i, i + JOB_IMAGES)
+        for i in range(0, len(rows), REQUEST_IMAGES):
+            part = slice(i, i + REQUEST_IMAGES)
             yield rows[part], None if arguments is None else arguments[part]
 
-    def jobs() -> Iterator[Job]:
+    def jobs() -> Iterator[DecodeRequest]:
         for batch in batches:
             waiting.append(batch)
             yield from (job(*part) for part in parts(*batch))
@@ -2215,14 +2219,14 @@ def decoded_batches(
             views, bad = job(torch.tensor([other]), argument[None])()
             if not bad:
                 return views[0]
-            files.note({other: bad[0]}, files.max_bad)
+            files.record_unreadable({other: bad[0]}, files.max_bad)
         raise InputError("none of the images can be read")
 
     def mended(part: tuple[Tensor, Any], result: tuple[Tensor, dict[int, str]]) -> Tensor:
         (rows, arguments), (views, bad) = part, result
         if bad:
             most = files.max_bad if boxes else math.ceil(files.max_bad)  # all, but for 0
-            files.note({int(rows[i]): why for i, why in bad.items()}, most)
+            files.record_unreadable({int(rows[i]): why for i, why in bad.items()}, most)
         if bad and boxes:
             read = iter(views)
             whole = [another(int(rows[i]), arguments[i]) if i in bad else next(read)
@@ -2259,7 +2263,7 @@ def embed(
     larger ones go in smaller batches. title: of a progress bar, if any. Several processes embed a
     share each, and all get all features. Raises InputError if no image can be read.
     """
-    features, part = [], shared_out(data)
+    features, part = [], shard(data)
     batch_size = max(1, min(batch_size, batch_size * 224**2 // size**2))
     with evaluating(encoder):
         batches = part.batches(size, batch_size, device, workers)
@@ -2269,15 +2273,15 @@ def embed(
             with autocast(device, precision):
                 features.append(encoder(images).float())
     found = torch.cat(features) if features else torch.empty(0, 0, device=device)
-    return put_together(found, part, data)
+    return gather_features(found, part, data)
 
 
-def shared_out(data: Images) -> Images:
-    """This process's share() of the images. Which cannot be read is judged when all are done."""
+def shard(data: Images) -> Images:
+    """This process's shard_indices() of the images. Which cannot be read is judged when all are done."""
     if world_size() == 1:
         return data
-    mine = share(len(data))
-    part = take(data, mine)
+    mine = shard_indices(len(data))
+    part = subset(data, mine)
     if isinstance(part, ImageFiles):
         known = {
             i: data.unreadable[row] for i, row in enumerate(mine.tolist()) if row in data.unreadable
@@ -2286,28 +2290,32 @@ def shared_out(data: Images) -> Images:
     return part
 
 
-def note_of_part(part: ImageFiles, data: ImageFiles) -> None:
+def record_unreadable_of_shard(part: ImageFiles, data: ImageFiles) -> None:
     """Note for the data which files cannot be read, as found in the part that each process has."""
     if part is not data:
-        rows = share(len(data)).tolist()
-        bad = united({rows[i]: why for i, why in part.unreadable.items()})
-        data.note(bad, math.ceil(data.max_bad))  # as one process does, see decoded_batches()
+        rows = shard_indices(len(data)).tolist()
+        bad = all_gather_dicts({rows[i]: why for i, why in part.unreadable.items()})
+        data.record_unreadable(
+            bad, math.ceil(data.max_bad)
+        )  # as one process does, see decoded_batches()
 
 
-def put_together(features: Tensor, part: Images, data: Images) -> Tensor:
+def gather_features(features: Tensor, part: Images, data: Images) -> Tensor:
     """What each process computed of its part, for all of the data: (M, D) -> (N, D).
 
     Where none of its images could be read, a process has (0, 0). Raises InputError if all have.
     """
-    dim = largest(features.shape[1])[0]
+    dim = all_reduce_max(features.shape[1])[0]
     if not dim:
         raise InputError("none of the images can be read")
     if isinstance(part, ImageSet) or part is data:
-        return gathered(features, len(data))
-    note_of_part(part, data)
+        return all_gather_rows(features, len(data))
+    record_unreadable_of_shard(part, data)
     padded = torch.zeros(len(part), dim, device=features.device)
-    padded[torch.from_numpy(part.readable()).to(features.device)] = features
-    return gathered(padded, len(data))[torch.from_numpy(data.readable()).to(features.device)]
+    padded[torch.from_numpy(part.readable_rows()).to(features.device)] = features
+    return all_gather_rows(padded, len(data))[
+        torch.from_numpy(data.readable_rows()).to(features.device)
+    ]
 
 
 @contextlib.contextmanager
@@ -2551,7 +2559,7 @@ def accuracy(predicted: Tensor, labels: Tensor) -> float:
     return (predicted == labels).float().mean().item()
 
 
-def digest(module: nn.Module) -> str:
+def module_digest(module: nn.Module) -> str:
     """SHA-256 of all parameters and buffers, byte for byte, with names, types and shapes."""
     found = hashlib.sha256()
     for name, value in itertools.chain(module.named_parameters(), module.named_buffers()):
@@ -2567,10 +2575,10 @@ def frozen(module: nn.Module) -> Iterator[None]:
     Raises RuntimeError at the end if any parameter or buffer is not byte for byte what it was: an
     evaluation that moves what it evaluates is void.
     """
-    before = digest(module)
+    before = module_digest(module)
     with evaluating(module):
         yield
-    if digest(module) != before:
+    if module_digest(module) != before:
         raise RuntimeError("the evaluation changed the encoder that it evaluates")
 
 
@@ -2602,7 +2610,7 @@ def save_figure(figure: Any, path: Path, dpi: int = 150) -> None:
 
 def progress_bar(items: Iterable, title: str, total: int) -> Iterable:
     """The items, with a bar on a terminal that vanishes; none without a title."""
-    hidden = None if title and is_first() else True
+    hidden = None if title and is_main_process() else True
     return tqdm(items, title, total, leave=False, disable=hidden)
 
 
@@ -2615,7 +2623,7 @@ class Progress:
     SECONDS_BETWEEN_LINES = 5.0
 
     def __init__(self, total: int, done: int, unit: str) -> None:
-        self.on_terminal = sys.stderr.isatty() and is_first()
+        self.on_terminal = sys.stderr.isatty() and is_main_process()
         self.bar = tqdm(total=total, initial=done, unit=unit, disable=not self.on_terminal)
         self._next_line = 0.0
 

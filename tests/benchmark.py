@@ -338,7 +338,7 @@ def decoding_of(folder: Path, names: list[str], kind: str, seconds: float) -> li
 
     def ours() -> None:
         u = torch.rand(len(names), 2, crop.draws).numpy()
-        _, bad = utils.Job(folder, paths, size, partial(simclr.crop_boxes, crop), u)()
+        _, bad = utils.DecodeRequest(folder, paths, size, partial(simclr.crop_boxes, crop), u)()
         if bad:
             raise InputError(next(iter(bad.values())))
 
@@ -524,13 +524,13 @@ def measure_loop(options: Options) -> None:
     """What --loop prints: the seconds of some steps, and the peak of the memory in bytes."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    with utils.together(utils.choose_device(options.device)):
+    with utils.process_group(utils.choose_device(options.device)):
         setup = Setup(options, fast=options.loop == "whole step")
         loop = LOOPS[options.loop](setup)
         warmup = loop.steps(1 if options.batch_size > LARGE_BATCH else WARMUP)
         once = statistics.median(warmup)
         count = max(2, min(MOST_STEPS, round(options.seconds / once)))
-        seconds = loop.steps(utils.largest(count)[0])
+        seconds = loop.steps(utils.all_reduce_max(count)[0])
         print(json.dumps({"seconds": seconds, "bytes": peak_memory(setup.device)}))
 
 

@@ -83,7 +83,7 @@ def few_digits(monkeypatch):
     real = utils._load_digits
 
     def load_digits(split):
-        return utils.take(real(split), torch.arange(40 if split == "test" else 210))
+        return utils.subset(real(split), torch.arange(40 if split == "test" else 210))
 
     monkeypatch.setattr(utils, "_load_digits", load_digits)
 

@@ -261,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
             rows = utils.read_jsonl(file)
             if not rows:
                 raise InputError(f"no race in {file} yet")
-            with utils.refusing(f"{file} has a line that is no race"):
+            with utils.errors_as_input_error(f"{file} has a line that is no race"):
                 figure = draw(rows)
             utils.save_figure(figure, Path(options.draw))
             print(f"{len(rows)} races: {options.draw}")

@@ -103,7 +103,7 @@ def test_a_checkpoint_is_saved_by_the_clock(run_folder, monkeypatch):
 
 def test_the_second_ctrl_c_ends_at_once():
     for first in (signal.SIGINT, signal.SIGTERM):
-        with utils.StopRequest() as stop:
+        with utils.StopSignals() as stop:
             os.kill(os.getpid(), first)
             assert stop.signal == first
             with pytest.raises(KeyboardInterrupt):
@@ -131,9 +131,9 @@ def test_a_signal_outside_training_cleans_up_and_gives_its_code(
 
 
 def test_a_lock_is_exclusive_and_dies_with_its_holder(tmp_path):
-    with utils.locked(tmp_path / "lock") as free:
+    with utils.file_lock(tmp_path / "lock") as free:
         assert free
-        with utils.locked(tmp_path / "lock") as also:
+        with utils.file_lock(tmp_path / "lock") as also:
             assert not also
         reader, writer = os.pipe()
         worker = os.fork()
@@ -143,7 +143,7 @@ def test_a_lock_is_exclusive_and_dies_with_its_holder(tmp_path):
             os._exit(0)
         os.read(reader, 4)
     try:
-        with utils.locked(tmp_path / "lock") as free:
+        with utils.file_lock(tmp_path / "lock") as free:
             assert free
     finally:
         os.kill(worker, signal.SIGKILL)
@@ -157,11 +157,11 @@ def test_a_run_that_another_process_has_is_refused_and_not_touched(run_folder, o
     if not overwrite:
         (config.folder / "summary.json").unlink()
     before = {file: file.read_bytes() for file in config.folder.iterdir()}
-    with utils.locked(config.folder / simclr.LOCK):
+    with utils.file_lock(config.folder / simclr.LOCK):
         with pytest.raises(InputError, match="another process is working on"):
             simclr.run(config, overwrite=overwrite)
     assert {file: file.read_bytes() for file in config.folder.iterdir()} == before
-    with utils.locked(config.folder / simclr.LOCK):
+    with utils.file_lock(config.folder / simclr.LOCK):
         if overwrite:  # what is finished is only read
             assert simclr.run(config)["loss"] > 0
 
@@ -317,7 +317,7 @@ def test_where_nothing_can_be_saved_nothing_is_trained(run_folder, monkeypatch):
 
 
 def test_a_warning_is_said_once_for_each_reason(capsys):
-    forgiving, reasons = utils.Forgiving(), []
+    forgiving, reasons = utils.WarnOnFailure(), []
 
     def write(_name):
         if reasons:

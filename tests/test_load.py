@@ -274,7 +274,7 @@ def test_small_label_sets_get_small_batches_and_enough_steps():
 def test_fine_tuning_trains_a_copy_of_everything(trained):
     _, evaluation = evaluation_of(trained)
     encoder, rows = evaluation.encoders["simclr"], evaluation.label_rows("2", 0)
-    before = utils.digest(encoder)
+    before = utils.module_digest(encoder)
     augment = simclr.geometric_augment(evaluation.config)
     assert [type(step).__name__ for step in augment.steps] == [
         "RandomResizedCrop",
@@ -284,7 +284,7 @@ def test_fine_tuning_trains_a_copy_of_everything(trained):
     network = simclr.fine_tune(
         encoder, evaluation.data.train, rows, augment, how, evaluation.config, CPU
     )
-    assert utils.digest(encoder) == before
+    assert utils.module_digest(encoder) == before
     assert not network.training
     moved = [
         not torch.equal(a, b)
@@ -313,9 +313,9 @@ def test_label_rows_are_balanced_and_drawn_anew_for_each_seed(trained):
 def test_from_scratch_starts_where_the_run_began(trained):
     _, evaluation = evaluation_of(trained)
     fresh = simclr.make_model(evaluation.config).encoder
-    assert utils.digest(evaluation.untrained(0)) == utils.digest(fresh)
-    assert utils.digest(evaluation.untrained(1)) != utils.digest(fresh)
-    assert utils.digest(evaluation.encoders["untrained"]) == utils.digest(fresh)
+    assert utils.module_digest(evaluation.untrained(0)) == utils.module_digest(fresh)
+    assert utils.module_digest(evaluation.untrained(1)) != utils.module_digest(fresh)
+    assert utils.module_digest(evaluation.encoders["untrained"]) == utils.module_digest(fresh)
 
 
 # -------------------------------------------------------------------------------- the command line

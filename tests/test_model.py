@@ -105,7 +105,7 @@ def test_narrow_shortcuts_equal_strided_convolutions(size, monkeypatch):
     """The same names, weights and outputs; without it torch may end the process at 64 px."""
     torch.manual_seed(0)
     narrow = simclr.Encoder("resnet10", 0.125, "small")
-    monkeypatch.setattr(simclr, "NARROW", 0)
+    monkeypatch.setattr(simclr, "CONV_BUG_CHANNELS", 0)
     torch.manual_seed(0)
     plain = simclr.Encoder("resnet10", 0.125, "small")
     assert plain.layer2[0].downsample[0].stride == (2, 2)

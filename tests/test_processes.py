@@ -108,7 +108,7 @@ def close(a, b, tolerance=1e-5):
 def three_steps(config, kind=torch.float64, block_bytes=simclr.BLOCK_BYTES):
     """Losses, gradients of each step, and the model afterwards."""
     simclr.BLOCK_BYTES = block_bytes
-    with utils.together(CPU):
+    with utils.process_group(CPU):
         run = simclr.Pretraining(config, simclr.load_data(config, CPU), CPU)
         run.model.to(kind)
         gradients, losses = [], []
@@ -166,10 +166,10 @@ def test_gradients_of_processes_in_float32(world, group, tiny_config):
 
 def all_features(config, counts):
     """Features and kNN accuracy of parts of the digits with an untrained encoder."""
-    with utils.together(CPU):
+    with utils.process_group(CPU):
         data = simclr.load_data(config, CPU)
         model = simclr.make_model(config)
-        parts = [utils.take(data.train, torch.arange(n)) for n in counts]
+        parts = [utils.subset(data.train, torch.arange(n)) for n in counts]
         found = [simclr.features(model.encoder, part, config, CPU) for part in parts]
         return found, simclr.knn_accuracy(model.encoder, data, config, CPU)
 
@@ -188,7 +188,7 @@ def test_embeddings_and_knn_of_processes(world, group, tiny_config):
 
 def streamed(config):
     """Features of images on disk, some unreadable, after an epoch on them: also who is missing."""
-    with utils.together(CPU):
+    with utils.process_group(CPU):
         data = simclr.load_data(config, CPU)
         run = simclr.Pretraining(simclr.resolve(config, data.pretrain, CPU), data, CPU)
         views = torch.cat(list(run.batches()))
@@ -295,10 +295,12 @@ def test_bad_test_images_are_left_out_by_any_number_of_processes(group, folder_c
 
 
 def exchanged():
-    with utils.together(CPU):
-        numbers = utils.largest(utils.rank(), -utils.rank())
-        first = utils.from_first(lambda x: {"rank": utils.rank(), "x": x}, torch.arange(3))
-        rows = utils.gathered(10 * utils.share(5), 5)
+    with utils.process_group(CPU):
+        numbers = utils.all_reduce_max(utils.rank(), -utils.rank())
+        first = utils.broadcast_from_rank0(
+            lambda x: {"rank": utils.rank(), "x": x}, torch.arange(3)
+        )
+        rows = utils.all_gather_rows(10 * utils.shard_indices(5), 5)
         return numbers, first["rank"], first["x"].tolist(), rows.tolist()
 
 
@@ -508,7 +510,7 @@ def other_images(config):
 
     def load_splits(*arguments):
         train, test = real(*arguments)
-        return train, utils.take(test, torch.arange(len(test))[last])
+        return train, utils.subset(test, torch.arange(len(test))[last])
 
     utils.load_splits = load_splits
     a_run(config)

@@ -198,7 +198,7 @@ def test_views_do_not_depend_on_workers_jobs_or_where_an_epoch_begins(
 ):
     data = streamed(photos)
     alone = views_of(streamed_config(photos, batch_size=7), data)
-    monkeypatch.setattr(utils, "JOB_IMAGES", 3)  # jobs of 3, 3 and 1
+    monkeypatch.setattr(utils, "REQUEST_IMAGES", 3)  # jobs of 3, 3 and 1
     for workers in (1, 2):
         config = streamed_config(photos, batch_size=7, workers=workers)
         batches = views_of(config, data)
@@ -256,7 +256,7 @@ import simclr, test_streaming, utils
 from pathlib import Path
 torch.utils.data._utils.worker.MP_STATUS_CHECK_INTERVAL = 0.5  # s, between looks at the parent
 data = test_streaming.streamed(Path(sys.argv[2]))
-with utils.locked(Path(sys.argv[3])) as free:
+with utils.file_lock(Path(sys.argv[3])) as free:
     batches = data.batches(16, 1, torch.device("cpu"), workers=2)
     one_of_each = next(batches), next(batches)  # so both have begun
     print("working", flush=True)
@@ -282,7 +282,7 @@ def test_workers_die_with_a_killed_run_and_keep_no_lock(photos, tmp_path):
         time.sleep(0.2)
         assert workers_of(process.pid) == workers
         process.send_signal(signal.SIGKILL)
-    with utils.locked(tmp_path / "lock") as free:
+    with utils.file_lock(tmp_path / "lock") as free:
         assert free  # though they may live for the seconds that they wait for work
     deadline = time.monotonic() + 20
     while any(alive(worker) for worker in workers) and time.monotonic() < deadline:
@@ -397,7 +397,7 @@ def test_features_and_labels_stay_aligned(own_photos, streamed_config, capsys):
         (own_photos / bad[0]).write_bytes(good)  # comes too late for this run
     break_files(own_photos, bad[0])
     assert 0 <= simclr.knn_accuracy(model.encoder, data, config, CPU) <= 1
-    evaluated = simclr.readable(data, config)
+    evaluated = simclr.only_readable(data, config)
     assert len(evaluated.train) == len(names) - 2
     assert torch.equal(evaluated.train.labels, data.train.labels_read)
 
@@ -472,7 +472,7 @@ def cached(tmp_path, monkeypatch):
         if kind == "file":
             monkeypatch.setenv("XDG_CACHE_HOME", str(shared_memory))
         data = streamed(root, **options)
-        utils.keep_pixels(data, kind)
+        utils.cache_pixels(data, kind)
         return data
 
     return make
@@ -509,7 +509,7 @@ def test_decoded_once_views_are_those_of_a_full_decoding(
     assert same_views(epoch_views(config, data, 1), kept[1])
     for i in (0, 7, 19):
         assert data.cache.has(i)
-    part = utils.take(data, torch.tensor([19, 3]))
+    part = utils.subset(data, torch.tensor([19, 3]))
     (both,) = part.batches(SIDE, 2, CPU, workers)
     assert len(both) == 2
 
@@ -585,7 +585,7 @@ sys.path.insert(0, sys.argv[1])
 import torch, test_streaming, utils
 from pathlib import Path
 utils.SHARED_MEMORY = Path(sys.argv[3])
-utils.keep_pixels(data := test_streaming.streamed(Path(sys.argv[2])), "memory")
+utils.cache_pixels(data := test_streaming.streamed(Path(sys.argv[2])), "memory")
 workers = int(sys.argv[4])
 for _ in data.batches(16, 5, torch.device("cpu"), workers):
     pass
@@ -620,7 +620,7 @@ def test_a_cache_ends_with_its_run_or_with_the_next(photos, tmp_path, monkeypatc
     killed.stdin.close()
     killed.wait()
     assert its.exists()
-    utils.keep_pixels(data := streamed(photos), "memory")  # of the process that started the other
+    utils.cache_pixels(data := streamed(photos), "memory")  # of the process that started the other
     assert [*tmp_path.iterdir()] == [data.cache.path] == [shared]
     assert all(data.cache.has(i) for i in range(20))
     for let_go, *arguments in at_exit:
@@ -674,7 +674,7 @@ def test_no_shared_memory_and_a_full_disk_are_errors(own_photos, cached, monkeyp
         assert not [*own_photos.parent.glob("**/pixels-*")]
     monkeypatch.setattr(utils, "SHARED_MEMORY", own_photos / "none")
     with pytest.raises(InputError, match=r"needs .*none, which is not here; --cache file"):
-        utils.keep_pixels(streamed(own_photos), "memory")
+        utils.cache_pixels(streamed(own_photos), "memory")
 
 
 # ---------------------------------------------------------------------------------- lists of files
@@ -780,12 +780,12 @@ def test_images_in_memory_have_a_digest_too(tmp_path, write_image, streamed_conf
     config = streamed_config(tmp_path / "photos", run="a")
     data = simclr.load_data(config, CPU)
     assert isinstance(data.train, utils.ImageSet)
-    before = utils.file_digest(data.train)
+    before = utils.files_digest(data.train)
     labelled = utils.ImageSet(data.train.images, torch.arange(4), tuple("abcd"), data.train.paths)
-    assert utils.file_digest(labelled) != before
+    assert utils.files_digest(labelled) != before
     data.train.paths = data.train.paths[::-1].copy()
     assert len(before) == 64
-    assert utils.file_digest(data.train) != before
+    assert utils.files_digest(data.train) != before
 
 
 # ---------------------------------------------------------------------------------------- ImageNet
