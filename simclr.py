@@ -4,37 +4,42 @@ Chen, Kornblith, Norouzi and Hinton, ICML 2020, https://arxiv.org/abs/2002.05709
 
     python simclr.py                                      # embedded digits, a minute on a laptop
     python simclr.py --dataset cifar10                    # ResNet-18, on a GPU
-    python simclr.py --dataset folder --data-dir photos   # one's own images, labelled or not
+    python simclr.py --dataset folder --data-dir photos   # your own images, labelled or not
     python simclr.py --show-views views.png               # see the augmentation before training
-    torchrun --nproc_per_node=8 simclr.py --dataset cifar10    # on eight GPUs, the same result
+    torchrun --nproc_per_node=8 -- simclr.py --dataset cifar10    # on eight GPUs, the same result
 
-The idea, and the notation of the paper, which the code keeps inside formulas:
+The idea, in the notation of the paper, which the formulas of the code use:
 
     x      one of the N images of a batch
-    t(x)   a random augmentation of it; every image gives two views, a batch 2N
+    t(x)   a random augmentation of x; every image gives two views, so a batch has 2N
     h      f(view), the encoder's output after average pooling: the representation, kept
-    z      g(h), the projection head's output: what the loss sees, thrown away after training
-    tau    the temperature of NT-Xent, the loss that asks of each view: which of the other
-           2N - 1 is the second view of the same image? (Eq. 1)
+    z      g(h), the projection head's output: the loss sees it; thrown away after training
+    tau    the temperature of NT-Xent. The loss asks of each view: which of the other 2N - 1
+           is the second view of the same image? (Eq. 1)
 
-Reading order, which is the paper's: configuration · augmentation (Section 3) · encoder and
-projection head (Section 4) · NT-Xent (Section 2.1) · optimiser and schedule (Section 2.2) ·
-training, Algorithm 1 · what was learned · the command line. The first half, up to the end of
-train_epoch(), is the paper; the second keeps runs safe, judges and draws them. Data sets, files
-and classifiers are in utils.py.
+Shapes also use S, the side of a view in px; D, the width of z; and W, the number of processes
+(ranks) that torchrun starts. Each of them computes N / W images of a batch; alone, W = 1.
 
-A run keeps everything in checkpoints/<run>/ and draws figures/<run>/loss_plot.png. The same
-command again continues an interrupted run, killed ones too, and on the CPU, with as many threads,
-ends bit for bit as if it had not been interrupted: all randomness derives from (seed, epoch, step).
+Read from the top to the end of train(), in the paper's order: settings · augmentation (Section 3)
+· encoder and projection head (Section 4) · NT-Xent (Section 2.1) · optimiser and schedule
+(Section 2.2) · batches of views · Algorithm 1. Below it: the parts of train(), recipes, the
+evaluation of a run, fine-tuning and the command line.
+
+What train() takes from utils.py: ImageSet and ImageFiles (images in memory, or on disk), RunFolder
+(a run's checkpoints and log), StopSignals (Ctrl-C, SIGTERM), UntilError (a loop that ends at an
+InputError and keeps it), Progress (the bar), and the functions for several processes, which do
+nothing in a single one: rank, world_size, all_reduce_max, Gather, on_device, distributed.
+
+A run keeps its files in checkpoints/<run>/ and draws figures/<run>/loss_plot.png. The same
+command continues a run that was interrupted or killed. On the CPU, with the same number of
+threads, the result is bit for bit that of an uninterrupted run: all randomness derives from
+(seed, epoch, step).
 """
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import copy
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -45,140 +50,127 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import utils
-from utils import Images, ImageSet, InputError, flag, setting
+from utils import Data, Images, ImageSet, InputError, LabelTraining, flag, setting
 
-# --------------------------------------------------------------------------------- configuration
+# ---------------------------------------------------------------------------------------- settings
+
+MIN_SIZE, MAX_SIZE = 8, 4096  # px, sides of images and views
+MAX_HEAD = 65_536  # width of the head's layers
+WEIGHTS, SHUFFLE, VIEWS, LABELS = range(4)  # streams of randomness: derive_seed(seed, VIEWS, …)
 
 
+# fmt: off
 @dataclass
 class Config:
-    """One run: the command line, the checkpoint's record and the functions' argument in one.
+    """The settings of one run: its command line, and what its checkpoint records.
 
-    The defaults are the paper's for ImageNet, but for the batch size (4096 there) and the blur
-    (p = 0.5 there, none for CIFAR-10). A recipe (RECIPES) overrides some for a data set, and flags
-    override the recipe; make_config() does that and checks.
+    The defaults are the paper's settings for ImageNet, but with a batch of 256 images (paper:
+    4096) and without blur (paper: p = 0.5). A recipe (RECIPES) overrides them for a data set, and
+    flags override the recipe; see make_config(). A run is continued only with the same settings,
+    but those with identity=False may change.
     """
 
     recipe: str = setting("", "named settings (default: the one for the data set)")
     # data
     dataset: str = setting("digits", "what to pre-train on", utils.DATASETS)
-    data_dir: str = setting(
-        "data", "where data sets are kept and downloaded to; with 'folder' your images",
-        identity=False,
-    )  # fmt: skip
-    image_size: int = setting(
-        0, "side in px that the encoder sees; 0: the images' own, or 224 if they vary"
-    )
-    view_size: int = setting(
-        0, "side in px of the views in pre-training; 0: image_size. Smaller ones are faster, and "
-        "enlarge objects less, as test images do not (Touvron et al. 2019, arXiv 1906.06423)"
-    )  # fmt: skip
+    data_dir: str = setting("data", "where data sets are kept and downloaded to; with 'folder' "
+                            "your images", identity=False)
+    image_size: int = setting(0, "side in px that the encoder sees; 0: the images' own, or 224 if "
+                              "their sizes vary", low=0, high=MAX_SIZE)
+    view_size: int = setting(0, "side in px of the views in pre-training; 0: image_size. Smaller "
+                             "views are faster, and show objects closer to the size that they "
+                             "have in test images (arXiv 1906.06423)", low=0, high=MAX_SIZE)
+    range: tuple[float, ...] = setting((), "values that are black and white in grey pictures of "
+                                       "more than 8 bits (default: by their type and values)")
     # augmentation (Section 3 and Appendix A)
-    crop_min: float = setting(0.08, "smallest area of a random crop, as a share of the image")
-    flip: float = setting(0.5, "probability of a horizontal flip")
-    rotation: float = setting(0.0, "largest random rotation, in degrees")
-    jitter_p: float = setting(0.8, "probability of colour jitter")
-    color_strength: float = setting(1.0, "s: multiplies the four strengths below")
-    brightness: float = setting(0.8, "strength of brightness jitter at s = 1")
-    contrast: float = setting(0.8, "strength of contrast jitter at s = 1")
-    saturation: float = setting(0.8, "strength of saturation jitter at s = 1")
-    hue: float = setting(0.2, "strength of hue jitter at s = 1, in turns of the colour circle")
-    gray_p: float = setting(0.2, "probability of dropping the colour")
-    blur_p: float = setting(0.0, "probability of Gaussian blur, sigma 0.1 to 2 px")
+    crop_min: float = setting(0.08, "smallest area of a crop, as a share of the image's",
+                              low=1e-6, high=1)
+    flip: float = setting(0.5, "probability of a horizontal flip", low=0, high=1)
+    rotation: float = setting(0.0, "largest random rotation, in degrees", low=0, high=180)
+    jitter_p: float = setting(0.8, "probability of colour jitter", low=0, high=1)
+    color_strength: float = setting(1.0, "s: multiplies the four strengths below", low=0)
+    brightness: float = setting(0.8, "strength of brightness jitter at s = 1", low=0)
+    contrast: float = setting(0.8, "strength of contrast jitter at s = 1", low=0)
+    saturation: float = setting(0.8, "strength of saturation jitter at s = 1", low=0)
+    hue: float = setting(0.2, "strength of hue jitter at s = 1, in turns of the circle", low=0)
+    gray_p: float = setting(0.2, "probability of dropping the colour", low=0, high=1)
+    blur_p: float = setting(0.0, "probability of Gaussian blur, sigma 0.1 to 2 px", low=0, high=1)
     # model (Section 4)
-    arch: str = setting(
-        "resnet50",
-        "encoder",
-        ("resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
-    )
-    width: float = setting(1.0, "multiplies the encoder's channels (the paper's 1x, 2x, 4x)")
-    stem: str = setting(
-        "auto", "small: 3x3 without max-pool, for images up to 64 px; imagenet: 7x7 and max-pool",
-        ("auto", "small", "imagenet"),
-    )  # fmt: skip
+    arch: str = setting("resnet50", "encoder", ("resnet10", "resnet18", "resnet34", "resnet50",
+                                                "resnet101", "resnet152"))
+    width: float = setting(1.0, "multiplies the encoder's channels (the paper's 1x, 2x, 4x)",
+                           low=1 / 64, high=16)
+    stem: str = setting("auto", "small: 3x3 without max-pool, for images up to 64 px; imagenet: "
+                        "7x7 and max-pool", ("auto", "small", "imagenet"))
     projection: str = setting("nonlinear", "projection head g", ("nonlinear", "linear", "none"))
-    head_hidden: int = setting(0, "width of the head's hidden layer; 0: as wide as h")
-    head_dim: int = setting(128, "width of z")
+    head_hidden: int = setting(0, "width of the head's hidden layer; 0: as wide as h",
+                               low=0, high=MAX_HEAD)
+    head_dim: int = setting(128, "width of z", low=1, high=MAX_HEAD)
     head_bn: bool = setting(False, "BatchNorm in the head's hidden layer")
     # loss and optimiser (Section 2)
-    temperature: float = setting(0.1, "tau of NT-Xent")
-    batch_size: int = setting(
-        256, "N, images per step of all processes together; each gives two views"
-    )
-    micro_batch: int = setting(
-        0, "images, of all processes, whose activations are held at a time; BatchNorm sees these; "
-        "0: the whole batch"
-    )  # fmt: skip
-    epochs: int = setting(100, "passes over the data")
+    temperature: float = setting(0.1, "tau of NT-Xent", low=1e-6)
+    batch_size: int = setting(256, "N, images a step over all processes; each gives two views",
+                              low=2)
+    micro_batch: int = setting(0, "split the batch into parts of so many images, to save memory "
+                               "(gradient caching); BatchNorm works on each part; 0: off", low=0)
+    epochs: int = setting(100, "passes over the data", low=1)
     optimizer: str = setting("lars", "update rule", ("lars", "sgd", "adamw"))
-    lr: float = setting(0.3, "learning rate before scaling with the batch size")
-    lr_scaling: str = setting(
-        "linear", "peak rate: lr*N/256, lr*sqrt(N), or lr itself", ("linear", "sqrt", "none")
-    )
-    warmup_epochs: float = setting(10.0, "epochs of linear warm-up before the cosine decay")
-    momentum: float = setting(0.9, "momentum of LARS and SGD")
-    weight_decay: float = setting(1e-6, "weight decay")
+    lr: float = setting(0.3, "learning rate before scaling with the batch size",
+                        low=1e-12, high=1e30)
+    lr_scaling: str = setting("linear", "peak rate: lr*N/256, lr*sqrt(N), or lr itself",
+                              ("linear", "sqrt", "none"))
+    warmup_epochs: float = setting(10.0, "epochs of linear warm-up before the cosine decay", low=0)
+    momentum: float = setting(0.9, "momentum of LARS and SGD", low=0, high=0.9999)
+    weight_decay: float = setting(1e-6, "weight decay", low=0)
     decay_all: bool = setting(False, "decay biases and BatchNorm as well")
     # the run
-    seed: int = setting(0, "seed of everything random")
-    precision: str = setting(
-        "auto", "auto: bfloat16 where the hardware has it", ("auto", "bfloat16", "float32")
-    )
-    compile: str = setting(
-        "auto", "torch.compile the network; auto: on CUDA, in runs long enough to pay for it",
-        ("auto", "on", "off"), identity=False,
-    )  # fmt: skip
-    knn_every: int = setting(10, "epochs between measurements of kNN accuracy; 0: only at the end")
-    stop_at_knn: float = setting(
-        0.0, "kNN accuracy in [0, 1], on the test images, at which the run ends early; 0: none"
-    )
+    seed: int = setting(0, "seed of everything random", low=0)
+    precision: str = setting("auto", "auto: bfloat16 where the hardware has it",
+                             ("auto", "bfloat16", "float32"))
+    compile: str = setting("auto", "torch.compile the network; auto: on CUDA, in runs long enough "
+                           "to pay for it", ("auto", "on", "off"), identity=False)
+    knn_every: int = setting(10, "epochs between measurements of kNN accuracy; 0: only at the end",
+                             low=0)
+    stop_at_knn: float = setting(0.0, "kNN accuracy in [0, 1], on the test images, at which the "
+                                 "run ends early; 0: none", low=0, high=1)
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", identity=False)
-    workers: int = setting(
-        -1, "processes that decode streamed images; -1: one per core", identity=False
-    )
-    max_bad: float = setting(
-        0.01, "share of the streamed images that may be unreadable, and are replaced by others",
-        identity=False,
-    )  # fmt: skip
-    cache: str = setting(
-        "none", "decode each streamed training image once and keep it, in /dev/shm or on the disk "
-        "($XDG_CACHE_HOME); large JPEGs are then decoded in full, so views differ a little",
-        utils.CACHES,
-    )  # fmt: skip
-    changed_files: bool = setting(
-        False, "continue a run although files were added, removed or renamed", identity=False
-    )
-    save_every: int = setting(1, "epochs between checkpoints", identity=False)
-    checkpoint_minutes: float = setting(
-        10.0, "minutes after the last checkpoint that one is saved inside an epoch; 0: never",
-        identity=False,
-    )  # fmt: skip
-    keep_every: int = setting(
-        0, "epochs between checkpoints that are kept, as epoch0010.pt, beside the last; 0: none",
-        identity=False,
-    )  # fmt: skip
+    workers: int = setting(-1, "processes that decode streamed images; -1: one per core",
+                           identity=False, low=-1)
+    max_bad: float = setting(0.01, "stop if more than this share of the streamed images cannot be "
+                             "read; up to it, others replace them", identity=False, low=0, high=1)
+    cache: str = setting("none", "decode each streamed training image once and keep it, in "
+                         "/dev/shm or a temporary file; large JPEGs are then decoded in full, so "
+                         "views differ a little", utils.CACHES)
+    changed_files: bool = setting(False, "continue a run although files were added, removed or "
+                                  "renamed", identity=False)
+    checkpoint_minutes: float = setting(10.0, "minutes after the last checkpoint that one is "
+                                        "saved inside an epoch; 0: never", identity=False, low=0)
+    keep_every: int = setting(0, "epochs between checkpoints that are kept, as epoch0010.pt, "
+                              "beside the last; 0: none", identity=False, low=0)
     run: str = setting("", "name of the run (default: <dataset>_<arch>)", identity=False)
     checkpoints: str = setting("checkpoints", "folder of all runs' checkpoints", identity=False)
     figures: str = setting("figures", "folder of all runs' figures", identity=False)
+    # fmt: on
 
     @property
     def view_side(self) -> int:
-        """Side in px of the views that are trained on; of a resolved configuration."""
+        """Side in px of the views in pre-training. For a resolved configuration."""
         return self.view_size or self.image_size
 
     @property
     def folder(self) -> Path:
-        """Where the run keeps its checkpoint, log and summary."""
+        """Where the run keeps its checkpoints, log and summary."""
         return Path(self.checkpoints) / self.run
 
     @property
@@ -186,169 +178,14 @@ class Config:
         return Path(self.figures) / self.run
 
 
-# Overrides of Config's defaults. The sources are in the comments; --recipe NAME chooses one.
-RECIPES: dict[str, dict[str, Any]] = {
-    # 1,437 scans of digits: no flip (another glyph), no hue or grey (they have no colour)
-    "digits": dict(
-        arch="resnet10", width=0.25, batch_size=256, epochs=90, temperature=0.3,
-        crop_min=0.1, flip=0.0, rotation=15.0, color_strength=0.5, saturation=0.0, hue=0.0,
-        gray_p=0.0, optimizer="adamw", lr=4e-3, lr_scaling="none", warmup_epochs=5.0,
-        weight_decay=1e-4,
-    ),
-    # the strongest public recipe for CIFAR-10 with a ResNet-18 (dkobak/simclr-cifar10)
-    "cifar10": dict(
-        arch="resnet18", batch_size=512, epochs=1000, temperature=0.5, crop_min=0.2,
-        color_strength=0.5, gray_p=0.1, optimizer="sgd", lr=0.03, warmup_epochs=0.0,
-        weight_decay=5e-4, decay_all=True, head_hidden=1024,
-    ),
-    # much accuracy in little time, by smaller views; tuned with a small network on a CPU (README)
-    "cifar10-fast": dict(
-        arch="resnet18", batch_size=256, epochs=200, view_size=20, temperature=0.2, crop_min=0.2,
-        color_strength=0.5, gray_p=0.1, optimizer="sgd", lr=0.24, warmup_epochs=20.0,
-        weight_decay=5e-4, decay_all=True, head_hidden=1024,
-    ),
-    # the paper's own (Appendix B.9): 94.0 % with a linear classifier
-    "cifar10-paper": dict(
-        arch="resnet50", batch_size=1024, epochs=1000, temperature=0.5, color_strength=0.5, lr=1.0
-    ),
-    # 96 px: the paper's augmentation with blur, the optimiser of the CIFAR-10 recipe
-    "stl10": dict(
-        arch="resnet18", batch_size=512, epochs=200, temperature=0.2, color_strength=1.0,
-        crop_min=0.2, blur_p=0.5, optimizer="sgd", lr=0.06, weight_decay=5e-4, decay_all=True,
-    ),
-    # one's own images: a batch that one GPU holds at 224 px, the paper's augmentation
-    "folder": dict(
-        arch="resnet18", batch_size=256, epochs=200, temperature=0.2, blur_p=0.5, crop_min=0.2,
-        optimizer="sgd", lr=0.06, weight_decay=1e-4, decay_all=True,
-    ),
-    # the paper's main setting (Section 2.2): batch 4096, LARS
-    "imagenet-paper": dict(
-        batch_size=4096, epochs=100, blur_p=0.5, image_size=224, head_hidden=2048
-    ),
-}  # fmt: skip
-RECIPES["svhn"] = {**RECIPES["cifar10"], "flip": 0.0}  # house numbers: no flip, as for the digits
-
-# what fits the other data sets of load_images()
-DATASET_RECIPE = {name: name if name in RECIPES else "cifar10" for name in utils.DATASETS}
-
-
-SHORT_WARMUP = 0.1  # a recipe's warm-up is cut to this share of a run that is made shorter
-
-
-def make_config(**overrides: Any) -> Config:
-    """Config of the recipe for the data set (or of recipe=…) with `overrides` on top, checked.
-
-    Raises InputError naming the field, its range and the value.
-    """
-    dataset = overrides.get("dataset", "digits")
-    if dataset not in utils.DATASETS:
-        raise InputError(f"unknown data set {dataset!r}; there are {', '.join(utils.DATASETS)}")
-    recipe = overrides.get("recipe") or DATASET_RECIPE[dataset]
-    if recipe not in RECIPES:
-        raise InputError(f"unknown recipe {recipe!r}; there are {', '.join(RECIPES)}")
-    config = Config(**{**RECIPES[recipe], **overrides, "recipe": recipe})
-    if "warmup_epochs" not in overrides:
-        config.warmup_epochs = min(config.warmup_epochs, SHORT_WARMUP * config.epochs)
-    config.run = config.run or f"{config.dataset}_{config.arch}"
-    check_config(config)
-    return config
-
-
-def check_config(config: Config) -> None:
-    """Raise InputError for the first field that is of another type or out of range."""
-    if fault := utils.type_fault(config):
-        raise InputError(fault)
-    for field in dataclasses.fields(config):
-        value, choices = getattr(config, field.name), field.metadata["choices"]
-        if choices and value not in choices:
-            text = utils.shown(value)
-            raise InputError(f"{flag(field.name)} {text!r}: choose from {', '.join(choices)}")
-
-    def need(holds: bool, name: str, range_text: str) -> None:
-        if not holds:
-            raise InputError(f"{flag(name)} must be {range_text}, got {getattr(config, name)}")
-
-    for name in ("flip", "jitter_p", "gray_p", "blur_p"):
-        need(0 <= getattr(config, name) <= 1, name, "a probability in [0, 1]")
-    need(0 <= config.max_bad <= 1, "max_bad", "a share in [0, 1]")
-    for name in ("color_strength", "brightness", "contrast", "saturation", "weight_decay"):
-        need(getattr(config, name) >= 0, name, "0 or more")
-    for name in ("warmup_epochs", "knn_every", "keep_every", "checkpoint_minutes", "seed"):
-        need(getattr(config, name) >= 0, name, "0 or more")
-    for name in ("image_size", "view_size"):
-        side = getattr(config, name)
-        need(side == 0 or MIN_SIZE <= side <= MAX_SIZE, name, f"0 or {MIN_SIZE} to {MAX_SIZE}")
-    need(0 < config.crop_min <= 1, "crop_min", "in (0, 1]")
-    need(0 <= config.rotation <= 180, "rotation", "in [0, 180] degrees")
-    need(0 <= config.hue * config.color_strength <= 0.5, "hue", "0 to 0.5 turns after scaling by s")
-    need(0 < config.width <= 16, "width", "in (0, 16]")
-    need(1 <= config.head_dim <= MAX_HEAD, "head_dim", f"1 to {MAX_HEAD}")
-    need(0 <= config.head_hidden <= MAX_HEAD, "head_hidden", f"0 to {MAX_HEAD}")
-    need(config.temperature >= 1e-6, "temperature", "positive, 1e-6 or more")
-    need(config.batch_size >= 2, "batch_size", "at least 2 (NT-Xent needs negatives)")
-    need(config.micro_batch >= 0, "micro_batch", "0 or more")
-    need(config.epochs >= 1, "epochs", "at least 1")
-    need(0 < config.lr <= 1e30, "lr", "positive, at most 1e30")
-    need(config.warmup_epochs <= config.epochs, "warmup_epochs", f"at most epochs={config.epochs}")
-    need(0 <= config.momentum < 1, "momentum", "in [0, 1)")
-    need(0 <= config.stop_at_knn <= 1, "stop_at_knn", "an accuracy in [0, 1]")
-    need(config.knn_every > 0 or not config.stop_at_knn, "knn_every", "at least 1 to stop at a kNN")
-    need(config.save_every >= 1, "save_every", "at least 1")
-    need(config.workers >= -1, "workers", "-1 or more")
-    parts = Path(config.run).parts
-    plain = parts and not Path(config.run).is_absolute() and ".." not in parts
-    need(bool(plain) and "\0" not in config.run, "run", "a plain name, below the folder of runs")
-    short = all(len(os.fsencode(part)) <= MAX_NAME for part in parts)
-    need(short, "run", f"a name of at most {MAX_NAME} bytes")
-
-
-def resolve(config: Config, data: Images, device: torch.device) -> Config:
-    """Replace what was left to be chosen (0, "auto") by what fits the data and the device."""
-    config = dataclasses.replace(config)  # a copy
-    if not config.image_size:
-        held = isinstance(data, ImageSet)
-        config.image_size = min(data.images.shape[-2:]) if held else STREAMED_SIZE
-        if config.image_size < MIN_SIZE:
-            raise InputError(
-                f"the images are only {config.image_size} px; choose {flag('image_size')} "
-                f"{MIN_SIZE} or more"
-            )
-    if config.view_size == config.image_size:
-        config.view_size = 0
-    if config.precision == "auto":
-        config.precision = "bfloat16" if utils.has_fast_bfloat16(device) else "float32"
-    if config.stem == "auto":
-        config.stem = "small" if config.image_size <= SMALL_STEM_SIZE else "imagenet"
-    alone = utils.world_size() == 1
-    if config.compile == "auto":
-        long = config.epochs * batch_count(config, len(data))[1] >= COMPILE_STEPS
-        worth = device.type == "cuda" and long and alone and not config.micro_batch
-        config.compile = "on" if worth else "off"
-    if config.compile == "on" and not alone:
-        raise InputError(f"{flag('compile')} on: not with several processes")
-    if config.dataset == "folder":
-        config.data_dir = str(Path(config.data_dir).resolve())
-    return config
-
-
-STREAMED_SIZE = 224  # px: what images of varying sizes are cropped to
-COMPILE_STEPS = 5000  # of a run: compiling takes a minute, and saves milliseconds a step
-SMALL_STEM_SIZE = 64  # px: up to here the 3x3 stem (Appendix B.9 has 32)
-MIN_SIZE, MAX_SIZE = 8, 4096  # px
-MAX_HEAD = 65_536  # width of the head's layers: more is a slip of the keyboard
-MAX_NAME = 255  # bytes: what file systems take as the name of a folder
-
-# What each stream of random numbers is for: utils.derive_seed(config.seed, PURPOSE, …)
-WEIGHTS, SHUFFLE, VIEWS, LABELS = range(4)
-
 # ---------------------------------------------------------------------------------- augmentation
 #
-# Each step is a pure function of images and of u, uniform numbers in [0, 1): one row an image,
+# Each step is a pure function of images and of u, uniform numbers in [0, 1): a row for each image,
 # as many columns as the step declares in `draws`. So every image has its own parameters, nothing
-# loops over images, nothing waits for the device, and whoever holds u can repeat the views.
+# loops over images or waits for the device, and the same u gives the same views again.
 
 RATIO = (3 / 4, 4 / 3)  # aspect ratios of crops, width : height
-CROP_TRIES = 10  # as torchvision: crops that stick out are drawn again, at last the image is taken
+CROP_TRIES = 10  # as in torchvision: boxes larger than the image are drawn again, at most 10 times
 BLUR_SIGMA = (0.1, 2.0)  # px
 BLUR_KERNEL = 0.1  # kernel size as a share of the image's side
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as torchvision
@@ -375,35 +212,33 @@ def where_chosen(chosen: Tensor, new: Tensor, images: Tensor) -> Tensor:
     return images.lerp(new, per_image(chosen).to(images.dtype))
 
 
+@dataclass
 class RandomResizedCrop:
     """A random part of the image, resized to a square (paper: area 8-100 %, aspect 3/4-4/3)."""
 
+    size: int  # px
+    scale: tuple[float, float]  # of the area
     draws = 2 * CROP_TRIES + 2
 
-    def __init__(self, size: int, scale: tuple[float, float]) -> None:
-        self.size, self.scale = size, scale
-
-    def boxes(self, u: Tensor, height: int | Tensor, width: int | Tensor) -> Tensor:
+    def boxes(self, u: Tensor, height: Tensor, width: Tensor) -> Tensor:
         """Crop boxes int64 (N, 4): top, left, height, width, distributed as torchvision's.
 
-        height, width: of all images, or of each (N,).
+        height, width: (N,), of the images in px.
         """
-        height, width = (  # float (N, 1)
-            (x.to(u) if isinstance(x, Tensor) else u.new_full((len(u),), x))[:, None]
-            for x in (height, width)
-        )
+        height, width = height.to(u)[:, None], width.to(u)[:, None]  # float (N, 1)
         area = height * width * lerp(*self.scale, u[:, :CROP_TRIES])  # (N, tries)
-        log_ratio = lerp(math.log(RATIO[0]), math.log(RATIO[1]), u[:, CROP_TRIES : 2 * CROP_TRIES])
-        w = (area * log_ratio.exp()).sqrt().round()  # (N, tries)
-        h = (area / log_ratio.exp()).sqrt().round()
+        ratio = lerp(*map(math.log, RATIO), u[:, CROP_TRIES:-2]).exp()  # uniform in its logarithm
+        w = (area * ratio).sqrt().round()  # (N, tries)
+        h = (area / ratio).sqrt().round()
         fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
 
-        # the last resort: the largest central box of an allowed aspect ratio
+        # one more box, which fits: the largest central one of an allowed aspect ratio
         w = torch.cat([w, torch.minimum(width, (height * RATIO[1]).round())], 1)  # (N, tries + 1)
         h = torch.cat([h, torch.minimum(height, (width / RATIO[0]).round())], 1)
-        first = F.pad(fits, (0, 1), value=True).int().argmax(1, keepdim=True)  # (N, 1)
+        first = F.pad(fits, (0, 1), value=True).int().argmax(1, keepdim=True)  # (N, 1), that fits
         w, h = w.gather(1, first), h.gather(1, first)  # (N, 1)
 
+        # u < 1, but the product may be rounded up
         top = torch.minimum((u[:, -2:-1] * (height - h + 1)).floor(), height - h)
         left = torch.minimum((u[:, -1:] * (width - w + 1)).floor(), width - w)
         central = first == CROP_TRIES
@@ -412,7 +247,8 @@ class RandomResizedCrop:
         return torch.cat([top, left, h, w], dim=1).long()
 
     def __call__(self, images: Tensor, u: Tensor) -> Tensor:
-        return resized_crop(images, self.boxes(u, *images.shape[-2:]), self.size)
+        height, width = (u.new_full((len(u),), side) for side in images.shape[-2:])
+        return resized_crop(images, self.boxes(u, height, width), self.size)
 
 
 def resized_crop(images: Tensor, boxes: Tensor, size: int) -> Tensor:
@@ -436,35 +272,34 @@ def interpolation_matrix(start: Tensor, length: Tensor, pixels: int, size: int) 
     enlarging (bilinear), one output pixel wide when reducing (antialiased), cut off at the box
     and normalised.
     """
-    steps = torch.arange(size, device=start.device) + 0.5
+    outputs = torch.arange(size, device=start.device) + 0.5  # the middles of the pixels
     inputs = torch.arange(pixels, device=start.device) + 0.5
     scale = (length / size)[:, None]  # (N, 1) input px per output px
-    centre = start[:, None] + scale * steps  # (N, size)
-    distance = (inputs - centre[..., None]).abs_().div_(scale.clamp(min=1)[..., None])
+    centre = start[:, None] + scale * outputs  # (N, size) where they lie in the input
+    distance = (inputs - centre[..., None]).abs_()  # (N, size, pixels)
+    distance.div_(scale.clamp(min=1)[..., None])  # in widths of the triangle
     inside = (inputs > start[:, None]) & (inputs < (start + length)[:, None])  # (N, pixels)
     weights = (1 - distance).clamp_(min=0).mul_(inside[:, None])  # (N, size, pixels)
     return weights.div_(weights.sum(-1, keepdim=True))
 
 
+@dataclass
 class RandomFlip:
     """Mirrors left and right with probability p."""
 
+    p: float
     draws = 1
-
-    def __init__(self, p: float) -> None:
-        self.p = p
 
     def __call__(self, images: Tensor, u: Tensor) -> Tensor:
         return where_chosen(u[:, 0] < self.p, images.flip(-1), images)
 
 
+@dataclass
 class RandomRotation:
     """Rotates by an angle from [-degrees, degrees]; what comes in from outside is black."""
 
+    degrees: float
     draws = 1
-
-    def __init__(self, degrees: float) -> None:
-        self.degrees = degrees
 
     def __call__(self, images: Tensor, u: Tensor) -> Tensor:
         return rotate(images, lerp(-self.degrees, self.degrees, u[:, 0]))
@@ -483,11 +318,8 @@ def rotate(images: Tensor, degrees: Tensor) -> Tensor:
 class ColorJitter:
     """Brightness, contrast and saturation in random order, then hue, each by a random factor.
 
-    Hue has a random place in the order, too, where others jitter; it comes last here because its
-    place changes next to nothing. A shift of the hue keeps the largest and the smallest channel of
-    each pixel, so it commutes with brightness exactly (clamping apart), and with contrast and
-    saturation up to the change of the pixel's luma. Being the dearest of the four, it is computed
-    once for all images and not once for each place.
+    torchvision gives hue a random place in the order, too. Here it comes last, because it is the
+    most expensive of the four and a fixed place lets all images be shifted at once.
     """
 
     draws = 8  # coin, three factors, hue, three for the order
@@ -546,8 +378,9 @@ def adjust_hue(images: Tensor, turns: Tensor) -> Tensor:
     red, green, blue = images.split(1, dim=1)  # (N, 1, H, W)
     high, low = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
     chroma = high - low
-    # Which channel is the largest decides the formula. A choice by lerp with weights 0 and 1 is
-    # exact, and on a CPU ten times as fast as torch.where with a mask of pixels.
+    # The hue, in sixths of a turn times chroma, has a formula for each channel that may be the
+    # largest. A choice by lerp with weights 0 and 1 is exact, and on a CPU ten times as fast as
+    # torch.where with a mask of pixels.
     red_is_not, green_is_not = (high - red).sign_(), (high - green).sign_()  # 0 or 1
     largest_is_red = green - blue
     largest_is_green = (blue - red).add_(chroma, alpha=2)
@@ -561,13 +394,12 @@ def adjust_hue(images: Tensor, turns: Tensor) -> Tensor:
     return torch.addcmul(low, chroma, k)
 
 
+@dataclass
 class RandomGrayscale:
     """Drops the colour with probability p."""
 
+    p: float
     draws = 1
-
-    def __init__(self, p: float) -> None:
-        self.p = p
 
     def __call__(self, images: Tensor, u: Tensor) -> Tensor:
         return where_chosen(u[:, 0] < self.p, luma(images), images)
@@ -635,18 +467,15 @@ class Augment:
         if u is None:
             u = self.draw(len(images), device=images.device)
         limit = PIECE_BYTES["cpu" if images.device.type == "cpu" else "gpu"]
-        piece = max(8, limit // (12 * self.size**2))
-        out = torch.empty(len(images), 3, self.size, self.size, device=images.device)
-        for x, v, result in zip(*(y.split(piece) for y in (images, u, out)), strict=True):
-            torch.clamp(self._apply(x, v, first), 0, 1, out=result)
-        return out
-
-    def _apply(self, images: Tensor, u: Tensor, first: int) -> Tensor:
-        images = images.float().div_(255) if images.dtype == torch.uint8 else images
-        columns = u.split([step.draws for step in self.steps], dim=1)
-        for step, v in zip(self.steps[first:], columns[first:], strict=True):
-            images = step(images, v)
-        return images
+        piece = max(8, limit // (3 * 4 * self.size**2))  # images: 3 channels of 4 bytes
+        views = []
+        for x, numbers in zip(images.split(piece), u.split(piece), strict=True):
+            x = x.float().div_(255) if x.dtype == torch.uint8 else x  # noqa: PLW2901
+            columns = numbers.split([step.draws for step in self.steps], dim=1)
+            for step, own in zip(self.steps[first:], columns[first:], strict=True):
+                x = step(x, own)  # noqa: PLW2901
+            views.append(x.clamp(0, 1))
+        return torch.cat(views)
 
 
 def make_augment(config: Config) -> Augment:
@@ -668,6 +497,10 @@ def make_augment(config: Config) -> Augment:
 
 
 # -------------------------------------------------------------------- encoder and projection head
+
+# channels: with fewer, torch 2.14 writes outside its memory in the gradient of 1x1 convolutions of
+# stride 2 on CPUs (channels last, from 64 px on); remove SubsamplingConv once that is mended
+CONV_BUG_CHANNELS = 16
 
 ARCHITECTURES: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, ...]]] = {
     "resnet10": (BasicBlock, (1, 1, 1, 1)),
@@ -707,24 +540,19 @@ class Encoder(torchvision.models.ResNet):
         return max(1, round(channels * self._width))
 
     def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
-        if planes == 64:  # the first stage: the stem's width is fixed at 64 in the parent
+        if planes == 64:  # the first stage; the parent's stem has 64 channels at any width
             self.inplanes = self._scaled(64)
         stage = super()._make_layer(block, self._scaled(planes), blocks, stride, dilate)
-        shortcut = stage[0].downsample[0] if stride > 1 else None
-        if shortcut is not None and shortcut.in_channels < CONV_BUG_CHANNELS:
-            shortcut.stride = (1, 1)
-            shortcut.register_forward_pre_hook(partial(subsample_input, stride))
+        if stride == 2 and stage[0].downsample[0].in_channels < CONV_BUG_CHANNELS:
+            stage[0].downsample[0].__class__ = SubsamplingConv  # of the same weights
         return stage
 
 
-# channels: with fewer, the gradient of a 1x1 convolution of stride 2 writes outside of its memory
-# on CPUs (torch 2.14, channels last, from 64 px on)
-CONV_BUG_CHANNELS = 16
+class SubsamplingConv(nn.Conv2d):
+    """A 1x1 convolution of stride 2, computed as one of stride 1 on every second pixel."""
 
-
-def subsample_input(stride: int, _: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-    """Every stride-th pixel of a module's input: what a 1x1 convolution of that stride sees."""
-    return inputs[0][..., ::stride, ::stride]
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x[..., ::2, ::2], self.weight)
 
 
 class SimCLR(nn.Module):
@@ -736,10 +564,7 @@ class SimCLR(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        stem = config.stem
-        if stem == "auto":
-            stem = "small" if config.image_size <= SMALL_STEM_SIZE else "imagenet"
-        self.encoder = Encoder(config.arch, config.width, stem)
+        self.encoder = Encoder(config.arch, config.width, config.stem)
         dim = self.encoder.feature_dim
         self.projector = make_projector(
             config.projection, dim, config.head_hidden or dim, config.head_dim, config.head_bn
@@ -770,113 +595,74 @@ def make_model(config: Config) -> SimCLR:
 
 # --------------------------------------------------------------------------------------- NT-Xent
 
-BLOCK_BYTES = 2**28  # of similarities held at a time: all of them up to 2N = 8,192 views in float32
-HUGE = 1e15  # from here the sum of squares could overflow float32
+# bytes of similarities computed at a time: a CPU's cache, a small part of a GPU's memory
+BLOCK_BYTES = {"cpu": 2**22, "gpu": 2**28}
+HUGE = 1e15  # from here on the sum of squares could overflow float32
 
 
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     """The normalised temperature-scaled cross entropy loss (Eq. 1), a scalar.
 
-    z1, z2: (N, D), the projections of the two views of N >= 2 images, of any length: they are
-    normalised here. The mean over all 2N views of -log softmax(cos / tau) at the partner, with the
-    2N - 2 views of other images as negatives. Equal rows give ln(2N - 1). That is
-
-        F.cross_entropy(*contrastive_logits(z1, z2, temperature))
-
-    but with one (2N, 2N) matrix in memory instead of four, and blocks of its rows where it is
-    large. Raises ValueError if the shapes differ or are not (N, D).
+    z1, z2: float (N, D), the projections of the two views of N >= 2 images, of any length: they
+    are normalised here. The mean over all 2N views of -log softmax(cos / tau) at the other view of
+    the same image; the 2N - 2 views of other images are the negatives. Equal rows give ln(2N - 1).
+    Raises ValueError if the shapes differ or are not (N, D).
     """
     if z1.ndim != 2 or z1.shape != z2.shape:
         raise ValueError(f"need two (N, D) of one shape, got {(*z1.shape,)} and {(*z2.shape,)}")
     with full_precision(z1):
-        return NTXent.apply(normalize_rows(torch.cat([z1, z2])), temperature)
+        z = normalize_rows(torch.cat([z1, z2]))  # (2N, D)
+        blocks = row_blocks(z)
+        if len(blocks) > 1:  # the matrix of 65,536 views would take 16 GiB
+            return SumOfBlocks.apply(z, temperature) / len(z)
+        return block_loss(z, blocks[0], temperature) / len(z)
+
+
+def block_loss(z: Tensor, rows: Tensor, temperature: float) -> Tensor:
+    """Eq. 1, summed over some of the views. z: (2N, D) of length 1. rows: int64 (R,)."""
+    logits = z[rows] / temperature @ z.T  # (R, 2N): cos / tau to every view
+    logits.scatter_(1, rows[:, None], float("-inf"))  # k != i
+    partner = (rows + len(z) // 2) % len(z)  # (R,) the other view of the image
+    return F.cross_entropy(logits, partner, reduction="sum")
+
+
+def row_blocks(z: Tensor) -> tuple[Tensor, ...]:
+    """All row numbers of z (2N, D), int64, in blocks whose similarities fill BLOCK_BYTES."""
+    limit = BLOCK_BYTES["cpu" if z.device.type == "cpu" else "gpu"]
+    rows = max(1, limit // (len(z) * z.element_size()))
+    return torch.arange(len(z), device=z.device).split(rows)
 
 
 def normalize_rows(z: Tensor) -> Tensor:
-    """Rows (N, D) scaled to length 1, in at least float32; shorter than 1e-12: divided by that."""
+    """Rows (N, D) scaled to length 1, in at least float32. Rows shorter than 1e-12 stay short."""
     z = utils.at_least_float32(z)
     largest = z.detach().abs().amax(1, keepdim=True)  # (N, 1)
     return F.normalize(z / torch.where(largest > HUGE, largest, 1.0), dim=1)
 
 
 def full_precision(z: Tensor) -> torch.autocast:
-    """Inside, autocast does not make a product of z bfloat16: 3 digits are too few for a loss."""
+    """Context manager that disables autocast: a loss needs more digits than bfloat16 has."""
     return torch.autocast(z.device.type, enabled=False)
-
-
-def contrastive_logits(z1: Tensor, z2: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Cosine similarity of each view to every other, over tau: the logits of Eq. 1.
-
-    z1, z2: (N, D), the two views; row i of both comes from image i. Returns logits float32
-    (2N, 2N), -inf where a view meets itself, and int64 (2N,) the column of each view's partner.
-    """
-    with full_precision(z1):
-        z = normalize_rows(torch.cat([z1, z2]))  # (2N, D)
-        logits = z @ z.T / temperature  # (2N, 2N)
-    logits.fill_diagonal_(float("-inf"))  # k != i
-    partner = torch.arange(len(z), device=z.device).roll(len(z1))  # (2N,) the other view
-    return logits, partner
-
-
-def logit_blocks(z: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """contrastive_logits() in blocks of R rows: which rows, logits (R, 2N), partners (R,).
-
-    z: (2N, D) of length 1. The logits may be changed, and the next block takes their memory.
-    """
-    rows = min(len(z), max(1, BLOCK_BYTES // (len(z) * z.element_size())))
-    memory = z.new_empty(rows, len(z))
-    for start in range(0, len(z), rows):
-        block = slice(start, min(start + rows, len(z)))
-        here = torch.arange(block.start, block.stop, device=z.device)  # (R,)
-        logits = torch.mm(z[block] / temperature, z.T, out=memory[: len(here)])  # (R, 2N)
-        logits.scatter_(1, here[:, None], float("-inf"))  # k != i
-        yield block, logits, (here + len(z) // 2) % len(z)
-
-
-class NTXent(torch.autograd.Function):
-    """NT-Xent of z (2N, D) of length 1, with its gradient computed on the way, block by block.
-
-    With S = z zᵀ / tau, P the softmax of its rows and Y one-hot at the partners, the derivative
-    by S is (P - Y) / 2N. S holds each z as a row and as a column, so the gradient by z is
-    (G + Gᵀ) z / tau with G = (P - Y) / 2N. Computing it together with the loss lets each block of
-    logits turn into P and G in its own memory. It can be differentiated once.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, temperature: float) -> Tensor:
-        loss, gradient = z.new_zeros(()), torch.zeros_like(z)
-        for block, logits, partner in logit_blocks(z, temperature):
-            logits.sub_(logits.amax(1, keepdim=True))  # so that exp cannot overflow
-            positive = logits.gather(1, partner[:, None])  # (R, 1)
-            total = logits.exp_().sum(1, keepdim=True)  # (R, 1)
-            loss += (total.log() - positive).sum()
-            if ctx.needs_input_grad[0]:
-                g = logits.div_(total)  # (R, 2N), P
-                g.scatter_add_(1, partner[:, None], -torch.ones_like(total))  # P - Y
-                gradient[block].addmm_(g, z)
-                gradient.addmm_(g.T, z[block])
-        ctx.save_for_backward(gradient / (len(z) * temperature))
-        return loss / len(z)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = ctx.saved_tensors  # (2N, D)
-        return outer * gradient, None
 
 
 @torch.no_grad()
 def contrastive_accuracy(z1: Tensor, z2: Tensor) -> Tensor:
-    """Share of the 2N views whose nearest other view is their partner: scalar in [0, 1]."""
+    """Share of the 2N views whose nearest other view is of the same image: scalar in [0, 1]."""
     with full_precision(z1):
-        blocks = logit_blocks(normalize_rows(torch.cat([z1, z2])), temperature=1.0)
-        hits = [(logits.argmax(1) == partner).sum() for _, logits, partner in blocks]
-    return torch.stack(hits).sum() / (2 * len(z1))
+        z = normalize_rows(torch.cat([z1, z2]))  # (2N, D)
+        nearest = [(z[rows] @ z.T).scatter_(1, rows[:, None], float("-inf")).argmax(1)
+                   for rows in row_blocks(z)]  # fmt: skip
+    partner = torch.arange(len(z), device=z.device).roll(len(z1))
+    return (torch.cat(nearest) == partner).float().mean()
 
 
 @torch.no_grad()
 def mean_cosine(z: Tensor) -> Tensor:
-    """Over all pairs of the rows (2N, D): scalar in [-1, 1]. 1: they are all the same."""
+    """Mean cosine of all pairs of different rows of (2N, D): scalar in [-1, 1]; 1: collapsed.
+
+    The squared length of the sum of all unit rows is the sum of the cosines of all pairs; in 2N of
+    these a row is paired with itself, and the cosine is 1.
+    """
     n = len(z)
     return (normalize_rows(z).sum(0).square().sum() - n) / (n * (n - 1))
 
@@ -884,7 +670,7 @@ def mean_cosine(z: Tensor) -> Tensor:
 # ------------------------------------------------------------------------ optimiser and schedule
 
 
-class LARS(torch.optim.Optimizer):
+class LARS(Optimizer):
     """Layer-wise adaptive rate scaling (You et al. 2017), as the paper trains (Section 2.2).
 
     For each weight: g ← gradient + decay·w, v ← momentum·v + lr·(trust·‖w‖ / ‖g‖)·g, w ← w - v.
@@ -893,28 +679,20 @@ class LARS(torch.optim.Optimizer):
     """
 
     def __init__(
-        self,
-        params: Iterable,
-        lr: float,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
+        self, params: Iterable, lr: float, momentum: float = 0.9, weight_decay: float = 0.0,
         trust: float = 0.001,
-        adapt: bool = True,
-    ) -> None:
-        defaults = dict(
-            lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust, adapt=adapt
-        )
-        super().__init__(params, defaults)
+    ) -> None:  # fmt: skip
+        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust)
+        super().__init__(params, {**defaults, "adapt": True})
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            weights = [p for p in group["params"] if p.grad is not None]
-            if weights:
+            if weights := [p for p in group["params"] if p.grad is not None]:
                 self._update(weights, group)
 
     def _update(self, weights: list[Tensor], group: dict[str, Any]) -> None:
-        """All weights of a group at once, with one launch a weight on a GPU instead of six."""
+        """All weights of a group at once: on a GPU one kernel launch a weight instead of six."""
         for p in weights:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -933,7 +711,7 @@ class LARS(torch.optim.Optimizer):
         torch._foreach_sub_(weights, velocities)
 
 
-def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(config: Config, model: nn.Module) -> Optimizer:
     """LARS, SGD or AdamW over two groups: weights, and biases and BatchNorm.
 
     The second group is not decayed (unless config.decay_all) and not adapted by LARS.
@@ -954,43 +732,39 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=config.lr, fused=fused)
 
 
-def peak_learning_rate(config: Config, batch_size: int) -> float:
+def peak_learning_rate(config: Config, size: int) -> float:
     """lr·N/256 ("linear"), lr·√N ("sqrt": Appendix B.1 has 0.075·√N), or lr ("none").
 
-    batch_size: the N of a step, which is less than config.batch_size if there are fewer images.
+    size: N, the images of a step: fewer than config.batch_size where there are fewer images.
     """
-    scale = {"linear": batch_size / 256, "sqrt": math.sqrt(batch_size), "none": 1.0}
+    scale = {"linear": size / 256, "sqrt": math.sqrt(size), "none": 1.0}
     return config.lr * scale[config.lr_scaling]
 
 
-def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float) -> float:
-    """The rate of step 0 … total_steps - 1: linear up to the peak, then half a cosine to zero.
+def learning_rate(config: Config, step: int, size: int, steps: int) -> float:
+    """The rate of a step of the run: linear up to the peak, then half a cosine to zero.
 
-    Section 2.2: linear warm-up for the first 10 epochs, cosine decay without restarts.
+    Section 2.2: linear warm-up for the first epochs, cosine decay without restarts. step: from 0,
+    over all epochs. size: N, images a step. steps: of an epoch.
     """
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    peak, total = peak_learning_rate(config, size), config.epochs * steps
+    warmup = round(config.warmup_epochs * steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
     return peak * (1 + math.cos(math.pi * progress)) / 2
 
 
-# ----------------------------------------------------------------------- training (Algorithm 1)
+def set_rate(optimizer: Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
 
 
-@dataclass
-class Position:
-    """How far a run has come; with the weights, all that resuming needs."""
-
-    epoch: int = 0  # epochs that are complete
-    step: int = 0  # steps that are complete in the epoch under way
-    loss_sum: float = 0.0  # over those steps
-    accuracy_sum: float = 0.0
-    seconds: float = 0.0  # of training in the epoch under way
-    cosine: float = 0.0  # mean over all pairs of views of the last step
+# ------------------------------------------------------------------------------ batches of views
 
 
 def batch_count(config: Config, n: int) -> tuple[int, int]:
-    """(images per step, steps per epoch) for n images.
+    """(images a step, steps an epoch) for n images.
 
     The last, smaller batch is left out, unless it is the only one: then all images are a batch.
     """
@@ -998,935 +772,789 @@ def batch_count(config: Config, n: int) -> tuple[int, int]:
     return size, n // size
 
 
-def check_memory(config: Config, n: int, device: torch.device) -> None:
-    """Raise InputError if training on n images cannot fit into the device's memory.
-
-    Counted from below: weights, gradients and moments, the views of a batch, and what the first
-    convolution makes of them. Else the system would end the program, without a word.
-    """
-    with torch.device("meta"):
-        model = SimCLR(config)
-    conv1, side = model.encoder.conv1, config.view_side
-    outputs = conv1.out_channels * (side // conv1.stride[0]) ** 2  # of a view
-    width = 2 if config.precision == "bfloat16" else 4  # bytes of each
-    batch = batch_count(config, n)[0]
-    views, held = (2 * size / utils.world_size() for size in (batch, config.micro_batch or batch))
-    copies = 4 if config.optimizer == "adamw" else 3
-    needed = copies * sum(p.nbytes for p in model.parameters())
-    needed += views * 4 * 3 * side**2 + held * width * outputs
-    if needed > utils.memory_of(device):
-        raise InputError(
-            f"this needs more than {needed / 2**30:,.0f} GiB of memory, and {device} has "
-            f"{utils.memory_of(device) / 2**30:,.0f}: choose a smaller {flag('micro_batch')}, "
-            f"{flag('batch_size')}, {flag('view_size')} or {flag('width')}"
-        )
-
-
-def check_parts(config: Config, n: int) -> None:
-    """Raise InputError if the batch of n images or fewer is not made of equal parts.
-
-    Each process gets the same number of images, and each of them computes as many at a time.
-    """
-    processes, batch = utils.world_size(), batch_count(config, n)[0]
-    if batch < processes:
-        raise InputError(f"a batch of {batch} images is too small for {processes} processes")
-    micro = config.micro_batch or batch
-    if micro > batch:
-        raise InputError(f"{flag('micro_batch')} {micro} is larger than the batch of {batch}")
-    if micro % processes:
-        name = flag("micro_batch" if config.micro_batch else "batch_size")
-        above = max(1, micro // processes) * processes
-        raise InputError(f"{name} {micro} is not divisible by {processes} processes; {above} is")
-    if batch % micro:
-        fitting = [m for m in range(processes, batch + 1, processes) if batch % m == 0]
-        nearest = min(fitting, key=lambda m: abs(m - micro), default=0)
-        more = f"; {nearest} does" if nearest else ""
-        raise InputError(
-            f"{flag('micro_batch')} {micro} does not divide the batch of {batch}{more}"
-        )
-
-
 def view_batches(
-    config: Config, data: Images, augment: Augment, device: torch.device, epoch: int, start: int
-) -> Iterator[Tensor]:
+    config: Config, data: Images, device: torch.device, epoch: int, start: int,
+    augment: Augment | None = None,
+) -> Iterator[Tensor]:  # fmt: skip
     """The epoch's batches from step `start` on: two views of N images, float32 (2N, 3, S, S).
 
-    Row i and row N + i are the views of one image. Order and views follow from (seed, epoch,
-    step) alone, whatever was drawn before and however many workers decode. Of W processes each
-    gets its N / W images of a batch, every W-th, with the views that they have with one process.
+    Row i and row N + i are the views of one image. Order and views follow from (seed, epoch, step)
+    alone. Each of W ranks gets N / W images of a batch, every W-th, with the same views that they
+    have in a single process: (2N / W, 3, S, S). augment: by default make_augment(config).
     """
     size, steps = batch_count(config, len(data))
     order = torch.randperm(len(data), generator=utils.generator("cpu", config.seed, SHUFFLE, epoch))
-    batches = order[: size * steps].view(steps, size)[start:]
-    keys = ((config.seed, VIEWS, epoch, step) for step in range(start, steps))
-    mine = slice(utils.rank(), None, utils.world_size())
-    workers = utils.worker_count(config.workers)
-    yield from augmented_batches(data, batches, keys, augment, 2, device, workers, mine)
+    batches = order[: size * steps].view(steps, size)[start:]  # (steps left, N)
+    keys = [(config.seed, VIEWS, epoch, step) for step in range(start, steps)]
+    yield from augmented_batches(
+        data, batches, keys, augment or make_augment(config), 2, device,
+        utils.worker_count(config.workers), utils.rank(), utils.world_size(),
+    )  # fmt: skip
 
 
 def augmented_batches(
-    data: Images,
-    batches: Tensor,
-    keys: Iterable[tuple[int, ...]],
-    augment: Augment,
-    views: int,
-    device: torch.device,
-    workers: int,
-    mine: slice = slice(None),
-) -> Iterator[Tensor]:
-    """Augmented views of given images: float32 (views·N, 3, S, S) on `device`, a batch each.
+    data: Images, batches: Tensor, keys: Sequence[tuple[int, ...]], augment: Augment, views: int,
+    device: torch.device, workers: int = 0, rank: int = 0, world_size: int = 1,
+) -> Iterator[Tensor]:  # fmt: skip
+    """Augmented views of given images: float32 (V·N, 3, S, S) on `device`, a batch each.
 
-    batches: int64 (steps, N), rows of `data`. keys: for each batch the stream of randomness that
-    its views follow from (utils.generator). Rows i, N + i, 2N + i … are the views of one image.
-    workers: processes that decode, where `data` is streamed. mine: which images of each batch are
-    made, with the views that they have in the whole of it.
+    batches: int64 (steps, N), rows of `data`. keys: for each batch the stream of its randomness
+    (utils.generator). views: V; rows i, N + i, 2N + i … of the result are the views of one image.
+    workers: processes that decode streamed images. Only every world_size-th image from `rank` on
+    is computed, with the views that it has in the whole batch.
     """
+    n, rows = batches.shape[1], batches[:, rank::world_size]  # N, (steps, N / W)
 
     def draw(key: tuple[int, ...], where: torch.device | str) -> Tensor:
-        u = augment.draw(views * batches.shape[1], utils.generator(where, *key))
-        return u.unflatten(0, (views, -1))[:, mine].flatten(0, 1)  # (views·N, draws of a view)
+        """The numbers of this rank's images, (V, N / W, draws), out of those of the whole batch."""
+        u = augment.draw(views * n, utils.generator(where, *key))  # (V·N, draws)
+        return u.unflatten(0, (views, n))[:, rank::world_size]
 
     if isinstance(data, ImageSet):
-        for rows, key in zip(batches[:, mine].to(device), keys, strict=True):
-            images = data.images[rows]
-            yield augment(torch.cat([images] * views), draw(key, device))
+        for row, key in zip(rows.to(device), keys, strict=True):
+            yield augment(data.images[row].repeat(views, 1, 1, 1), draw(key, device).flatten(0, 1))
         return
 
-    crop: RandomResizedCrop = augment.steps[0]  # made by the workers, the rest on the device
-    randomness: collections.deque[Tensor] = collections.deque()  # of the batches under way
+    def requests() -> Iterator[tuple[Tensor, Tensor]]:
+        for row, key in zip(rows, keys, strict=True):
+            u = draw(key, "cpu").transpose(0, 1).contiguous()  # (N / W, V, draws)
+            yield row, u.pin_memory() if device.type == "cuda" else u
 
-    def batches_with_crops() -> Iterator[tuple[Tensor, np.ndarray]]:
-        for rows, key in zip(batches[:, mine], keys, strict=True):
-            u = draw(key, "cpu")
-            randomness.append(u.pin_memory() if device.type == "cuda" else u)
-            u = u[:, : crop.draws].unflatten(0, (views, -1)).transpose(0, 1)  # (N, views, draws)
-            yield rows, u.contiguous().numpy()
-
-    for crops in utils.decoded_batches(
-        data, batches_with_crops(), crop.size, partial(crop_boxes, crop), workers, device
-    ):  # uint8 (N, views, 3, S, S)
-        images = crops.transpose(0, 1).contiguous().flatten(0, 1)
-        yield augment(images, randomness.popleft().to(device, non_blocking=True), first=1)
+    crop: RandomResizedCrop = augment.steps[0]  # by the workers; the other steps on the device
+    boxes = partial(crop_boxes, crop)
+    for crops, u in utils.decoded_batches(data, requests(), crop.size, boxes, workers, device):
+        images = crops.transpose(0, 1).flatten(0, 1)  # uint8 (V·N / W, 3, S, S)
+        u = u.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)  # noqa: PLW2901
+        yield augment(images, u, first=1)
 
 
 def crop_boxes(crop: RandomResizedCrop, sizes: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """Boxes (N, V, 4) of V crops of each image; sizes (N, 2) height, width; u (N, V, draws)."""
+    """Boxes (N, V, 4) of V crops of each image. sizes: (N, 2) height, width. u: (N, V, draws)."""
     height, width = torch.from_numpy(sizes).repeat_interleave(u.shape[1], 0).unbind(1)
-    boxes = crop.boxes(torch.from_numpy(u).flatten(0, 1), height, width)
+    boxes = crop.boxes(torch.from_numpy(u[..., : crop.draws]).flatten(0, 1), height, width)
     return boxes.unflatten(0, u.shape[:2]).numpy()
 
 
-def train_epoch(
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: Iterable[Tensor],
-    rate: Callable[[int], float],
-    loss_function: Callable[[Tensor, Tensor], Tensor],
-    precision: str,
-    position: Position,
-    after_step: Callable[[], bool],
-    pieces: int = 1,
-) -> None:
-    """Algorithm 1 over the batches of an epoch. Updates network, optimizer and position.
-
-    batches: float32 (2N, 3, S, S), both views of N images. rate: learning rate of a step of this
-    epoch. loss_function: (z1, z2), each (N, D) -> scalar. after_step: is called after each step;
-    True asks to leave the epoch, which position then lets another call go on with. pieces: see
-    cached_gradients(). With several processes, `batches` has this one's part of each.
-    """
-    network.train()
-    started = time.perf_counter()
-    device = next(network.parameters()).device
-    sums = torch.tensor([position.loss_sum, position.accuracy_sum], device=device)
-    z = torch.eye(2, device=device)  # of no step
-
-    def project(views: Tensor) -> Tensor:
-        with utils.autocast(device, precision):
-            return network(views.contiguous(memory_format=torch.channels_last))[1]
-
-    def contrast(z: Tensor) -> tuple[Tensor, Tensor]:
-        z = gather_views(z)  # (2N, D)
-        return loss_function(*z.chunk(2)), z.detach()
-
-    for views in batches:  # (2N, 3, S, S)
-        for group in optimizer.param_groups:
-            group["lr"] = rate(position.step)
-        if pieces == 1:
-            loss, z = contrast(project(views))  # both views in one pass: BatchNorm sees all 2N
-            loss.backward()
-        else:
-            loss, z = cached_gradients(network, project, views, contrast, pieces)
-        optimizer.step()
-        optimizer.zero_grad()
-
-        sums += torch.stack([loss.detach(), contrastive_accuracy(*z.chunk(2))])
-        position.step += 1
-        if after_step():
-            break
-    numbers = [*sums, mean_cosine(z)]
-    # the only wait for the device, but for SyncBatchNorm's
-    position.loss_sum, position.accuracy_sum, position.cosine = torch.stack(numbers).tolist()
-    position.seconds += time.perf_counter() - started
-
-
-def cached_gradients(
-    network: nn.Module,
-    project: Callable[[Tensor], Tensor],
-    views: Tensor,
-    contrast: Callable[[Tensor], tuple[Tensor, Tensor]],
-    pieces: int,
-) -> tuple[Tensor, Any]:
-    """A step's gradients with the activations of one piece of the batch in memory at a time.
-
-    The loss needs all z at once, but z is small. So: compute z without activations, take the
-    gradient of the loss by z, then compute each piece again and push its part of that gradient
-    into the weights (Gao et al. 2021, https://arxiv.org/abs/2101.06983). That is the whole batch's
-    gradient, for a third more time, but for BatchNorm, whose statistics are those of a piece, both
-    views of its images (a "ghost batch"). The running statistics move in the second pass alone.
-
-    network: of which project(views (B, 3, S, S)) -> z (B, D) is a pass. views: (2N, 3, S, S).
-    contrast: (2N, D) -> loss and more. Returns what it returns; the gradients are in the weights.
-    """
-
-    def projected(part: Tensor) -> Tensor:  # (2, M, 3, S, S) -> (2, M, D)
-        return utils.at_least_float32(project(part.flatten(0, 1)).unflatten(0, (2, -1)))
-
-    parts = views.unflatten(0, (2, -1)).chunk(pieces, dim=1)  # (2, M, 3, S, S): both views
-    states, projections = [], []  # states: so that dropout is the same in both passes
-    with torch.no_grad(), utils.keep_running_statistics(network):
-        for part in parts:
-            states.append(utils.random_state(views.device))
-            projections.append(projected(part))
-    z = torch.cat(projections, 1).flatten(0, 1).requires_grad_()  # (2N, D)
-    loss, more = contrast(z)
-    loss.backward()
-    gradients = z.grad.unflatten(0, (2, -1)).chunk(pieces, dim=1)  # (2, M, D)
-    for i, (part, state, gradient) in enumerate(zip(parts, states, gradients, strict=True)):
-        utils.set_random_state(state, views.device)
-        with utils.exchange_gradients(network, i == pieces - 1):
-            projected(part).backward(gradient)
-    return loss, more
-
-
-def gather_views(z: Tensor) -> Tensor:
-    """z of the whole batch from each process's part of it, with gradient: (2N / W, D) -> (2N, D).
-
-    In the order of the batch, of which a process has every W-th image.
-    """
-    if utils.world_size() == 1:
-        return z
-    whole = utils.Gather.apply(utils.at_least_float32(z).unflatten(0, (2, -1)))  # (W, 2, N / W, D)
-    return whole.permute(1, 2, 0, 3).flatten(1, 2).flatten(0, 1)
-
-
-class Interrupted(Exception):
-    """A signal asked the run to stop, and it has been saved. signal: its number."""
-
-    def __init__(self, signal: int) -> None:
-        super().__init__(signal)
-        self.signal = signal
+# -------------------------------------------------------------------------- training: Algorithm 1
 
 
 @dataclass
-class Data:
-    """What a run learns from and is judged by. Labels are never used in training."""
+class TrainState:
+    """How far a run has come: with weights and optimiser state all that resuming needs."""
 
-    pretrain: Images
-    train: Images
-    test: Images
+    steps: int  # of an epoch
+    sums: Tensor  # float32 (3,): loss, contrastive accuracy and mean cosine of `step` steps
+    epoch: int = 0  # complete epochs
+    step: int = 0  # complete steps of the current epoch
+    seconds: float = 0.0  # of training in the current epoch
+    clock: utils.Clock = dataclasses.field(default_factory=utils.Clock)  # of the run, see TIMED
+    log: list[dict] = dataclasses.field(default_factory=list)  # a row for each complete epoch
 
     @property
-    def labelled(self) -> bool:
-        """Whether the representation can be judged by a classifier."""
-        train, test = self.train, self.test
-        enough = train.labels is not None and test.labels is not None and len(test) > 0
-        return enough and len(train.classes) > 1
+    def done(self) -> int:
+        """Complete steps of the run."""
+        return self.epoch * self.steps + self.step
+
+    def add(self, loss: Tensor, accuracy: Tensor, cosine: Tensor) -> None:
+        """Count a step. Its numbers stay on the device, so that the step need not wait for it."""
+        self.sums += torch.stack([loss, accuracy, cosine])
+        self.step += 1
+
+    def next_epoch(self, row: dict) -> None:
+        self.log.append(row | self.clock.seconds())
+        self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
+        self.sums = torch.zeros_like(self.sums)
+
+
+class Interrupted(utils.Stopped):
+    """A signal asked the run to stop, and it has been saved."""
+
+
+Loss = Callable[[Tensor, Tensor, float], Tensor]  # (z1, z2, temperature) -> scalar
+
+
+def training_step(
+    network: nn.Module, views: Tensor, loss: Loss, config: Config
+) -> tuple[Tensor, Tensor]:
+    """One forward and backward pass; the gradients are added to those of the weights.
+
+    views: float32 (2N / W, 3, S, S), this rank's part of both views of N images. Returns the loss
+    of the whole batch and z (2N, D), both detached.
+    """
+    if 0 < config.micro_batch < utils.world_size() * len(views) // 2:
+        return cached_gradients(network, views, loss, config)
+    z = project(network, views, config.precision)  # one pass: BatchNorm sees all 2N views
+    z = gather_views(z)  # (2N, D), with gradient
+    value = loss(*z.chunk(2), config.temperature)  # Eq. 1
+    value.backward()
+    return value.detach(), z.detach()
+
+
+def project(network: nn.Module, views: Tensor, precision: str) -> Tensor:
+    """z = g(f(views)): float32 (B, 3, S, S) -> (B, D)."""
+    with utils.autocast(views.device, precision):
+        return network(views.contiguous(memory_format=torch.channels_last))[1]
+
+
+def gather_views(z: Tensor) -> Tensor:
+    """The whole batch's z from each rank's part, with gradient: (2N / W, D) -> (2N, D).
+
+    In the order of the batch, of which a rank has every W-th image (see view_batches).
+    """
+    if utils.world_size() == 1:
+        return z
+    parts = utils.Gather.apply(utils.at_least_float32(z).unflatten(0, (2, -1)))  # (W, 2, N / W, D)
+    return parts.permute(1, 2, 0, 3).flatten(0, 2)
+
+
+def train(
+    config: Config, data: Data, device: torch.device, *, loss: Loss = nt_xent,
+    batches: Callable[..., Iterator[Tensor]] = view_batches, model: SimCLR | None = None,
+    clock: utils.Clock | None = None,
+) -> SimCLR:  # fmt: skip
+    """Algorithm 1, from the run's last checkpoint on. W ranks compute what one process computes.
+
+    config: resolved. loss, batches, model: what an ablation replaces. clock: runs since the command
+    began. The caller holds utils.run_lock(config.folder). Raises Interrupted, after saving, on a
+    signal; InputError for other settings than the run's, a loss that is not finite, unreadable
+    images or a full disk.
+    """
+    size, steps = batch_count(config, len(data.pretrain))  # N, steps an epoch
+    model = utils.on_device(model or make_model(config), device)  # BatchNorm over all ranks
+    optimizer = make_optimizer(config, model)
+    run = utils.RunFolder(config.folder, config.checkpoint_minutes, config.keep_every)
+    now = restore(run, config, data, model, optimizer, clock or utils.Clock())
+    network = compiled(model, optimizer, config, size, now)
+    figure = utils.Throttle(FIGURE_SHARE)
+    now.clock.lap("other")
+    with utils.StopSignals() as stop, utils.Progress(config.epochs * steps, now.done) as progress:
+        while not complete(config, now):
+            network.train()
+            signal = save_due = 0
+            stream = utils.UntilError(batches(config, data.pretrain, device, now.epoch, now.step))
+            for views in stream:  # float32 (2N / W, 3, S, S)
+                set_rate(optimizer, learning_rate(config, now.done, size, steps))
+                value, z = training_step(network, views, loss, config)
+                optimizer.step()
+                optimizer.zero_grad()
+                now.add(value, contrastive_accuracy(*z.chunk(2)), mean_cosine(z))
+                progress.advance()
+                signal, save_due = utils.all_reduce_max(stop.signal or 0, run.save_due())
+                if signal or save_due:  # all ranks leave the epoch after the same step
+                    break
+            check_finite(model, now, config)  # waits for the device
+            now.seconds += now.clock.lap("training")
+            # raised when all that was done is saved
+            stream.error = stream.error or utils.unreadable_error(data.pretrain, config.max_bad)
+
+            if now.step == steps:
+                row = epoch_row(config, data, now, size)
+                if data.labelled and knn_due(config, now.epoch + 1):
+                    # first save what a killed or impatiently stopped measurement would lose
+                    run.save(snapshot(config, data, model, optimizer, now), due=knn_is_slow(now))
+                    now.clock.lap("saving")
+                    row |= measure_knn(model.encoder, data, config, device)
+                    now.clock.lap("monitoring")
+                now.next_epoch(row)
+                progress.show(*describe(now.log, config), last=complete(config, now))
+                (signal,) = utils.all_reduce_max(stop.signal or 0)
+            must = signal or stream.error or complete(config, now)
+            run.save(snapshot(config, data, model, optimizer, now), must=must, due=save_due)
+            now.clock.lap("saving")
+            redraw(figure, config, now, size)
+            now.clock.lap("drawing")
+            stream.raise_error()
+            if signal:
+                raise Interrupted(signal)
+    return model
+
+
+# --------------------------------------------------------------------------- the parts of train()
+
+CHECKPOINT_FORMAT = 4
+FIGURE_SHARE = 0.01  # of the run's time, at most, to redraw the training curves
+FIGURE = "loss_plot.png"
+TIMED = {  # parts of a run's wall time, in the log and the summary -> what they are called
+    "training": "training",
+    "monitoring": "kNN",
+    "saving": "saving",
+    "drawing": "curves",
+    "evaluation": "evaluation",
+    "other": "reading, compiling, the rest",
+}
+SLOW_KNN_S = 10.0  # seconds: torchrun and SLURM wait for half a minute after SIGTERM
+COLLAPSED = 0.9999  # mean cosine
+COMPILE = {"mode": "reduce-overhead"}  # of torch.compile: on CUDA with CUDA graphs
+COMPILE_WARMUP = 3  # steps: the first compiles, CUDA graphs are recorded in the second
+REMEDIES = (
+    "Try a lower --lr, a longer --warmup-epochs, a higher --temperature, or --precision float32"
+)
+
+
+def complete(config: Config, now: TrainState) -> bool:
+    """Whether the last epoch is done, or the kNN accuracy is reached that ends the run."""
+    accuracy = now.log[-1].get("knn", 0) if now.log else 0
+    return now.epoch >= config.epochs or 0 < config.stop_at_knn <= accuracy
+
+
+def snapshot(
+    config: Config, data: Data, model: nn.Module, optimizer: Optimizer, now: TrainState
+) -> dict:
+    """The content of a checkpoint: plain types and tensors, for torch.load(weights_only=True)."""
+    return {
+        "format": CHECKPOINT_FORMAT,
+        "config": dataclasses.asdict(config),
+        "position": {
+            "epoch": now.epoch, "step": now.step, "sums": now.sums.tolist(), "seconds": now.seconds,
+        },
+        "log": now.log,
+        "times": now.clock.parts,
+        "images": len(data.pretrain),
+        "files": data.files,
+        "unreadable": sorted(data.pretrain.unreadable),
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }  # fmt: skip
+
+
+def restore(
+    run: utils.RunFolder, config: Config, data: Data, model: nn.Module, optimizer: Optimizer,
+    clock: utils.Clock,
+) -> TrainState:  # fmt: skip
+    """Load the run's last checkpoint into model and optimizer, or begin a new run and save it.
+
+    A checkpoint from before the first step does not count: nothing would be lost. Raises
+    InputError if the checkpoint is of another configuration, naming what differs, or cannot be
+    read, or if none can be written: now, and not after hours.
+    """
+    device = next(model.parameters()).device
+    steps = batch_count(config, len(data.pretrain))[1]
+    now = TrainState(steps, torch.zeros(3, device=device), clock=clock)
+    state, file = utils.broadcast_from_rank0(run.load)
+    with utils.errors_as_input_error(f"{file} is not a checkpoint of this run", (InputError,)):
+        if state is not None:
+            check_format(state, file)
+        if state is None or (state["position"]["epoch"], state["position"]["step"]) == (0, 0):
+            run.save(snapshot(config, data, model, optimizer, now), must=True)
+            return now
+        changed = check_same_run(state, config, data)
+        utils.load_weights(model, state["model"], str(file))
+        groups = optimizer.state_dict()["param_groups"]  # their settings follow from the config
+        optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        position = state["position"]
+        now.epoch, now.log = position["epoch"], state["log"]
+        clock.parts.update(state.get("times", {}))  # of earlier processes, until their last save
+        if not changed:  # else the epoch has another order now, and all of it is done again
+            now.step, now.seconds = position["step"], position["seconds"]
+            now.sums += torch.tensor(position["sums"], device=device)
+            utils.try_unreadable_again(data.pretrain, state["unreadable"])
+    if error := utils.unreadable_error(data.pretrain, config.max_bad):
+        raise error
+    run.write_records(state)
+    if not complete(config, now):
+        print(f"continuing {config.folder} after {now.epoch} of {config.epochs} epochs")
+    return now
+
+
+def compiled(
+    model: SimCLR, optimizer: Optimizer, config: Config, size: int, now: TrainState
+) -> nn.Module:
+    """What is trained: the model, or the model in DistributedDataParallel, or compiled.
+
+    Where torch.compile fails, as without a C compiler, a line says so and the model is not
+    compiled. size: N. The model's weights and statistics stay as they are.
+    """
+    if config.compile != "on" or complete(config, now):
+        return utils.distributed(model)
+    torch.compiler.reset()  # else torch leaves a process's ninth network uncompiled
+    weights, started = copy.deepcopy(model.state_dict()), time.perf_counter()
+    shape = (2 * (config.micro_batch or size), 3, config.view_side, config.view_side)
+    views = torch.zeros(shape, device=now.sums.device)
+    # CUDA graphs would overwrite the z of one micro-batch with those of the next
+    network = torch.compile(model.train(), **({} if config.micro_batch else COMPILE))
+    try:
+        for _ in range(COMPILE_WARMUP):
+            project(network, views, config.precision).sum().backward()
+            optimizer.zero_grad()
+        print(f"compiled in {time.perf_counter() - started:.0f} s")
+    except Exception as error:  # compilers raise nearly anything
+        reason = utils.one_line(str(error), 200)
+        utils.log_warning(f"torch.compile failed, so the network is not compiled ({reason})")
+        network = model
+    optimizer.zero_grad()
+    model.load_state_dict(weights)  # BatchNorm's statistics have moved
+    return network
+
+
+@torch.no_grad()
+def check_finite(model: SimCLR, now: TrainState, config: Config) -> None:
+    """Raise InputError if the loss, a weight or an output of the network is not finite.
+
+    Weights can be finite but so large that the outputs are not. All of it is one wait for the
+    device.
+    """
+    side = config.image_size
+    grey = torch.full((1, 3, side, side), 0.5, device=now.sums.device)
+    values = [now.sums, *model.eval()(grey), *model.state_dict().values()]
+    if not torch.stack([x.isfinite().all() for x in values]).all():
+        raise InputError(
+            f"the loss or the network is not finite in epoch {now.epoch + 1} (of {config.epochs}); "
+            f"the last good checkpoint is kept. {REMEDIES}"
+        )
+
+
+def epoch_row(config: Config, data: Data, now: TrainState, size: int) -> dict:
+    """The row that log.jsonl gets for a complete epoch. size: N, images a step."""
+    loss, accuracy, cosine = (x / now.steps for x in now.sums.tolist())
+    row = {
+        "epoch": now.epoch + 1,
+        "loss": loss,
+        "contrastive_accuracy": accuracy,
+        "lr": learning_rate(config, now.done - 1, size, now.steps),
+        "views_per_second": round(2 * size * now.steps / now.seconds, 1),
+        "seconds": round(now.seconds, 3),
+    }
+    if cosine > COLLAPSED:
+        row["collapsed"] = True
+        if not any("collapsed" in earlier for earlier in now.log):
+            utils.log_warning(
+                f"in epoch {row['epoch']} all views have the same z: the network has collapsed, "
+                f"or the images are all alike. {REMEDIES}"
+            )
+    if data.pretrain.unreadable:
+        row["unreadable"] = len(data.pretrain.unreadable)
+    return row
+
+
+def knn_due(config: Config, epoch: int) -> bool:
+    """Whether kNN accuracy is measured after this epoch, counted from 1."""
+    return epoch == config.epochs or (config.knn_every > 0 and epoch % config.knn_every == 0)
+
+
+def knn_is_slow(now: TrainState) -> bool:
+    return any(row.get("knn_seconds", 0) > SLOW_KNN_S for row in now.log)
+
+
+def measure_knn(encoder: nn.Module, data: Data, config: Config, device: torch.device) -> dict:
+    """Test accuracy in [0, 1] of k nearest neighbours on h, and the time that it took."""
+    started = time.perf_counter()
+    accuracy = knn_accuracy(encoder, data, config, device)
+    return {"knn": accuracy, "knn_seconds": round(time.perf_counter() - started, 3)}
+
+
+def describe(log: list[dict], config: Config) -> tuple[dict[str, str], str]:
+    """The last epoch's numbers for the progress bar, and as a line."""
+    row, knn = log[-1], [f"{row['knn']:.1%}" for row in log if "knn" in row]
+    values = {
+        "loss": f"{row['loss']:.3f}",
+        "kNN": knn[-1] if knn else "–",
+        "views/s": f"{row['views_per_second']:,.0f}",
+    }
+    line = f"epoch {row['epoch']:4d}/{config.epochs}  loss {values['loss']}"
+    line += f"  contrastive accuracy {row['contrastive_accuracy']:5.1%}  kNN {values['kNN']}"
+    left = (config.epochs - row["epoch"]) * row["seconds"]
+    return values, f"{line}  {values['views/s']} views/s  {left:.0f} s left"
+
+
+def cached_gradients(
+    network: nn.Module, views: Tensor, loss: Loss, config: Config
+) -> tuple[Tensor, Tensor]:
+    """training_step() with the activations of one micro-batch in memory at a time.
+
+    The loss needs all z at once, but z is small (Gao et al. 2021, arXiv 2101.06983). The gradient
+    is that of the whole batch, for a third more time, with one difference: BatchNorm's statistics
+    are those of a micro-batch, both views of M images.
+    """
+    size = config.micro_batch // utils.world_size()  # images of this rank in a micro-batch
+
+    def project_both(part: Tensor) -> Tensor:  # (2, M / W, 3, S, S) -> (2, M / W, D)
+        z = project(network, part.flatten(0, 1), config.precision)
+        return utils.at_least_float32(z).unflatten(0, (2, -1))
+
+    parts = views.unflatten(0, (2, -1)).split(size, dim=1)
+    # 1. z of all views, without activations; dropout draws the same numbers again in pass 3
+    with torch.no_grad(), utils.keep_running_statistics(network), utils.fork_rng(views.device):
+        z = torch.cat([project_both(part) for part in parts], dim=1).flatten(0, 1)  # (2N / W, D)
+    # 2. the gradient of the loss by each z
+    z.requires_grad_()
+    whole = gather_views(z)
+    value = loss(*whole.chunk(2), config.temperature)
+    value.backward()
+    # 3. each micro-batch again, with activations; ranks exchange the sum of the gradients once
+    gradients = z.grad.unflatten(0, (2, -1)).split(size, dim=1)
+    for i, (part, gradient) in enumerate(zip(parts, gradients, strict=True), 1):
+        with utils.exchange_gradients(network, now=i == len(parts)):
+            project_both(part).backward(gradient)
+    return value.detach(), whole.detach()
+
+
+def redraw(throttle: utils.Throttle, config: Config, now: TrainState, size: int) -> None:
+    """Draw the training curves, if that has not taken too large a share of the time."""
+    if now.log and utils.is_main_process() and (throttle.due() or complete(config, now)):
+        with throttle:
+            figure = draw_training(now.log, size)
+            utils.warn_on_failure(utils.save_figure, figure, config.figure_folder / FIGURE)
+
+
+class SumOfBlocks(torch.autograd.Function):
+    """The sum of block_loss(z, rows, temperature) over all blocks of rows of z (2N, D).
+
+    Each block's gradient is computed with its loss, and then the block's memory is freed. The
+    result can be differentiated once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, temperature: float) -> Tensor:
+        leaf, total = z.detach().requires_grad_(), z.new_zeros(())
+        for rows in row_blocks(z):
+            with torch.enable_grad():
+                block = block_loss(leaf, rows, temperature)
+            block.backward()  # adds to leaf.grad
+            total += block.detach()
+        ctx.save_for_backward(leaf.grad)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None]:
+        return outer * ctx.saved_tensors[0], None
+
+
+# ---------------------------------------------------------------------- recipes, checked settings
+
+STREAMED_SIZE = 224  # px: the default for images whose sizes vary
+SMALL_STEM_SIZE = 64  # px: up to here the 3x3 stem (Appendix B.9 has 32)
+COMPILE_STEPS = 5000  # steps of a run: compiling takes a minute and saves milliseconds a step
+SHORT_WARMUP = 0.1  # of the epochs: the longest warm-up that a recipe gives a shortened run
+
+# Overrides of Config's defaults. The sources are in the comments; --recipe NAME chooses one.
+RECIPES: dict[str, dict[str, Any]] = {
+    # 1,437 scans of digits: no flip (another glyph), no hue or grey (they have no colour)
+    "digits": dict(
+        arch="resnet10", width=0.25, batch_size=256, epochs=90, temperature=0.3,
+        crop_min=0.1, flip=0.0, rotation=15.0, color_strength=0.5, saturation=0.0, hue=0.0,
+        gray_p=0.0, optimizer="adamw", lr=4e-3, lr_scaling="none", warmup_epochs=5.0,
+        weight_decay=1e-4,
+    ),
+    # the strongest public recipe for CIFAR-10 with a ResNet-18 (dkobak/simclr-cifar10)
+    "cifar10": dict(
+        arch="resnet18", batch_size=512, epochs=1000, temperature=0.5, crop_min=0.2,
+        color_strength=0.5, gray_p=0.1, optimizer="sgd", lr=0.03, warmup_epochs=0.0,
+        weight_decay=5e-4, decay_all=True, head_hidden=1024,
+    ),
+    # much accuracy in little time, by smaller views; tuned with a small network on a CPU (README)
+    "cifar10-fast": dict(
+        arch="resnet18", batch_size=256, epochs=200, view_size=20, temperature=0.2, crop_min=0.2,
+        color_strength=0.5, gray_p=0.1, optimizer="sgd", lr=0.24, warmup_epochs=20.0,
+        weight_decay=5e-4, decay_all=True, head_hidden=1024,
+    ),
+    # the paper's own (Appendix B.9): 94.0 % with a linear classifier
+    "cifar10-paper": dict(
+        arch="resnet50", batch_size=1024, epochs=1000, temperature=0.5, color_strength=0.5, lr=1.0
+    ),
+    # 96 px: the paper's augmentation with blur, the optimiser of the CIFAR-10 recipe
+    "stl10": dict(
+        arch="resnet18", batch_size=512, epochs=200, temperature=0.2, color_strength=1.0,
+        crop_min=0.2, blur_p=0.5, optimizer="sgd", lr=0.06, weight_decay=5e-4, decay_all=True,
+    ),
+    # one's own images: a batch that one GPU holds at 224 px, the paper's augmentation
+    "folder": dict(
+        arch="resnet18", batch_size=256, epochs=200, temperature=0.2, blur_p=0.5, crop_min=0.2,
+        optimizer="sgd", lr=0.06, weight_decay=1e-4, decay_all=True,
+    ),
+    # the paper's main setting (Section 2.2): batch 4096, LARS
+    "imagenet-paper": dict(
+        batch_size=4096, epochs=100, blur_p=0.5, image_size=224, head_hidden=2048
+    ),
+}  # fmt: skip
+RECIPES["svhn"] = {**RECIPES["cifar10"], "flip": 0.0}  # house numbers: no flip, as for the digits
+# data sets without a recipe of their name take that for CIFAR-10
+
+
+def make_config(**overrides: Any) -> Config:
+    """Config of the recipe for the data set (or of recipe=…) with `overrides` on top, checked.
+
+    Raises InputError naming the setting, its range and the value.
+    """
+    dataset = overrides.get("dataset", "digits")
+    recipe = overrides.get("recipe") or (dataset if dataset in RECIPES else "cifar10")
+    if recipe not in RECIPES:
+        raise InputError(f"unknown recipe {recipe!r}; there are {', '.join(RECIPES)}")
+    config = Config(**{**RECIPES[recipe], **overrides, "recipe": recipe})
+    config.range = tuple(config.range)
+    if "warmup_epochs" not in overrides:
+        config.warmup_epochs = min(config.warmup_epochs, SHORT_WARMUP * config.epochs)
+    config.run = config.run or f"{config.dataset}_{config.arch}"
+    check_config(config)
+    return config
+
+
+def check_config(config: Config) -> None:
+    """Raise InputError for the first setting of a wrong type, or out of range."""
+    utils.check_settings(config)
+    if config.hue * config.color_strength > 0.5:
+        raise InputError(f"--hue {config.hue} times s must be at most 0.5 turns")
+    if config.warmup_epochs > config.epochs:
+        raise InputError(
+            f"--warmup-epochs must be at most epochs={config.epochs}, got {config.warmup_epochs}"
+        )
+    if config.stop_at_knn and not config.knn_every:
+        raise InputError("--knn-every must be at least 1 to stop at a kNN accuracy")
+    name = Path(config.run)
+    if name.is_absolute() or ".." in name.parts or not name.parts:
+        raise InputError(f"--run {config.run!r} must be a plain name")
+
+
+def side_of(data: Images) -> int:
+    """What --image-size 0 means: the images' own side, or STREAMED_SIZE if their sizes vary."""
+    return min(data.images.shape[-2:]) if isinstance(data, ImageSet) else STREAMED_SIZE
+
+
+def resolve(config: Config, data: Images, device: torch.device) -> Config:
+    """Replace what was left open (0, "auto") by what fits the training images and the device.
+
+    Raises InputError if images or views are too small, or the batch cannot be divided as asked.
+    """
+    config, ranks = dataclasses.replace(config), utils.world_size()
+    if not config.image_size:
+        config.image_size = side_of(data)
+    if min(config.image_size, config.view_side) < MIN_SIZE:
+        raise InputError(
+            f"images of {config.image_size} px and views of {config.view_side} px: both need at "
+            f"least {MIN_SIZE}, choose another --image-size or --view-size"
+        )
+    if config.view_size == config.image_size:
+        config.view_size = 0
+    if config.precision == "auto":
+        config.precision = "bfloat16" if utils.has_fast_bfloat16(device) else "float32"
+    if config.stem == "auto":
+        config.stem = "small" if config.image_size <= SMALL_STEM_SIZE else "imagenet"
+    batch, steps = batch_count(config, len(data))
+    if config.compile == "auto":
+        pays = device.type == "cuda" and config.epochs * steps >= COMPILE_STEPS
+        config.compile = "on" if pays and ranks == 1 and not config.micro_batch else "off"
+    if config.compile == "on" and ranks > 1:
+        raise InputError("--compile on: not with several processes")
+    config.range = config.range or data.grey_range
+    if config.dataset == "folder":
+        config.data_dir = str(Path(config.data_dir).resolve())
+    part = config.micro_batch or batch
+    name = flag("micro_batch" if config.micro_batch else "batch_size")
+    if batch % part:
+        raise InputError(f"{name} {part} does not divide the batch of {batch} images")
+    if part % ranks:
+        raise InputError(f"{name} {part} does not divide into equal parts for {ranks} processes")
+    return config
+
+
+# -------------------------------------------------------------------- a run's data and checkpoints
 
 
 def load_data(config: Config, device: torch.device) -> Data:
     """All splits of config.dataset; images that are held in memory are moved to `device`."""
-    pretrain, test = utils.load_splits(config.dataset, ("pretrain", "test"), config.data_dir)
-    if len(pretrain) < 2:
-        raise InputError(f"need at least 2 images to contrast, got {len(pretrain)}")
-    pretrain = tolerant(pretrain, config).to(device)
-    train = pretrain
-    if config.dataset == "stl10":  # the one whose labelled training images are fewer
-        train = utils.load_images(config.dataset, "train", config.data_dir).to(device)
-    return Data(pretrain, train, tolerant(test, config).to(device))
-
-
-def tolerant(data: Images, config: Config) -> Images:
-    """Streamed images of which some may be unreadable: see utils.ImageFiles."""
-    if isinstance(data, ImageSet):
-        return data
-    return dataclasses.replace(data, max_bad=config.max_bad)
+    # on STL-10 only some of the images to pre-train on have labels
+    names = ["pretrain", "test", *["train"] * (config.dataset == "stl10")]
+    splits = utils.load_splits(
+        config.dataset, names, config.data_dir, config.max_bad, config.range
+    )
+    if len(splits[0]) < 2:
+        raise InputError(f"need at least 2 images to contrast, got {len(splits[0])}")
+    pretrain, test, *labelled = (split.to(device) for split in splits)
+    return Data(pretrain, labelled[0] if labelled else pretrain, test)
 
 
 def only_readable(data: Data, config: Config) -> Data:
-    """Without the labelled images that cannot be read: an evaluation meets each many times."""
+    """Without the labelled images that cannot be read: training on labels cannot replace them."""
     workers = utils.worker_count(config.workers)
     train, test = (utils.only_readable(part, workers) for part in (data.train, data.test))
     return Data(data.pretrain, train, test)
 
 
-def describe_data(data: Data) -> str:
-    """What was found: how many images and classes, or why there are no labels."""
-    text = f"{len(data.pretrain):,} images to learn from"
-    if data.train.labels is None:
-        return f"{text}; no labels: {utils.why_unlabelled(utils.image_names(data.train))}"
-    text = f"{len(data.train.classes)} classes, {text}"
-    if len(data.test) and data.test.labels is None:
-        why = utils.why_unlabelled(utils.image_names(data.test), data.train.classes)
-        return f"{text}, but no labels for the evaluation: {why}"
-    held_out = f"{len(data.test):,}" if len(data.test) else "none"
-    return f"{text}, {held_out} held out for the evaluation"
-
-
-class Pretraining:
-    """One run: model, optimiser, how far they have come, and the files that keep them.
-
-    An ablation that changes the loss or the views overrides `loss` or `batches`.
-    """
-
-    def __init__(self, config: Config, data: Data, device: torch.device) -> None:
-        self.config, self.data, self.device = config, data, device
-        if config.stop_at_knn and not data.labelled:
-            raise InputError(f"{flag('stop_at_knn')}: there are no labels to measure it by")
-        check_parts(config, len(data.pretrain))
-        check_memory(config, len(data.pretrain), device)
-        model = utils.convert_sync_batchnorm(make_model(config), device)
-        self.model = model.to(device, memory_format=torch.channels_last)
-        self.optimizer = make_optimizer(config, self.model)
-        self.augment = make_augment(config)
-        self.position = Position()
-        self.log: list[dict] = []
-        self.lines: list[str] = []  # of it, as written: encoding thousands takes time every epoch
-        self.batch_size, self.steps = batch_count(config, len(data.pretrain))  # steps per epoch
-        self.pieces = self.batch_size // config.micro_batch if config.micro_batch else 1
-        self.files = utils.files_digest(data.pretrain)
-        self.checkpoint = config.folder / CHECKPOINT
-        self.log_file = config.folder / "log.jsonl"
-        self.saved = False  # whether the files there are this run's
-        self.intact = False  # whether the checkpoint is, and worth keeping as the previous one
-        self.next_save = self.save_time()
-        self.forgiving = utils.WarnOnFailure()
-        self.probe = torch.full((1, 3, config.image_size, config.image_size), 0.5, device=device)
-
-    def loss(self, z1: Tensor, z2: Tensor) -> Tensor:
-        return nt_xent(z1, z2, self.config.temperature)
-
-    def batches(self) -> Iterator[Tensor]:
-        """What is left of the epoch under way: float32 (2N, 3, S, S) each."""
-        epoch, step = self.position.epoch, self.position.step
-        data = self.data.pretrain
-        return view_batches(self.config, data, self.augment, self.device, epoch, step)
-
-    def rate(self, step: int) -> float:
-        """Learning rate of a step of the epoch under way."""
-        total = self.config.epochs * self.steps
-        warmup = round(self.config.warmup_epochs * self.steps)
-        step += self.position.epoch * self.steps
-        peak = peak_learning_rate(self.config, self.batch_size)
-        return learning_rate(step, total, warmup, peak)
-
-    @property
-    def complete(self) -> bool:
-        """After the last epoch, or that whose kNN accuracy is the one to end at."""
-        accuracy = self.log[-1].get("knn", 0) if self.log else 0
-        return self.position.epoch >= self.config.epochs or 0 < self.config.stop_at_knn <= accuracy
-
-    def resume(self) -> bool:
-        """Take up the run's checkpoint, or the previous one. Returns whether there is one.
-
-        Raises InputError if both are damaged or one is of another configuration, naming what
-        differs.
-        """
-        found = utils.broadcast_from_rank0(self.read_checkpoint)
-        if found is None:
-            return False
-        state, file = found
-        check_format(state, file)
-        with utils.errors_as_input_error(
-            f"{file} is not a checkpoint of this run", through=(InputError,)
-        ):
-            images = len(self.data.pretrain)
-            changed = check_same_run(state, self.config, images, self.files)
-            if faults := utils.state_dict_mismatches(state["model"], self.model.state_dict()):
-                raise ValueError(faults[0])
-            self.model.load_state_dict(state["model"])
-            self.load_optimizer(dict(state["optimizer"])["state"])
-            self.position = read_position(
-                state, self.config.epochs, math.inf if changed else self.steps
-            )
-            if changed:  # the epoch under way has another order now: all of it, once more
-                self.position = Position(self.position.epoch)
-            elif isinstance(self.data.pretrain, utils.ImageFiles):
-                self.data.pretrain.unreadable = read_unreadable(state, images)
-            self.log = self.logged(state)
-        self.saved, self.intact = True, file == self.checkpoint
-        return True
-
-    def read_checkpoint(self) -> tuple[dict, Path] | None:
-        """What load_newest() returns; None if there is nothing to read."""
-        files = (self.checkpoint, self.checkpoint.with_name(PREVIOUS))
-        return load_newest(self.checkpoint) if any(file.exists() for file in files) else None
-
-    def load_optimizer(self, saved: dict) -> None:
-        """Take up the moments of each weight; the settings beside them follow from the config.
-
-        Raises ValueError if they are not those of these weights: torch would find out in a step.
-        """
-        groups = self.optimizer.state_dict()["param_groups"]
-        weights = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if not set(saved) <= set(range(len(weights))):
-            raise ValueError("its optimizer had other weights")
-        names = MOMENTS[self.config.optimizer]
-        expected = {
-            f"{name} of weight {i}": torch.empty(()) if name == "step" else weights[i]
-            for i in saved
-            for name in names
-        }
-        there = {f"{name} of weight {i}": x for i in saved for name, x in saved[i].items()}
-        if faults := utils.state_dict_mismatches(there, expected):
-            raise ValueError(faults[0])
-        self.optimizer.load_state_dict({"state": saved, "param_groups": groups})
-
-    def logged(self, state: dict) -> list[dict]:
-        """The log up to the checkpoint `state`, which holds it; earlier versions' did not."""
-        rows = state["log"] if "log" in state else utils.read_jsonl(self.log_file)
-        rows = rows[: self.position.epoch]  # the file may be ahead: those epochs are done again
-        values = [value for row in rows for value in row.values()]
-        plain = all(isinstance(value, int | float) and abs(value) < 2**63 for value in values)
-        whole = plain and all(row.keys() >= LOGGED for row in rows)
-        if not whole or [row["epoch"] for row in rows] != [*range(1, self.position.epoch + 1)]:
-            raise InputError(
-                f"{self.log_file} does not have the {self.position.epoch} epochs of the "
-                "checkpoint; choose another name with --run, or --overwrite the run"
-            )
-        return rows
-
-    def state(self) -> dict:
-        """Plain types and tensors only, so that torch.load(weights_only=True) can read them."""
-        return {
-            "format": CHECKPOINT_FORMAT,
-            "config": dataclasses.asdict(self.config),
-            "position": dataclasses.asdict(self.position),
-            "log": self.log,
-            "images": len(self.data.pretrain),
-            "files": self.files,
-            "unreadable": [*self.data.pretrain.unreadable],
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-
-    def save(self) -> None:
-        """Write the checkpoint. A run that is overwritten is whole until here, and then gone.
-
-        Raises InputError if it cannot be written; all files are as they were then.
-        """
-        self.next_save = self.save_time()
-        utils.save_checkpoint(self.checkpoint, self.state(), before=self.make_way)
-        self.saved = self.intact = True
-        self.bring_up_to_date()
-
-    def make_way(self) -> None:
-        """Keep the last checkpoint until there is another, or remove the run that is overwritten.
-
-        Nothing else remains of that one: its summary beside a new checkpoint would be believed.
-        """
-        folder, previous = self.config.folder, self.checkpoint.with_name(PREVIOUS)
-        if self.intact:
-            with contextlib.suppress(FileNotFoundError):  # somebody deleted it
-                os.replace(self.checkpoint, previous)
-        elif not self.saved:
-            utils.mark(OVERWRITTEN)
-            for file in (folder / SUMMARY, *kept_checkpoints(folder), previous):
-                file.unlink(missing_ok=True)
-
-    def save_time(self) -> float:
-        """When the next checkpoint is due inside an epoch, by time.monotonic()."""
-        minutes = self.config.checkpoint_minutes
-        return time.monotonic() + 60 * minutes if minutes else math.inf
-
-    def try_to_save(self) -> None:
-        """Raise InputError now if checkpoints cannot be written, and not after hours."""
-        trial = self.config.folder / TRIAL
-        utils.save_checkpoint(trial, self.state())
-        if utils.is_main_process():
-            trial.unlink(missing_ok=True)
-
-    def keep(self) -> None:
-        """Write the checkpoint that later ones do not replace, if one is due and not there."""
-        epoch, every = self.position.epoch, self.config.keep_every
-        file = self.config.folder / KEPT_CHECKPOINT.format(epoch)
-        due = every and epoch and epoch % every == 0 and not self.position.step
-        if due and not file.exists():
-            utils.save_checkpoint(file, self.state())
-
-    def bring_up_to_date(self) -> None:
-        """Write what belongs to the checkpoint, also if a kill came between.
-
-        Where the records cannot be written, only the end of a run, which reads them, fails.
-        """
-        self.forgiving(self.keep)
-        if self.complete:
-            self.write_records()
-        else:
-            self.forgiving(self.write_records)
-
-    def write_records(self) -> None:
-        """What people read, config.json and log.jsonl: it follows from the checkpoint."""
-        utils.write_json(self.config.folder / "config.json", dataclasses.asdict(self.config))
-        self.lines += [json.dumps(row) + "\n" for row in self.log[len(self.lines) :]]
-        utils.write_atomically(self.log_file, "".join(self.lines).encode())
-
-    def train(self) -> None:
-        """To the last epoch, writing config.json, last.pt, log.jsonl and the figure on the way.
-
-        A file that cannot be written is a warning, and tried again when it is due. Raises
-        InputError if the last checkpoint cannot be written, too many images cannot be read or the
-        loss is not finite, Interrupted if a signal asked to stop, after saving.
-        """
-        figure = FigureKeeper(self.config, self.batch_size)
-        network = self.network()
-        total, done = self.config.epochs * self.steps, self.position.epoch * self.steps
-        with (
-            utils.StopSignals() as stop,
-            utils.Progress(total, done + self.position.step, unit="step") as progress,
-        ):
-
-            def ask(problem: InputError | None = None, steps: int = 1) -> bool:
-                """Whether to leave the epoch, and why; of several processes each gets the same."""
-                nonlocal signal, save, error
-                signal, save, failed = utils.all_reduce_max(
-                    stop.signal or 0,
-                    steps > 0 and time.monotonic() >= self.next_save,  # else it would never go on
-                    problem is not None,
-                )
-                error = utils.error_on_any_rank(problem) if failed else None
-                return bool(signal or save or failed)
-
-            signal, save, error = 0, 0, None
-            while not self.complete:
-                train_epoch(
-                    network, self.optimizer, until(ask, self.batches()), self.rate, self.loss,
-                    self.config.precision, self.position, progress.advance, self.pieces,
-                )  # fmt: skip
-                self.check_finite()
-                if self.position.step < self.steps:
-                    if signal or error:
-                        self.stop_inside_epoch(error, signal)
-                    self.forgiving(self.save)
-                    continue
-                row = self.finish_epoch()
-                ask()
-                due = save or not self.saved or self.position.epoch % self.config.save_every == 0
-                if self.complete or signal:
-                    self.save()
-                elif not (due and self.forgiving(self.save)) and self.saved:
-                    self.bring_up_to_date()
-                if figure.due or (self.complete and utils.is_main_process()):
-                    self.forgiving(figure.draw, self.log)
-                progress.show(*describe(row, self.log, self.config), last=self.complete)
-                if signal:
-                    raise Interrupted(signal)
-
-    def network(self) -> nn.Module:
-        """What is trained: the model, or what runs it in several processes, or compiled."""
-        network = utils.distributed(self.model)
-        return self.compiled(network) if self.config.compile == "on" else network
-
-    def compiled(self, network: nn.Module) -> nn.Module:
-        """`network`, of the same weights, made by torch.compile.
-
-        Where it cannot be, as without a C compiler, a line says so and it is what it was.
-        """
-        torch.compiler.reset()  # else torch leaves a process's ninth network as it is
-        weights = copy.deepcopy(self.model.state_dict())
-        size = self.config.view_side
-        count = 2 * self.batch_size // self.pieces // utils.world_size()
-        views = torch.zeros(count, 3, size, size, device=self.device)
-        graphs = {} if self.config.micro_batch else COMPILE  # which write over a piece's z
-        plain, network = network, torch.compile(network.train(), **graphs)
-        started = time.perf_counter()
-        try:
-            for _ in range(COMPILE_WARMUP):
-                with utils.autocast(self.device, self.config.precision):
-                    _, z = network(views.contiguous(memory_format=torch.channels_last))
-                z.sum().backward()
-                self.optimizer.zero_grad()
-        except Exception as error:  # compilers raise nearly anything
-            reason = " ".join(str(error).split())[:200]
-            utils.log_warning(f"torch.compile cannot be used here, so it is not ({reason})")
-            return plain
-        finally:
-            self.optimizer.zero_grad()
-            self.model.load_state_dict(weights)  # BatchNorm's statistics have moved
-        print(f"compiled in {time.perf_counter() - started:.0f} s")
-        return network
-
-    def stop_inside_epoch(self, error: InputError | None, signal: int) -> NoReturn:
-        """Save what has been done of the epoch, and raise why it ends here."""
-        if self.position.step or self.position.epoch:
-            self.save()
-        if error is None:
-            raise Interrupted(signal)
-        raise InputError(f"{error}; mend the file, and the run continues here") from error
-
-    @torch.no_grad()
-    def check_finite(self) -> None:
-        """Raise InputError if the loss, a weight or what the network computes is not finite.
-
-        Weights can be finite and useless: so large that what comes out is not.
-        """
-        h, z = self.model.eval()(self.probe)
-        loss = torch.tensor(self.position.loss_sum, device=self.device)
-        values = [loss, h, z, *self.model.state_dict().values()]
-        if not torch.stack([x.isfinite().all() for x in values]).all():  # one wait for the device
-            raise InputError(
-                f"the loss or the network is not finite in epoch {self.position.epoch + 1} (of "
-                f"{self.config.epochs}); the last good checkpoint, if any, is kept. {REMEDIES}"
-            )
-
-    def finish_epoch(self) -> dict:
-        """Move to the next epoch; measure kNN if it is due. Returns the row that was logged.
-
-        Raises InputError, after saving, if several processes together met too many bad files.
-        """
-        try:
-            utils.agree_on_unreadable(self.data.pretrain)
-        except InputError as error:
-            self.stop_inside_epoch(error, 0)
-        position, views = self.position, 2 * self.batch_size * self.steps
-        if max((row.get("knn_seconds", 0) for row in self.log), default=0) > LONG:
-            self.forgiving(self.save)  # whoever asks to stop now may not wait until it is measured
-        row = {
-            "epoch": position.epoch + 1,
-            "loss": position.loss_sum / self.steps,
-            "contrastive_accuracy": position.accuracy_sum / self.steps,
-            "lr": self.rate(self.steps - 1),
-            "views_per_second": round(views / position.seconds, 1),
-            "seconds": round(position.seconds, 3),
-        }
-        if position.cosine > COLLAPSED:
-            row["collapsed"] = True
-            if not any("collapsed" in earlier for earlier in self.log):
-                utils.log_warning(f"after epoch {row['epoch']} {COLLAPSE}. {REMEDIES}")
-        self.position = Position(position.epoch + 1)
-        every = self.config.knn_every
-        due = self.complete or (every and self.position.epoch % every == 0)
-        if due and self.data.labelled:
-            started = time.perf_counter()
-            row["knn"] = knn_accuracy(self.model.encoder, self.data, self.config, self.device)
-            row["knn_seconds"] = round(time.perf_counter() - started, 3)
-        if bad := len(self.data.pretrain.unreadable):
-            row["unreadable"] = bad
-        self.log.append(row)
-        return row
-
-
-COMPILE = {"mode": "reduce-overhead"}  # of torch.compile: on CUDA with CUDA graphs
-COMPILE_WARMUP = 3  # steps: the first compiles, CUDA graphs are recorded in the second
-
-
-def until(
-    ask: Callable[[InputError | None, int], bool], batches: Iterator[Tensor]
-) -> Iterator[Tensor]:
-    """The batches, up to where ask() says to leave.
-
-    It is told why a batch cannot be made, if so, and how many steps there have been.
-    """
-    for steps in itertools.count():
-        batch = error = None
-        try:
-            batch = next(batches, None)
-        except InputError as problem:
-            error = problem
-        if ask(error, steps) or batch is None:
-            return
-        yield batch
-
-
-OVERWRITTEN = "overwritten"  # what torchrun's processes, started again, must not do once more
-LONG = 10.0  # seconds of measuring kNN: torchrun and SLURM wait for half a minute after SIGTERM
-COLLAPSED = 0.9999  # mean cosine
-COLLAPSE = "all views have the same z: the network has collapsed, or the images are all alike"
-SUMMARY = "summary.json"
-LOGGED = {"epoch", "loss", "contrastive_accuracy", "lr", "views_per_second", "seconds"}
-MOMENTS = {  # what the optimisers keep of each weight
-    "lars": ("momentum_buffer",),
-    "sgd": ("momentum_buffer",),
-    "adamw": ("step", "exp_avg", "exp_avg_sq"),
-}
-REMEDIES = (
-    f"Try a lower {flag('lr')}, a longer {flag('warmup_epochs')}, a higher {flag('temperature')}, "
-    f"or {flag('precision')} float32"
-)
-
-
-def pretrain(
-    config: Config,
-    data: Data,
-    device: torch.device,
-    make_run: type[Pretraining] = Pretraining,
-    overwrite: bool = False,
-) -> SimCLR:
-    """Train, or continue, the run that `config` (resolved) describes. Returns the trained model.
-
-    make_run: Pretraining or a variant of it. overwrite: start anew; an earlier run of the name
-    stays as it is until the first checkpoint replaces it.
-    """
-    run = make_run(config, data, device)
-    resumed = not overwrite and run.resume()
-    utils.make_folders(config.folder, config.figure_folder)
-    if not resumed:
-        run.try_to_save()
-    else:
-        run.bring_up_to_date()  # whatever has become of the files
-        if not run.complete:
-            done = f"{run.position.epoch} of {config.epochs} epochs"
-            print(f"continuing {config.folder} after {done}")
-    if not run.complete:
-        try:
-            run.train()
-        except RuntimeError as error:
-            if not utils.is_out_of_memory(error):
-                raise
-            raise InputError(too_large(config, run.batch_size, device)) from error
-    return run.model
-
-
-def too_large(config: Config, batch: int, device: torch.device) -> str:
-    """What to do where a step needs more memory than there is."""
-    held, processes = config.micro_batch or batch, utils.world_size()
-    smaller = [m for m in range(processes, held // 2 + 1, processes) if batch % m == 0]
-    remedy = f"a smaller {flag('batch_size')}, {flag('view_size')} or {flag('width')}"
-    if smaller:
-        remedy = f"{flag('micro_batch')} {smaller[-1]}, or {remedy}"
-    return f"{device} has too little memory for the activations of {held} images: try {remedy}"
-
-
-def describe(row: dict, log: list[dict], config: Config) -> tuple[dict[str, str], str]:
-    """An epoch's numbers for the bar, and as a line."""
-    knn = next((r["knn"] for r in reversed(log) if "knn" in r), None)
-    values = {
-        "loss": f"{row['loss']:.3f}",
-        "kNN": "–" if knn is None else f"{knn:.1%}",
-        "views/s": f"{row['views_per_second']:,.0f}",
-    }
-    left = (config.epochs - row["epoch"]) * row["seconds"]
-    line = f"epoch {row['epoch']:4d}/{config.epochs}  loss {row['loss']:.3f}"
-    line += f"  found its partner {row['contrastive_accuracy']:5.1%}"
-    line += f"  kNN {values['kNN']}  {values['views/s']} views/s  {left:.0f} s left"
-    return values, line
-
-
-CHECKPOINT = "last.pt"
-PREVIOUS = "previous.pt"  # the checkpoint before
-CHECKPOINT_FORMAT = 3
-# format 1 has no checkpoint_minutes in its configuration, and no digest; 2 no micro_batch, no files
-READABLE_FORMATS = (1, 2, 3)
-KEPT_CHECKPOINT = "epoch{:04d}.pt"  # --keep-every
-TRIAL = "trial.pt"  # whether there is room for checkpoints
-LOCK = ".lock"
-
-
-def kept_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints that --keep-every kept of a run, the earliest first."""
-    return sorted(folder.glob(KEPT_CHECKPOINT.format(0).replace("0000", "[0-9]*")))
-
-
-@contextlib.contextmanager
-def run_lock(config: Config) -> Iterator[None]:
-    """Inside, no other process works on the run. Raises InputError if one does.
-
-    Where nothing has been saved at the end, no folder is left behind either. Processes that work
-    together are one: the first of them holds it.
-    """
-    if not utils.is_main_process():
-        yield
-        return
-    new = utils.make_folders(config.folder, config.figure_folder)
-    lock = config.folder / LOCK
-    try:
-        with utils.file_lock(lock) as free:
-            if not free:
-                raise InputError(
-                    f"another process is working on {config.folder}; wait for it, or choose "
-                    f"another name with {flag('run')}"
-                )
-            own = (CHECKPOINT, KEPT_CHECKPOINT.format(0).replace("0000", "*"), TRIAL, SUMMARY)
-            utils.remove_leftovers(config.folder, *own, "config.json", "log.jsonl")
-            utils.remove_leftovers(config.figure_folder, FIGURE)
-            (config.folder / TRIAL).unlink(missing_ok=True)
-            try:
-                yield
-            finally:
-                with contextlib.suppress(OSError):
-                    if list(config.folder.iterdir()) == [lock]:
-                        lock.unlink()
-    finally:
-        for folder in new:
-            with contextlib.suppress(OSError):  # it is in use
-                folder.rmdir()
-
-
-def load_newest(file: Path) -> tuple[dict, Path]:
-    """A checkpoint and its file: `file`, or the previous one where a last.pt is damaged or gone.
-
-    Says so on stderr. Raises InputError if neither can be read.
-    """
-    try:
-        state = utils.load_checkpoint(file)
-    except InputError as error:
-        previous = file.with_name(PREVIOUS)
-        if file.name != CHECKPOINT or not previous.exists():
-            raise
-        try:
-            state = utils.load_checkpoint(previous)
-        except InputError as also:
-            raise InputError(f"{error}, and {also}") from also
-        print(f"warning: {error}; using the one before, {previous}", file=sys.stderr)
-        file = previous
-    return state, file
-
-
-def check_format(state: dict, where: Path) -> None:
+def check_format(state: dict, file: Path) -> None:
     """Raise InputError if this version does not read the checkpoint."""
-    found = dict(state).get("format")
-    if type(found) is not int or found not in READABLE_FORMATS:
+    if state.get("format") != CHECKPOINT_FORMAT:
         raise InputError(
-            f"{where} has a checkpoint of format {utils.shown(found)}; this version reads "
-            f"formats {READABLE_FORMATS[0]} to {READABLE_FORMATS[-1]}"
+            f"{file} is a checkpoint of format {utils.shown(state.get('format'))}; this version "
+            f"reads format {CHECKPOINT_FORMAT}"
         )
 
 
-def check_same_run(record: dict, config: Config, images: int, files: str) -> bool:
-    """Raise InputError if a run's saved configuration or its images are not the ones given.
+def check_same_run(record: dict, config: Config, data: Data) -> bool:
+    """Raise InputError if a run's recorded settings or files are not the given ones.
 
-    record: has the configuration, the number of images and, since there is one, the digest of
-    their files. Returns whether these are others, as config.changed_files allows.
+    record: has "config", "images" (their number) and "files" (see Data.files). Returns whether
+    the files changed, as config.changed_files allows.
     """
-    differ, changed = differences(record["config"], config), ""
-    if record["images"] != images:
-        changed = f"number of images ({utils.shown(record['images'])} there, {images} now)"
-    elif record.get("files", files) != files:
-        changed = f"files (as many, {images}, by other names or in other folders)"
-    if changed and not (files and config.changed_files):
-        differ.append(changed)
+    differ, changed = utils.differences(record["config"], config), record["files"] != data.files
+    if changed and not config.changed_files:
+        numbers = f"{record['images']} there, {len(data.pretrain)} now"
+        differ.append(f"files of images ({numbers}); --changed-files continues with these")
     if differ:
-        hint = f" ({flag('changed_files')} continues with them)" if changed and files else ""
+        epochs, hint = record["config"]["epochs"], "Choose another name with --run"
+        if epochs < config.epochs:
+            hint = (
+                f"The learning rate of that run ends at zero with epoch {epochs}, so more epochs "
+                "are another run, from the beginning: choose another name with --run"
+            )
         raise InputError(
-            f"{config.folder} holds a run with another configuration: {', '.join(differ)}{hint}. "
-            "Choose another name with --run, or --overwrite it"
+            f"{config.folder} holds a run with other settings: {', '.join(differ)}. {hint}, or "
+            "--overwrite it"
         )
-    return bool(changed)
-
-
-def read_unreadable(state: dict, images: int) -> dict[int, str]:
-    """The files that a checkpoint notes as unreadable. Raises ValueError if they cannot be."""
-    rows = state.get("unreadable", [])
-    if any(type(row) is not int or not 0 <= row < images for row in rows):
-        raise ValueError("the files that it says are unreadable are not among these")
-    return dict.fromkeys(rows, "could not be read before")
-
-
-def differences(saved: dict, config: Config) -> list[str]:
-    """The identity fields in which two configurations differ, with both values.
-
-    A setting that there was not when `saved` was written had the default.
-    """
-    saved = {**{f.name: f.default for f in dataclasses.fields(config)}, **saved}
-    names = [f.name for f in dataclasses.fields(config) if f.metadata["identity"]]
-    if config.dataset == "folder":
-        names.append("data_dir")
-    return [
-        f"{flag(name)} ({utils.shown(saved[name])} there, {getattr(config, name)} now)"
-        for name in names
-        if saved[name] != getattr(config, name)
-    ]
-
-
-def find_checkpoint(where: str, checkpoints: str | Path = "checkpoints") -> Path:
-    """The checkpoint file that `where` names: a file, a run's folder, a run's name, or "".
-
-    "" is the run under `checkpoints` that was saved last, those of ablations apart. Raises
-    InputError, naming the runs that there are, if there is none.
-    """
-    root = Path(checkpoints)
-    saved = [
-        file
-        for name in (CHECKPOINT, PREVIOUS)  # alone where a process was killed between its renames
-        for file in root.rglob(name)
-        if file.relative_to(root).parts[0] != ABLATIONS
-    ]
-    if not where:
-        if not saved:
-            raise InputError(f"no run under {root} yet; python simclr.py makes one")
-        return max(saved, key=lambda file: file.stat().st_mtime).with_name(CHECKPOINT)
-    for path in (Path(where), Path(where) / CHECKPOINT, root / where / CHECKPOINT):
-        with contextlib.suppress(OSError):  # a name that is too long for a file
-            if path.is_file() or (path.name == CHECKPOINT and path.with_name(PREVIOUS).is_file()):
-                return path
-    names = sorted({str(file.parent.relative_to(root)) for file in saved})
-    raise InputError(
-        f"{where} is neither a checkpoint nor a run under {root} (there: "
-        f"{', '.join(names) or 'none'})"
-    )
-
-
-ABLATIONS = "ablation"  # the folder of ablation_SimCLR.py's runs
+    return changed
 
 
 @dataclass
 class TrainedRun:
-    """What a checkpoint of a run holds: the model is frozen and in eval mode, on the CPU."""
+    """The content of a run's checkpoint. model: frozen and in eval mode, on the CPU."""
 
     config: Config
     model: SimCLR
-    epoch: int  # epochs that are complete
+    epoch: int  # complete epochs
     file: Path
 
 
 def load_run(file: Path) -> TrainedRun:
-    """Read a checkpoint that simclr.py wrote. No code in it is executed.
+    """Read a checkpoint that train() wrote. No code in it is executed.
 
-    Where a run's last.pt is damaged, the previous one is read, with a warning. Raises InputError if
-    there is none, it is of another format, or its weights are not exactly those of the model that
-    its configuration describes. That is compared by shapes before the model is made, so that a
-    small file cannot claim a network that fills the memory.
+    Where a run's last.pt is damaged, previous.pt is read, with a warning. Raises InputError if
+    there is none, it has another format, or its weights do not fit its configuration exactly.
     """
-    return trained_run(*load_newest(file))
+    return trained_run(*utils.load_newest(file))
 
 
 def trained_run(state: dict, file: Path) -> TrainedRun:
-    """load_run() of what has been read of `file`."""
+    """load_run() for a checkpoint that has been read from `file`."""
     check_format(state, file)
-    with utils.errors_as_input_error(f"{file} is not a checkpoint of a run"):
+    with utils.errors_as_input_error(f"{file} is not a checkpoint of a run", (InputError,)):
         config = Config(**state["config"])
         check_config(config)
-        if not config.image_size:
-            raise ValueError("its configuration has no size of images")
-        with torch.device("meta"):
-            expected = SimCLR(config).state_dict()
-        if faults := utils.state_dict_mismatches(state["model"], expected):
-            raise ValueError(faults[0])
-        model = make_model(config)
-        model.load_state_dict(state["model"])
-        position = read_position(state, config.epochs)
-    return TrainedRun(config, model.eval().requires_grad_(False), position.epoch, file)
+        model = make_model(config).eval().requires_grad_(False)
+        utils.load_weights(model, state["model"], str(file))
+        return TrainedRun(config, model, state["position"]["epoch"], file)
 
 
-def read_position(state: dict, epochs: int, steps: float = math.inf) -> Position:
-    """How far a checkpoint is. Raises ValueError if that is not within the epochs and steps."""
-    position = Position(**state["position"])
-    if not {"epoch", "step"} <= set(state["position"]):
-        raise ValueError("it does not say how far it is")
-    if fault := utils.type_fault(position):
-        raise ValueError(fault)
-    if not (0 <= position.epoch <= epochs and 0 <= position.step <= steps):
-        raise ValueError(f"its epoch {position.epoch} or step {position.step} is out of range")
-    return position
+# ------------------------------------------------------------------------ encoders of any origin
+
+IMAGENET_STEM_SIZE = 32  # px: from here the ImageNet stem and its four stages leave a pixel
+
+
+@dataclass
+class Source:
+    """An encoder to evaluate or use, and where it came from."""
+
+    file: Path
+    resnet: Encoder  # normalised images (B, 3, S, S) -> h (B, feature_dim); frozen, eval mode
+    encoder: nn.Module  # the same behind its normalisation, for images in [0, 1]
+    normalize: str  # what that is: a key of utils.MEANS, or "none"
+    description: str
+    config: Config | None = None  # of the run, if the file is simclr.py's
+    epoch: int = 0  # of the run
+    projector: nn.Module | None = None  # h -> z, of the run
+    foreign: utils.ForeignEncoder | None = None  # if the file is not simclr.py's
+
+    @property
+    def name(self) -> str:
+        """The folder of the figures: the run's, or named after the file."""
+        return self.config.run if self.config else self.file.name.split(".")[0]
+
+    @property
+    def row_names(self) -> dict[str, str]:
+        """What rows and panels are called, by the keys of REPRESENTATIONS."""
+        return REPRESENTATIONS | ({} if self.config else {"simclr": "pre-trained encoder"})
+
+    def output(self, name: str, figures: str) -> Path:
+        """Where results go: beside the checkpoint, or beside the figures if it is read-only there.
+
+        Beside a checkpoint that is not alone in its folder they are named after it.
+        """
+        if not os.access(self.file.parent, os.W_OK):
+            return Path(figures) / self.name / name
+        own = self.file.name in (utils.CHECKPOINT, utils.PREVIOUS)
+        return self.file.with_name(name if own else f"{self.file.name}.{name}")
+
+    def precision(self, device: torch.device) -> str:
+        """As in training, where the hardware has it."""
+        trained = self.config.precision if self.config else "float32"
+        return trained if utils.has_fast_bfloat16(device) else "float32"
+
+    def untrained(self, config: Config) -> nn.Module:
+        """The same network at its random start, for images in [0, 1]; by the run's own seed."""
+        encoder: nn.Module = make_model(config).encoder
+        if self.foreign:
+            self.foreign.adapt(encoder)
+        if self.normalize != "none":
+            encoder = utils.Normalized(encoder, self.normalize)
+        return encoder.eval()
+
+    def config_for(
+        self, dataset: str, data_dir: str, image_size: int, grey_range: tuple[float, ...]
+    ) -> Config:
+        """The settings for other images than the run's; what is not given is the run's.
+
+        Raises InputError if there is no run, or a folder of images, and so it must be given.
+        """
+        config = self.config
+        if config is None:
+            if not dataset:
+                raise InputError(f"{self.file} does not say on what images: give --dataset")
+            shape = {name: getattr(self.foreign, name) for name in ("arch", "width", "stem")}
+            config = make_config(dataset=dataset, run=self.name, data_dir="", **shape)
+        elif dataset and dataset != config.dataset:
+            config = dataclasses.replace(config, dataset=dataset, data_dir="", range=())
+        if config.dataset == "folder" and not (data_dir or config.data_dir):
+            raise InputError("--dataset folder needs --data-dir, the folder of the images")
+        return dataclasses.replace(
+            config,
+            data_dir=data_dir or config.data_dir or "data",
+            image_size=image_size or config.image_size,
+            view_size=0,  # a setting of pre-training
+            range=tuple(grey_range) or config.range,
+        )
+
+
+def load_source(file: Path, normalize: str = "auto", prefix: str = "") -> Source:
+    """Reads a checkpoint of simclr.py, one written by --export, or another project's.
+
+    normalize: a key of utils.MEANS, "none", or "auto" for what its origin used. prefix: which
+    encoder, if the file is another project's and holds several. Raises InputError if the file is
+    damaged, needs code to be executed, or holds no ResNet that this program knows.
+    """
+    state, file = utils.read_weights(file)
+    foreign = projector = config = None
+    epoch = 0
+    if "config" in state and "format" in state:
+        run = trained_run(state, file)
+        config, epoch = run.config, run.epoch
+        resnet, projector = run.model.encoder, run.model.projector
+        used = "none" if normalize == "auto" else normalize
+        inputs = "in [0, 1]" if used == "none" else f"normalised for {used}"
+        text = f"{config.arch} at width {config.width:g}, epoch {run.epoch}, inputs {inputs}"
+    else:
+        foreign = utils.find_encoder(state, file, prefix)
+        resnet = build_encoder(foreign, file)
+        used = foreign.normalize if normalize == "auto" else normalize
+        text = foreign.describe(normalize)
+    encoder = resnet if used == "none" else utils.Normalized(resnet, used)
+    encoder.eval().requires_grad_(False)
+    text = f"h of {resnet.feature_dim} dimensions, {text}"
+    return Source(file, resnet, encoder, used, text, config, epoch, projector, foreign)
+
+
+def build_encoder(foreign: utils.ForeignEncoder, file: Path) -> Encoder:
+    """The encoder with exactly these weights. InputError lists those that do not fit."""
+    encoder = Encoder(foreign.arch, foreign.width, foreign.stem)
+    utils.load_weights(encoder, foreign.tensors, f"{file} ({foreign.arch})")
+    return foreign.adapt(encoder)
+
+
+def check_size(source: Source, size: int) -> None:
+    """Raises InputError if images of `size` px do not suit the encoder's stem."""
+    as_trained = source.config is not None and size == source.config.image_size
+    if source.resnet.conv1.stride[0] == 2 and size < IMAGENET_STEM_SIZE and not as_trained:
+        raise InputError(
+            f"images of {size} px are too small for the encoder's ImageNet stem; choose "
+            f"--image-size {IMAGENET_STEM_SIZE} or more"
+        )
 
 
 # ------------------------------------------------------------------------------ what was learned
@@ -1935,316 +1563,208 @@ KNN_NEIGHBOURS = 10
 LABELS_PER_CLASS = 10
 LABEL_DRAWS = 5
 FINAL_TABLE = ("pixels", "untrained", "simclr")
+SCORES = ("knn", "linear_10", "linear_10_std", "linear_all")
 REPRESENTATIONS = {
     "pixels": "raw pixels",
     "untrained": "untrained encoder",
     "simclr": "SimCLR h",
     "projection": "SimCLR z",
 }
+PANELS = (  # of the training curves: key in the log, title, unit, factor
+    ("loss", "NT-Xent loss", "nats", 1),
+    ("contrastive_accuracy", "Views that find their partner", "%", 100),
+    ("knn", "kNN accuracy of h (k = 10, cosine)", "% of test images", 100),
+    ("lr", "Learning rate", "", 1),
+)
 
 
 def encoders(
-    model: SimCLR, config: Config, device: torch.device
-) -> dict[str, Callable[[Tensor], Tensor]]:
-    """What is compared, by the keys of REPRESENTATIONS: (B, 3, S, S) in [0, 1] -> (B, D) each.
-
-    model: is on `device`. The untrained encoder is the one that the run began with.
-    """
-    untrained = make_model(config).to(device, memory_format=torch.channels_last)
-    return {
-        "pixels": utils.flat_pixels,
-        "untrained": untrained.encoder,
-        "simclr": model.encoder,
-        "projection": nn.Sequential(model.encoder, model.projector),
-    }
+    encoder: nn.Module, untrained: nn.Module, device: torch.device,
+    projector: nn.Module | None = None,
+) -> dict[str, Callable[[Tensor], Tensor]]:  # fmt: skip
+    """What is compared, by the keys of REPRESENTATIONS: (B, 3, S, S) in [0, 1] -> (B, D) each."""
+    encoder, untrained = (
+        x.to(device, memory_format=torch.channels_last) for x in (encoder, untrained)
+    )
+    compared = {"pixels": utils.flat_pixels, "untrained": untrained, "simclr": encoder}
+    if projector is not None:
+        compared["projection"] = nn.Sequential(encoder, projector.to(device)).eval()
+    return compared
 
 
 def features(
     encoder: Callable[[Tensor], Tensor], data: Images, config: Config, device: torch.device
 ) -> Tensor:
-    """h of every image, or whatever `encoder` computes: float32 (N, D), labelled by labels_read.
+    """h of every image, or what `encoder` computes: float32 (N, D).
 
-    Raises InputError if it is not finite, as after a training that diverged.
+    Rows of images that cannot be read are NaN (see utils.rows_read). Raises InputError if an
+    output for another image is not finite, as after a training that diverged.
     """
     workers = utils.worker_count(config.workers)
-    found = utils.embed(encoder, data, config.image_size, device, config.precision, workers=workers)
-    if not found.isfinite().all():
-        raise InputError(f"what the network computes of some images is not finite. {REMEDIES}")
-    return found
+    return utils.embed(encoder, data, config.image_size, device, config.precision, workers=workers)
+
+
+def labelled_features(
+    encoder: Callable[[Tensor], Tensor], data: Images, config: Config, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """features() of the images that can be read, float32 (M, D), and their labels, int64 (M,)."""
+    x = features(encoder, data, config, device)
+    read = utils.rows_read(x)
+    return x[read], data.labels[read]
 
 
 def knn_accuracy(
     encoder: Callable[[Tensor], Tensor], data: Data, config: Config, device: torch.device
 ) -> float:
     """Test accuracy in [0, 1] of k = 10 nearest neighbours by cosine among the training images."""
-    return knn_of(
-        *(features(encoder, part, config, device) for part in (data.train, data.test)), data
-    )
+    train, test = (labelled_features(encoder, x, config, device) for x in (data.train, data.test))
+    return knn_of(*train, *test, len(data.train.classes))
 
 
-def knn_of(train: Tensor, test: Tensor, data: Data) -> float:
-    """knn_accuracy() of features (N, D), (M, D). Several processes classify a share each."""
-    mine, classes = utils.shard_indices(len(test)).to(test.device), len(data.train.classes)
-    labels = data.train.labels_read
-    predicted = utils.knn_predict(train, labels, test[mine], classes, KNN_NEIGHBOURS)
-    return utils.accuracy(utils.all_gather_rows(predicted, len(test)), data.test.labels_read)
+def knn_of(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, classes: int) -> float:
+    """knn_accuracy() of features (N, D), (M, D) and labels. Each rank classifies its shard."""
+    shard = utils.shard_indices(len(x_test)).to(x.device)
+    predicted = utils.knn_predict(x, y, x_test[shard], classes, KNN_NEIGHBOURS)
+    return utils.accuracy(utils.all_gather_rows(predicted, len(x_test)), y_test)
 
 
 def evaluate(model: SimCLR, data: Data, config: Config, device: torch.device) -> dict[str, dict]:
     """Raw pixels, the same encoder untrained, and h, on the test split; accuracies in [0, 1].
 
-    Returns knn, linear_10 (mean over draws of 10 labels per class), linear_10_std and linear_all,
-    each with keys pixels, untrained, simclr.
+    Returns for each of SCORES a dict with the keys pixels, untrained, simclr. linear_all is the
+    linear evaluation with all labels, as in load_simCLR.py. linear_10 is the mean over LABEL_DRAWS
+    draws of 10 labels a class, too few to choose the l2 penalty by (C = 1), linear_10_std their
+    standard deviation.
     """
-    results: dict[str, dict] = {
-        key: {} for key in ("knn", "linear_10", "linear_10_std", "linear_all")
-    }
+    results: dict[str, dict] = {score: {} for score in SCORES}
     classes = len(data.train.classes)
-    compared = encoders(model, config, device)
+    compared = encoders(model.encoder, make_model(config).encoder, device)
     for name in FINAL_TABLE:
-        encoder = compared[name]
-        x, x_test = (features(encoder, part, config, device) for part in (data.train, data.test))
-        y, y_test = data.train.labels_read, data.test.labels_read
-        results["knn"][name] = knn_of(x, x_test, data)
+        x, y = labelled_features(compared[name], data.train, config, device)
+        x_test, y_test = labelled_features(compared[name], data.test, config, device)
+        knn = knn_of(x, y, x_test, y_test, classes)
+        classifier = utils.fit_linear_classifier(x, y, classes)
+        every = utils.accuracy(classifier(x_test).argmax(1), y_test)
         x, x_test = utils.standardize(x, x_test)  # the l2 penalty means the same for all three
         few = []
         for draw in range(LABEL_DRAWS):
             seed = utils.derive_seed(config.seed, LABELS, draw)
-            per_class = utils.class_balanced_order(y.cpu().numpy(), seed)
-            rows = torch.cat([torch.from_numpy(r[:LABELS_PER_CLASS]) for r in per_class]).to(device)
+            of_classes = utils.class_balanced_order(y.cpu().numpy(), seed)
+            rows = np.concatenate([order[:LABELS_PER_CLASS] for order in of_classes])
             few.append(utils.linear_accuracy(x[rows], y[rows], x_test, y_test, classes))
-        spread = torch.tensor(few, dtype=torch.float64)
-        results["linear_10"][name] = spread.mean().item()
-        results["linear_10_std"][name] = spread.std().item()
-        results["linear_all"][name] = utils.linear_accuracy(x, y, x_test, y_test, classes)
+        values = knn, np.mean(few).item(), np.std(few, ddof=1).item(), every
+        for score, value in zip(SCORES, values, strict=True):
+            results[score][name] = value
     return results
 
 
 def results_table(results: dict[str, dict], images: int) -> str:
-    """What evaluate() found, for people."""
-    lines = [
-        f"{f'{images:,} test images':22} {'kNN (k=10)':>11} "
-        f"{'10 labels a class':>19} {'all labels':>11}"
-    ]
+    """The results of evaluate() on so many test images, as text."""
+    line = "{:22} {:>13} {:>19} {:>19}".format
+    titles = "kNN (k=10)", "10 labels a class", "linear, all labels"
+    lines = [line(f"{images:,} test images", *titles)]
     for key in FINAL_TABLE:
-        name = REPRESENTATIONS[key]
-        few = f"{100 * results['linear_10'][key]:.1f} ± {100 * results['linear_10_std'][key]:.1f} %"
-        lines.append(
-            f"{name:22} {100 * results['knn'][key]:9.1f} % {few:>19} "
-            f"{100 * results['linear_all'][key]:9.1f} %"
-        )
+        knn, few, std, every = (results[score][key] for score in SCORES)
+        cells = [(knn, images), (few, images, std), (every, images)]
+        lines.append(line(REPRESENTATIONS[key], *(utils.accuracy_text(*cell) for cell in cells)))
+    if images < utils.FEW_IMAGES:
+        lines.append(f"±: sampling error of {images:,} images, and spread over draws of 10 labels")
     return "\n".join(lines)
 
 
 def draw_training(
-    log: Sequence[dict], chance: float, baselines: dict[str, float] | None = None
+    log: Sequence[dict], size: int, baselines: dict[str, float] | None = None
 ) -> Any:
     """The training curves as a matplotlib Figure: loss, contrastive accuracy, kNN, learning rate.
 
-    log: rows of log.jsonl. chance: ln(2N - 1), the loss when all projections are equal.
-    baselines: kNN accuracy in [0, 1] of "pixels" and "untrained", when they have been measured.
+    log: rows of log.jsonl. size: N, images a step. baselines: kNN accuracy in [0, 1] of "pixels"
+    and "untrained", when they have been measured.
     """
     from matplotlib.figure import Figure  # late: half a second that not every import needs
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7.2, 4.8), layout="constrained")
-    axes = figure.subplots(2, 2, sharex=True)
-    epochs = [row["epoch"] for row in log]
-    marker = "." if len(log) < 20 else ""
-
-    loss, guess, knn, rate = axes.flat
-    loss.plot(epochs, [row["loss"] for row in log], color="C0", marker=marker)
-    loss.axhline(chance, color="0.4", linestyle="--", linewidth=1)
-    loss.annotate(
-        f"chance, ln(2N − 1) = {chance:.2f}", (0.98, chance), (0, -3), color="0.3", fontsize=8,
-        xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", va="top",
-    )  # fmt: skip
-    top = max([chance, *(row["loss"] for row in log)])  # a bad start may lie above chance
-    loss.set(title="NT-Xent loss", ylabel="nats", ylim=(0, top * 1.05))
-
-    guess.plot(epochs, [100 * r["contrastive_accuracy"] for r in log], color="C1", marker=marker)
-    guess.axhline(100 / math.exp(chance), color="0.4", linestyle="--", linewidth=1)
-    guess.set(title="Views that find their partner", ylabel="%", ylim=(0, 100))
-
-    measured = [row for row in log if "knn" in row]
-    knn.plot(
-        [row["epoch"] for row in measured], [100 * row["knn"] for row in measured],
-        color="C2", marker="o", markersize=3,
-    )  # fmt: skip
-    knn.set(title="kNN accuracy of h (k = 10, cosine)", ylabel="% of test images", xlabel="epoch")
-    for (key, value), style in zip((baselines or {}).items(), ("--", ":"), strict=False):
-        knn.axhline(100 * value, color="0.4", linestyle=style, label=REPRESENTATIONS[key])
-    if baselines:
-        knn.legend(fontsize=8, loc="best")
-    if not measured:
-        knn.text(0.5, 0.5, "not measured", ha="center", transform=knn.transAxes, color="0.4")
-
-    rate.plot(epochs, [row["lr"] for row in log], color="C3", marker=marker)
-    rate.set(title="Learning rate", xlabel="epoch", ylim=(0, None))
-    rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-    for axis in axes.flat:
+    loss, guess, knn, rate = axes = figure.subplots(2, 2, sharex=True).ravel()
+    for i, (axis, (key, title, unit, scale)) in enumerate(zip(axes, PANELS, strict=True)):
+        rows = [row for row in log if key in row]
+        epochs, values = [row["epoch"] for row in rows], [scale * row[key] for row in rows]
+        axis.plot(epochs, values, color=f"C{i}", marker="." if len(rows) < 20 else "")
+        axis.set(title=title, ylabel=unit)
         axis.grid(color="0.9")
         axis.spines[["top", "right"]].set_visible(False)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    figure.supxlabel("epoch", fontsize="medium")
+
+    grey, chance = dict(color="0.4", linewidth=1), math.log(2 * size - 1)  # when all z are equal
+    loss.axhline(chance, **grey, linestyle="--", label=f"chance, ln(2N − 1) = {chance:.2f}")
+    loss.set_ylim(0, 1.05 * max([chance, *(row["loss"] for row in log)]))
+    guess.axhline(100 / (2 * size - 1), **grey, linestyle="--", label="chance, 1 / (2N − 1)")
+    guess.set_ylim(0, 100)
+    for (key, value), style in zip((baselines or {}).items(), ("--", ":"), strict=False):
+        knn.axhline(100 * value, **grey, linestyle=style, label=REPRESENTATIONS[key])
+    rate.set_ylim(0, None)
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    for axis in (loss, guess, *[knn] * bool(baselines)):
+        axis.legend(fontsize=8)  # where it hides no curve
+    if not any("knn" in row for row in log):
+        knn.set_yticks([])
+        knn.text(0.5, 0.5, "not measured", ha="center", transform=knn.transAxes, color="0.4")
     return figure
-
-
-FIGURE = "loss_plot.png"
-
-
-class FigureKeeper:
-    """Redraws loss_plot.png as a run trains, spending a small share of the time on it."""
-
-    SHARE = 0.01  # of the run's time, at most
-
-    def __init__(self, config: Config, batch_size: int) -> None:
-        self.path = config.figure_folder / FIGURE
-        self.chance = math.log(2 * batch_size - 1)
-        self._next = time.perf_counter()
-
-    @property
-    def due(self) -> bool:
-        return utils.is_main_process() and time.perf_counter() >= self._next
-
-    def draw(self, log: Sequence[dict], baselines: dict[str, float] | None = None) -> None:
-        started = time.perf_counter()
-        try:
-            utils.save_figure(draw_training(log, self.chance, baselines), self.path)
-        finally:  # where it cannot be written it takes no larger share
-            now = time.perf_counter()
-            self._next = now + (now - started) / self.SHARE
 
 
 # ------------------------------------------------------------- learning from labels (Appendix B.5)
 
 
 def geometric_augment(config: Config) -> Augment:
-    """Crops, flips and rotations of the recipe without its colours (B.5: crops and flips).
-
-    A classifier learns from views of the size that it is tested on.
-    """
+    """The recipe's crops, flips and rotations without its colours (B.5), at the size of testing."""
     plain = dataclasses.replace(config, view_size=0, jitter_p=0.0, gray_p=0.0, blur_p=0.0)
     return make_augment(plain)
 
 
 def labelled_batches(
-    data: Images,
-    rows: Tensor,
-    augment: Augment,
-    batch_size: int,
-    steps: int,
-    key: tuple[int, ...],
-    device: torch.device,
-    workers: int = 0,
-) -> Iterator[tuple[Tensor, Tensor]]:
+    data: Images, rows: Tensor, augment: Augment, batch_size: int, steps: int,
+    key: tuple[int, ...], device: torch.device, workers: int = 0,
+) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """`steps` batches of augmented images, float32 (B, 3, S, S), and their labels, int64 (B,).
 
-    rows: int64 (M,), which images of `data`; they are gone through in a new order each time, in
-    equal batches of at most batch_size. key: the stream that order and views follow from.
+    rows: int64 (M,), which images of `data`. Each pass over them has a new order and equal
+    batches of at most batch_size. key: the stream that order and views follow from.
     """
-    parts = math.ceil(len(rows) / batch_size)  # batches a pass
-    size = len(rows) // parts
+    count = math.ceil(len(rows) / batch_size)  # batches a pass
+    size = len(rows) // count
     orders = [
         torch.randperm(len(rows), generator=utils.generator("cpu", *key, SHUFFLE, i))
-        for i in range(math.ceil(steps / parts))
+        for i in range(math.ceil(steps / count))
     ]
-    chosen = torch.stack([rows.cpu()[order[: size * parts]] for order in orders])
+    chosen = torch.stack([rows.cpu()[order[: size * count]] for order in orders])
     batches = chosen.view(-1, size)[:steps]  # (steps, B)
-    keys = ((*key, VIEWS, step) for step in range(steps))
+    keys = [(*key, VIEWS, step) for step in range(steps)]
     images = augmented_batches(data, batches, keys, augment, 1, device, workers)
     for x, chosen_rows in zip(images, batches.to(device), strict=True):
         yield x.contiguous(memory_format=torch.channels_last), data.labels[chosen_rows]
 
 
-@dataclass
-class LabelTraining:
-    """How a network is trained on labels; the defaults are Appendix B.5's.
-
-    The paper's smallest label set, 1 % of ImageNet, gives a dozen steps an epoch and 750 in all.
-    Sets that are much smaller would be left untrained after so many epochs of a step or two: their
-    batches are cut to a twelfth of them, but not below 64, and they get at least min_steps.
-    """
-
-    epochs: int = 60
-    batch_size: int = 1024
-    lr: float = 0.05  # of a batch of 256
-    momentum: float = 0.9  # Nesterov's
-    weight_decay: float = 0.0
-    min_steps: int = 200
-
-    def batch(self, n: int) -> int:
-        """Images a step for n labelled images."""
-        return min(n, self.batch_size, max(64, n // 12))
-
-    def steps(self, n: int) -> int:
-        """Steps in all for n labelled images."""
-        return max(self.min_steps, self.epochs * math.ceil(n / self.batch(n)))
-
-
-def train_on_labels(
-    network: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    steps: int,
-    peak: float,
-    how: LabelTraining,
-    precision: str,
-    after_step: Callable[[], Any] = lambda: None,
-) -> None:
-    """SGD with Nesterov momentum on the cross-entropy of all of `network`, cosine decay.
-
-    network: (B, …) -> logits (B, K), in the mode in which it is given. batches: as many as steps
-    of (input, int64 labels (B,)). peak: the first learning rate.
-    """
-    device = next(network.parameters()).device
-    optimizer = torch.optim.SGD(
-        network.parameters(), peak, how.momentum, weight_decay=how.weight_decay, nesterov=True
-    )
-    for step, (inputs, labels) in enumerate(batches):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, 0, peak)
-        with utils.autocast(device, precision):
-            logits = network(inputs)
-        F.cross_entropy(logits.float(), labels).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        after_step()
-
-
 def fine_tune(
-    encoder: nn.Module,
-    data: Images,
-    rows: Tensor,
-    augment: Augment,
-    how: LabelTraining,
-    config: Config,
-    device: torch.device,
-    seed: int = 0,
+    encoder: nn.Module, data: Images, rows: Tensor, augment: Augment, training: LabelTraining,
+    config: Config, device: torch.device, seed: int = 0,
     after_step: Callable[[], Any] = lambda: None,
-) -> nn.Sequential:
+) -> nn.Sequential:  # fmt: skip
     """A copy of the encoder with a linear classifier on it, trained as a whole (Appendix B.5).
 
-    encoder: images -> features (B, encoder.feature_dim), in any state; it is left as it is, and an
-    untrained one makes this training from scratch. data: labelled; rows: int64 (M,), which of its
-    images to learn from. Returns images -> logits, in eval mode.
+    encoder: images -> features (B, encoder.feature_dim); it is not changed, and an untrained one
+    makes this training from scratch. data: labelled; rows: int64 (M,), which of its images to
+    learn from. Returns images -> logits, in eval mode.
     """
-    classifier = zero_classifier(encoder.feature_dim, len(data.classes))
+    classifier = utils.zero_classifier(encoder.feature_dim, len(data.classes))
     network = nn.Sequential(copy.deepcopy(encoder), classifier).to(device)
     network.requires_grad_(True).train()
-    steps = how.steps(len(rows))
+    size, steps = training.batch(len(rows)), training.steps(len(rows))
     key = (config.seed, LABELS, seed)
-    size = how.batch(len(rows))
     workers = utils.worker_count(config.workers)
     batches = labelled_batches(data, rows, augment, size, steps, key, device, workers)
-    train_on_labels(network, batches, steps, how.lr * size / 256, how, config.precision, after_step)
+    peak = training.lr * size / 256
+    utils.train_on_labels(network, batches, steps, peak, training, config.precision, after_step)
     return network.eval()
-
-
-def zero_classifier(dim: int, classes: int) -> nn.Linear:
-    """A linear layer of zeros: all classes alike at first, and no dependence on a seed."""
-    layer = nn.Linear(dim, classes)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
 
 
 # ------------------------------------------------------------------------------ the command line
@@ -2256,20 +1776,20 @@ FIELD_GROUPS = {  # the first field of each group in --help
     "temperature": "loss and optimiser (Section 2)",
     "seed": "the run",
 }
+SUMMARY = "summary.json"
+SHEET = (8, 8)  # images, and views of each, that --show-views draws
+LARGEST_TILE = 256  # px: more than the figure shows
 
 
 def describe_recipes() -> str:
     """The recipes for --help, a paragraph each."""
     paragraphs = [
-        "recipes (they override the defaults above, and flags override them; the warm-up of a\n"
-        f"recipe is cut to {SHORT_WARMUP:.0%} of the epochs of a run that is made shorter):"
+        "recipes (they override the defaults above, and flags override them; where --epochs makes\n"
+        f"a run shorter, its warm-up is at most {SHORT_WARMUP:.0%} of it):"
     ]
-    for name, overrides in RECIPES.items():
-        flags = " ".join(
-            flag(key) if value is True else f"{flag(key)} {value}"
-            for key, value in overrides.items()
-        )
-        text = textwrap.fill(flags, 90, break_on_hyphens=False)
+    for name, recipe in RECIPES.items():
+        words = [flag(key) + f" {value}" * (value is not True) for key, value in recipe.items()]
+        text = textwrap.fill(" ".join(words), 90, break_on_hyphens=False)
         paragraphs.append(f"  {name}:\n{textwrap.indent(text, '      ')}")
     return "\n".join(paragraphs)
 
@@ -2282,37 +1802,19 @@ def parse_command_line(argv: Sequence[str] | None = None) -> tuple[Config, bool,
         description=__doc__,
         epilog=describe_recipes(),
     )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="start anew, replacing a run of the same name"
-    )
-    parser.add_argument(
-        "--show-views", metavar="FILE", default="",
-        help="draw what the augmentation makes of some images, to FILE.png, and do not train",
-    )  # fmt: skip
+    add, views = parser.add_argument, "draw augmented views of some images, and do not train"
+    add("--overwrite", action="store_true", help="delete a run of the same name, and start anew")
+    add("--show-views", metavar="FILE.png", default="", help=views)
     utils.add_flags(parser, Config, FIELD_GROUPS)
     options = vars(parser.parse_args(argv))
     overwrite, views_file = options.pop("overwrite"), options.pop("show_views")
     return make_config(**options), overwrite, views_file
 
 
-def describe_config(config: Config) -> str:
-    """The resolved configuration, a line a group."""
-    lines: list[str] = []
-    for field in dataclasses.fields(config):
-        if field.name in FIELD_GROUPS:
-            lines.append("")
-        lines[-1] += f"{field.name}={getattr(config, field.name)} "
-    return "\n".join(textwrap.fill(x, 100, subsequent_indent="  ") for x in lines)
-
-
-SHEET = (8, 8)  # images and views of each that --show-views draws
-LARGEST_TILE = 256  # px: more than the figure shows
-
-
 def draw_views(config: Config, data: Images, device: torch.device) -> Any:
-    """Some images and, beside each, views as they are trained on: a matplotlib Figure.
+    """Some images, and views of each as in pre-training beside it: a matplotlib Figure.
 
-    config: resolved. data: what is trained on. Which images and views follows from config.seed.
+    config: resolved. data: the images to learn from. config.seed decides images and views.
     """
     from matplotlib.figure import Figure
 
@@ -2320,60 +1822,29 @@ def draw_views(config: Config, data: Images, device: torch.device) -> Any:
     random = utils.generator("cpu", config.seed, SHUFFLE)
     rows = torch.randperm(len(data), generator=random)[:count]
     originals = next(utils.subset(data, rows).batches(config.view_side, count, device))
-    key = (config.seed, VIEWS)
-    batches = augmented_batches(data, rows[None], [key], make_augment(config), views, device, 0)
-    drawn = next(batches).unflatten(0, (views, count)).transpose(0, 1)  # (N, views, 3, S, S)
-    tiles = utils.to_uint8(torch.cat([originals[:, None], drawn], 1)).cpu()
-    picture = utils.mosaic(tiles, gap=max(1, config.view_side // 16))
+    key, augment = (config.seed, VIEWS), make_augment(config)
+    drawn = next(augmented_batches(data, rows[None], [key], augment, views, device))
+    tiles = torch.stack([originals, *drawn.split(count)], 1)  # (N, 1 + views, 3, S, S)
+    picture = utils.mosaic(utils.to_uint8(tiles), gap=max(1, config.view_side // 16))
 
-    width, margin, heading = 9, 0.05, 0.35  # inches
-    height = (width - 2 * margin) * picture.shape[0] / picture.shape[1]
-    figure = Figure(figsize=(width, height + margin + heading))
+    figure = Figure(figsize=(9, 9 * picture.shape[0] / picture.shape[1]), layout="constrained")
     axes = figure.subplots()
     axes.imshow(picture, interpolation="nearest")
-    step = picture.shape[1] / (views + 1)
-    axes.set_xticks([step * (i + 0.5) for i in range(views + 1)])
-    axes.set_xticklabels(["image", *(f"view {i + 1}" for i in range(views))])
-    axes.set_yticks([])
-    axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
-    axes.spines[:].set_visible(False)
-    right, top = 1 - margin / width, 1 - heading / figure.get_figheight()
-    figure.subplots_adjust(margin / width, margin / figure.get_figheight(), right, top)
+    axes.set_title("images, and beside each its views", fontsize="medium", loc="left")
+    axes.set_axis_off()
     return figure
 
 
 def show_views(config: Config, file: Path) -> None:
     """What `python simclr.py --show-views FILE` does."""
     device = utils.choose_device(config.device)
-    data = utils.load_images(config.dataset, "pretrain", config.data_dir).to(device)
-    if not len(data):
-        raise InputError("there are no images to show")
+    data = utils.load_images(
+        config.dataset, "pretrain", config.data_dir, grey_range=config.range
+    ).to(device)
     config = resolve(config, data, device)
     config.view_size = min(config.view_side, LARGEST_TILE)
     utils.save_figure(draw_views(config, data, device), file)
     print(f"views of {config.dataset} by the recipe {config.recipe}: {file}")
-
-
-def finished_summary(config: Config, data: Data) -> dict | None:
-    """The summary of the run if it is complete. InputError if it is another configuration's."""
-    file, images = config.folder / SUMMARY, len(data.pretrain)
-    try:
-        summary = json.loads(file.read_bytes())
-        record = {"images": images, **summary}
-        check_same_run(record, config, images, utils.files_digest(data.pretrain))
-        if "knn" in summary:
-            results_table(summary, len(data.test))  # has all that is shown of it
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except InputError:
-        raise
-    except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{file} is damaged ({error}); delete it, and the run is evaluated again"
-        ) from error
-    return summary
 
 
 def run(config: Config, overwrite: bool = False) -> dict:
@@ -2381,155 +1852,143 @@ def run(config: Config, overwrite: bool = False) -> dict:
 
     Raises InputError, also if another process works on the run, and Interrupted.
     """
+    clock = utils.Clock()
     device = utils.choose_device(config.device)
     with utils.process_group(device):
-        return run_on(
-            config, device, overwrite and not utils.broadcast_from_rank0(utils.marked, OVERWRITTEN)
-        )
-
-
-def run_on(config: Config, device: torch.device, overwrite: bool) -> dict:
-    """run() on a device, in one process or in several that work together."""
-    data = load_data(config, device)
-    as_given, config = config, resolve(config, data.pretrain, device)
-    check_same_on_all_ranks(config, data)
-    print(describe_config(config))
-    summary = None if overwrite else utils.broadcast_from_rank0(finished_summary, config, data)
-    if summary is not None:
-        print(f"\n{config.folder} is finished; --overwrite trains it again")
-        if "knn" in summary:
-            print(results_table(summary, len(data.test)))
+        data = load_data(config, device)
+        config = resolve(config, data.pretrain, device)
+        check_same_on_all_ranks(config, data)
+        print(describe_run(config, data, device))
+        if config.stop_at_knn and not data.labelled:
+            raise InputError("--stop-at-knn: there are no labels to measure it by")
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        overwrite = overwrite and not restarted  # by torchrun: the new run has begun already
+        summary = None if overwrite else utils.broadcast_from_rank0(read_summary, config, data)
+        if summary:
+            print(f"{config.folder} is finished; --overwrite trains it again")
+            print_summary(summary, config, data)
+            return summary
+        utils.cache_pixels(data.pretrain, config.cache)
+        utils.make_folder(config.figure_folder)
+        with utils.run_lock(config.folder):
+            if overwrite:
+                utils.RunFolder(config.folder).delete(SUMMARY)
+            try:
+                model = train(config, data, device, clock=clock)
+            except RuntimeError as error:
+                if not utils.is_out_of_memory(error):
+                    raise
+                raise InputError(
+                    f"{device} has too little memory for a step: try a smaller --micro-batch (it "
+                    "divides the batch), --batch-size, --view-size or --width"
+                ) from error
+            results = evaluate(model, data, config, device) if data.labelled else {}
+            clock.lap("evaluation")
+            summary = utils.broadcast_from_rank0(write_summary, config, data, model, results, clock)
+        print_summary(summary, config, data)
         return summary
-    processes = utils.world_size()
-    where = device if processes == 1 else f"{processes} processes on {device.type}"
-    print(
-        f"\n{describe_data(data)}\n"
-        f"on {where} in {config.precision}; files in {config.folder}, "
-        f"figure in {config.figure_folder}"
-    )
-
-    utils.cache_pixels(data.pretrain, config.cache)
-    with run_lock(config):
-        summary = train_and_evaluate(config, data, device, overwrite)
-    if "knn" in summary:
-        print("\n" + results_table(summary, len(data.test)))
-    else:
-        print("\nNo labelled test images, so the representation was not evaluated")
-    print(
-        f"\n{summary['epochs']} of {config.epochs} epochs: {summary['training_seconds']:.0f} s of "
-        f"training, {summary['views_per_second']:,.0f} views/s; "
-        f"{summary['monitoring_seconds']:.0f} s of monitoring kNN; "
-        f"{summary['seconds']:.0f} s with the evaluation\n"
-        f"curves        {config.figure_folder / FIGURE}\n"
-        f"weights, log  {config.folder}\n"
-        f"{next_steps(as_given)}"
-    )
-    return summary
 
 
 def check_same_on_all_ranks(config: Config, data: Data) -> None:
-    """Raise InputError if processes that are to work together have other settings or images."""
-    facts = {
-        flag(f.name): getattr(config, f.name)
-        for f in dataclasses.fields(config)
-        if f.metadata["identity"] or f.name in ("run", "max_bad", "compile")
-    }
-    for split in ("pretrain", "train", "test"):
+    """Raise InputError if the ranks have other settings or images than rank 0."""
+    facts = {flag(name): value for name, value in dataclasses.asdict(config).items()}
+    del facts[flag("data_dir")]  # each machine may keep the images in a place of its own
+    for split in utils.SPLITS:
         part = getattr(data, split)
         facts[f"images ({split})"] = (len(part), utils.files_digest(part))
     utils.check_same_on_all_ranks(facts)
 
 
-def train_and_evaluate(config: Config, data: Data, device: torch.device, overwrite: bool) -> dict:
-    """Pre-train, evaluate, draw the last figure and write the summary, which is returned."""
-    model = pretrain(config, data, device, overwrite=overwrite)
-    started = time.perf_counter()
-    results = evaluate(model, data, config, device) if data.labelled else {}
-    return utils.broadcast_from_rank0(write_summary, config, data, model, results, started)
+def describe_run(config: Config, data: Data, device: torch.device) -> str:
+    """What a run learns from, how and where. All its settings are in config.json."""
+    n, ranks = len(data.pretrain), utils.world_size()
+    size, steps = batch_count(config, n)
+    batch = f"{size} images a step" + " (all of them)" * (size < config.batch_size)
+    rest = f"; each epoch leaves out {n - size * steps} at random" * (n > size * steps)
+    where = device if ranks == 1 else f"{ranks} processes on {device.type}"
+    return (
+        f"{utils.describe_data(data)}\n"
+        f"recipe {config.recipe}: {config.arch}, {batch}, {config.epochs} epochs of {steps} "
+        f"steps{rest}\n"
+        f"on {where} in {config.precision}; files in {config.folder}, "
+        f"figure in {config.figure_folder}"
+    )
+
+
+def read_summary(config: Config, data: Data) -> dict | None:
+    """The summary of the run if it is complete. Raises InputError if the run has other settings."""
+    try:
+        summary = json.loads((config.folder / SUMMARY).read_bytes())
+    except (OSError, ValueError):  # missing, or damaged: then the run is evaluated again
+        return None
+    check_same_run(summary, config, data)
+    return summary
 
 
 def write_summary(
-    config: Config, data: Data, model: SimCLR, results: dict[str, dict], started: float
+    config: Config, data: Data, model: SimCLR, results: dict[str, dict], clock: utils.Clock
 ) -> dict:
-    """The summary, and the last figure, of a trained model. started: when its evaluation did."""
-    log = utils.read_jsonl(config.folder / "log.jsonl")
-    training = sum(row["seconds"] for row in log)
-    monitoring = sum(row.get("knn_seconds", 0) for row in log)
+    """The last figure and the summary of a trained and evaluated model."""
+    log = utils.read_jsonl(config.folder / utils.LOG)
     size, steps = batch_count(config, len(data.pretrain))
+    baselines = {key: results["knn"][key] for key in ("pixels", "untrained")} if results else None
+    figure = draw_training(log, size, baselines)
+    utils.warn_on_failure(utils.save_figure, figure, config.figure_folder / FIGURE)
+    clock.lap("drawing")
+    training = sum(row["seconds"] for row in log)
     summary = {
         "config": dataclasses.asdict(config),
         "images": len(data.pretrain),
-        "files": utils.files_digest(data.pretrain),
+        "files": data.files,
         "parameters": sum(p.numel() for p in model.encoder.parameters()),
         "loss": log[-1]["loss"],
         **results,
         "epochs": len(log),
         "views_per_second": 2 * size * steps * len(log) / max(training, 1e-3),
-        "training_seconds": training,
-        "monitoring_seconds": monitoring,
-        "seconds": training + monitoring + time.perf_counter() - started,
+        **clock.seconds(),
     }
-    baselines = {key: results["knn"][key] for key in ("pixels", "untrained")} if results else None
-    try:
-        FigureKeeper(config, size).draw(log, baselines)
-    except InputError:  # which costs no result
-        utils.write_json(config.folder / SUMMARY, summary)
-        raise
-    utils.write_json(config.folder / SUMMARY, summary)  # last: where it is, the run is finished
+    utils.write_json(config.folder / SUMMARY, summary)
     return summary
 
 
-def next_steps(config: Config) -> str:
-    """Commands to try after a run. config: as it was given, before resolve()."""
-    seed, run = config.seed + 1, str(config.folder)
-    name = f"{config.run.removesuffix(f'_seed{config.seed}')}_seed{seed}"
-    steps = {
-        "what it is worth": ["load_simCLR.py", run],
-        "see it": ["tSNE.py", run],
-        "another seed": ["simclr.py", *flags_of(dataclasses.replace(config, seed=seed, run=name))],
-        "CIFAR-10, on a GPU": ["simclr.py", "--dataset", "cifar10"],
-        "your own images": ["simclr.py", "--dataset", "folder", "--data-dir", "PHOTOS"],
-        "every setting": ["simclr.py", "--help"],
-    }
-    here = Path(__file__).parent
-    lines = [
-        f"  {what:18}  {utils.python_command(utils.from_here(here / script), *flags)}"
-        for what, (script, *flags) in steps.items()
-    ]
-    return "\n".join(["\nnext:", *lines])
-
-
-def flags_of(config: Config) -> list[str]:
-    """The flags that give a configuration; resolve() has not been there yet."""
-    plain = make_config(dataset=config.dataset, recipe=config.recipe, epochs=config.epochs)
-    plain.dataset, plain.recipe = Config.dataset, DATASET_RECIPE[config.dataset]
-    plain.epochs = RECIPES[config.recipe].get("epochs", Config.epochs)
-    flags: list[str] = []
-    for name, value in dataclasses.asdict(config).items():
-        if value == getattr(plain, name):
-            continue
-        if isinstance(value, bool):
-            flags.append(flag(name if value else f"no_{name}"))
-        else:
-            flags += [flag(name), str(value)]
-    return flags
+def print_summary(summary: dict, config: Config, data: Data) -> None:
+    """The results of a run, where its files are, and commands to try next."""
+    load, see, again = (
+        utils.python_command(utils.from_here(Path(__file__).with_name(script)))
+        for script in ("load_simCLR.py", "tSNE.py", "simclr.py")
+    )
+    table, labels = "No labelled test images: h was not evaluated", " --data-dir LABELLED_IMAGES"
+    if "knn" in summary:
+        table, labels = results_table(summary, len(data.test)), ""
+    times = {name: summary.get(f"{part}_seconds", 0.0) for part, name in TIMED.items()}
+    print(
+        f"\n{table}\n"
+        f"\n{summary['epochs']} of {config.epochs} epochs at {summary['views_per_second']:,.0f} "
+        f"views/s in {sum(times.values()):.1f} s: "
+        f"{', '.join(f'{name} {seconds:.1f}' for name, seconds in times.items())}\n"
+        f"curves        {config.figure_folder / FIGURE}\n"
+        f"weights, log  {config.folder}\n"
+        "\nnext:\n"
+        f"  evaluate it         {load} {config.folder}{labels}\n"
+        f"  see it              {see} {config.folder}\n"
+        f"  CIFAR-10, on a GPU  {again} --dataset cifar10\n"
+        f"  your own images     {again} --dataset folder --data-dir PHOTOS\n"
+        f"  every setting       {again} --help"
+    )
 
 
 @utils.command("simclr.py")
 def main(argv: Sequence[str] | None = None) -> None:
+    config, overwrite, views_file = parse_command_line(argv)
+    if views_file:
+        return show_views(config, Path(views_file))
     try:
-        config, overwrite, views_file = parse_command_line(argv)
-        with utils.InterruptedBySignals():
-            if views_file:
-                if utils.rank_info().rank == 0:
-                    show_views(config, Path(views_file))
-            else:
-                run(config, overwrite)
+        run(config, overwrite)
     except Interrupted as stop:
-        given = [sys.argv[0], *(word for word in sys.argv[1:] if word != "--overwrite")]
-        alone = argv is None and utils.rank_info().size == 1
-        command = utils.python_command(*given) if alone else "the same call"
-        if utils.rank_info().rank == 0:
+        info, words = utils.rank_info(), [word for word in sys.argv if word != "--overwrite"]
+        single = argv is None and info.size == 1
+        command = utils.python_command(*words) if single else "the same command"
+        if info.rank == 0:
             print(f"\nstopped and saved; continue with: {command}", file=sys.stderr)
         raise SystemExit(128 + stop.signal) from None
 

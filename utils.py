@@ -1,8 +1,9 @@
 """What the scripts share and what has no SimCLR in it.
 
-Reading order: errors · command lines · randomness · files · signals · devices · several processes ·
-data sets · embedding · classifiers on embeddings · pictures · progress. Everything takes tensors,
-modules and paths; nothing here knows a configuration.
+Reading order: errors · command lines · randomness · files · checkpoints · signals · devices ·
+several processes · weights of other projects · data sets · embedding · classifiers on embeddings ·
+learning from labels · pictures · progress. Everything takes tensors, modules and paths; nothing
+here knows a Config.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import collections
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import functools
 import hashlib
 import inspect
@@ -20,149 +22,189 @@ import io
 import itertools
 import json
 import math
+import mmap
+import multiprocessing
 import os
-import pickletools
-import platform
 import re
 import shlex
 import shutil
 import signal
 import stat
 import sys
-import tarfile
+import tempfile
 import threading
 import time
+import traceback
+import unicodedata
 import warnings
-import weakref
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any, BinaryIO, ClassVar, NoReturn
+from typing import IO, Any, ClassVar, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets as tv_datasets
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-try:
-    from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:  # deprecated since torchvision 0.29; PIL does it, too, somewhat slower
-    decode_jpeg = None
-
 # ---------------------------------------------------------------------------------------- errors
+
+LONGEST_MESSAGE = 2000  # characters
 
 
 class InputError(ValueError):
     """Something the user can put right: reported as one line on stderr with exit code 2."""
 
 
-LONGEST_MESSAGE = 2000  # characters
-
-
-def exit_with_error(program: str, error: BaseException) -> NoReturn:
-    """Print `program: error: …` as a single line on stderr and leave with exit code 2.
-
-    Of several processes (see Processes) only the first that fails says why.
-    """
-    if first_to_fail():
-        message = one_line(str(error), LONGEST_MESSAGE)
-        print(f"{program}: error: {message}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(1)  # as soon as one ends, torchrun ends the others: let that one speak first
+def exit_with_error(program: str, error: InputError | str) -> NoReturn:
+    """Print `program: error: …` as a single line on stderr and leave with exit code 2."""
+    if rank_info().rank:
+        time.sleep(1)  # if rank 0 has the same error, it prints it, and torchrun ends this rank
+    message = one_line(str(error), LONGEST_MESSAGE)
+    print(f"{program}: error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
 def one_line(text: str, most: int) -> str:
-    """`text` in a line that no terminal takes for a command, of at most `most` characters."""
+    """`text` as one line of at most `most` characters, control characters escaped."""
     text = " ".join(text[: 2 * most].split())
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
+def shown(value: Any) -> str:
+    """A value of any size as short text for a message."""
+    try:
+        return one_line(str(value), 100)
+    except (ValueError, RecursionError):  # an integer of a million digits, deeply nested lists
+        return f"a {type(value).__name__} too large to print"
+
+
 @contextlib.contextmanager
 def errors_as_input_error(what: str, through: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Turns whatever is raised inside into an InputError that begins with `what`, some apart.
+    """Context manager that converts any exception, except `through`, to an InputError `what: …`.
 
-    For what is made of a file from anywhere: there is no end to what a strange one can raise.
+    For files of unknown origin: to read them can raise anything.
     """
     try:
         yield
     except through:
         raise
     except Exception as error:
-        raise InputError(f"{what}: {shown(error)}") from error
+        reason = shown(error)  # a single word or number says nothing without the type
+        reason = reason if " " in reason else f"{type(error).__name__} {reason}"
+        raise InputError(f"{what} ({reason})") from error
 
 
-def shown(value: Any) -> str:
-    """Any value, of whatever size, for a message."""
+class UntilError:
+    """Iterates over `items`; an InputError ends the iteration, and is kept in `error`."""
+
+    def __init__(self, items: Iterable) -> None:
+        self.items = items
+        self.error: InputError | None = None
+
+    def __iter__(self) -> Iterator:
+        try:
+            yield from self.items
+        except InputError as error:
+            self.error = error
+
+    def raise_error(self) -> None:
+        """Raise the error, if there is one, after the run has been saved."""
+        if self.error:
+            raise InputError(f"{self.error}; the run is saved, and the same command continues it")
+
+
+def warn_on_failure(write: Callable[..., Any], *arguments: Any) -> bool:
+    """Call write(*arguments). Returns False, after a warning, if that raises an InputError."""
     try:
-        return one_line(str(value), 100)
-    except (ValueError, RecursionError):  # an integer of a million digits, lists in lists in lists
-        return f"a {type(value).__name__} too large to print"
+        write(*arguments)
+    except InputError as error:  # as of a full disk, which a long run should survive
+        warn_once(f"warning: {error}; the run goes on and tries again")
+        return False
+    return True
+
+
+@functools.cache
+def warn_once(line: str) -> None:
+    """log_warning() for a line that this process has not printed yet."""
+    log_warning(line)
+
+
+def log_warning(line: str) -> None:
+    """Print a line on stderr, above a progress bar. Only the main process does."""
+    if is_main_process():
+        tqdm.write(one_line(line, LONGEST_MESSAGE), file=sys.stderr)
 
 
 @contextlib.contextmanager
 def command(program: str) -> Iterator[None]:
-    """How all commands end, and what they do about their output.
+    """Decorator of every main(): an expected failure becomes one line on stderr and an exit code.
 
-    An InputError, or too little memory, is one line on stderr and exit code 2; where they are
-    stopped they say so, and leave with 128 + the signal, as shells do. They end as Unix tools do,
-    without a word, when nobody reads on (`python simclr.py | head -1`). File names that are no text
-    are printed escaped, and what PIL thinks of a file is not printed: it is decoded, or it is an
-    error that names it.
+    The code is 2 for an InputError or too little memory, and 128 + the signal, as in shells, for
+    Ctrl-C, SIGTERM, SIGUSR1 and, without a message, SIGPIPE (`python simclr.py | head -1`).
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    warnings.filterwarnings("ignore", module=r"PIL\.")
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names that are not text
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # the image is decoded, or named in an error
     try:
-        try:
-            yield
-        except InputError as error:
-            exit_with_error(program, error)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            exit_with_error(program, InputError(f"there is too little memory: {error}"))
-        except KeyboardInterrupt as stop:
-            if rank_info().rank == 0:
-                print("\nstopped; what had been saved before is kept", file=sys.stderr)
-            raise SystemExit(128 + getattr(stop, "signal", signal.SIGINT)) from None
-        finally:
-            print(end="", flush=True)  # else it fails after the last line of Python
+        with handling(STOP_SIGNALS[1:], raise_stopped):  # Python raises for SIGINT by itself
+            try:
+                yield
+            finally:
+                print(end="", flush=True)  # so that a broken pipe shows here, not after main()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(128 + 13) from None  # as if by SIGPIPE
+        raise SystemExit(128 + 13) from None  # SIGPIPE, which Windows does not define
+    except InputError as error:
+        exit_with_error(program, error)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        exit_with_error(program, f"there is too little memory: {error}")
+    except KeyboardInterrupt as stop:
+        if rank_info().rank == 0:
+            print("\nstopped; what had been saved before is kept", file=sys.stderr)
+        raise SystemExit(128 + getattr(stop, "signal", signal.SIGINT)) from None
 
 
 # ---------------------------------------------------------------------------------- command lines
 
+LARGEST = 2**63 - 1  # an int64: of a setting without a range of its own. Excludes infinity
 
-def python_command(*arguments: str) -> str:
-    """A line for the shell that runs this interpreter, written as one would type it here."""
-    return shlex.join([from_here(sys.executable), *arguments])
+
+def python_command(*arguments: str | Path) -> str:
+    """A shell command that runs this interpreter, with paths as one would type them here."""
+    return shlex.join([from_here(sys.executable), *map(str, arguments)])
 
 
 def from_here(path: str | Path) -> str:
-    """`path`, relative where it lies below the current folder."""
+    """`path`, relative if it lies below the current folder."""
     path, here = Path(path), Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
-def setting(default: Any, help: str, choices: Sequence[str] = (), identity: bool = True) -> Any:
+def setting(
+    default: Any, help: str, choices: Sequence[str] = (), identity: bool = True,
+    low: float = -LARGEST, high: float = LARGEST,
+) -> Any:  # fmt: skip
     """A dataclass field that is also a command-line flag.
 
-    identity: whether a run with another value is another run (False for where and how it runs).
+    choices: the values it may take. identity: whether a run with another value is another run
+    (False for where and how it runs). low, high: its range, ends included.
     """
-    metadata = {"help": help, "choices": tuple(choices), "identity": identity}
+    metadata = dict(help=help, choices=tuple(choices), identity=identity, low=low, high=high)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -171,23 +213,42 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-PLAIN_TYPES = {"int": int, "float": (int, float), "bool": bool, "str": str}
-
-
-def type_fault(options: Any) -> str:
-    """The first field of a dataclass that has not the type it should have, and what it has, or "".
-
-    Its fields are int (of 64 bits), float (finite; an int will do), bool or str.
-    """
+def check_settings(options: Any) -> None:
+    """Raise InputError for the first field, made by setting(), with a value that it cannot take."""
     for field in dataclasses.fields(options):
-        value, kind = getattr(options, field.name), field.type
-        fits = isinstance(value, PLAIN_TYPES[kind]) and isinstance(value, bool) == (kind == "bool")
-        if not fits or (isinstance(value, int) and abs(value) >= 2**63):
-            wanted = f"of type {kind}" + " (64 bits)" * (fits and kind == "int")
-            return f"{flag(field.name)} must be {wanted}, got {shown(value)}"
-        if isinstance(value, float) and not math.isfinite(value):
-            return f"{flag(field.name)} must be a finite number, got {value}"
-    return ""
+        value = getattr(options, field.name)
+        choices, low, high = (field.metadata[key] for key in ("choices", "low", "high"))
+        if choices:
+            given = value if isinstance(value, tuple) else (value,)
+            valid = set(given) <= {*choices, field.default}
+            rule = f"one of {', '.join(choices)}"
+        elif field.type == "tuple[float, ...]":
+            valid = not value or -math.inf < value[0] < value[1] < math.inf  # False for nan
+            rule = "two numbers, the smaller one first"
+        elif field.type in ("int", "float"):
+            valid = low <= value <= high  # False for nan
+            ends = high != LARGEST or value > high
+            rule = f"{low:g} to {high:g}" if ends else f"at least {low:g}"
+        else:
+            continue
+        if not valid:
+            raise InputError(f"{flag(field.name)} must be {rule}, got {shown(value)}")
+
+
+def differences(saved: dict, options: Any, also: Sequence[str] = ()) -> list[str]:
+    """A text, with both values, for each setting by which two runs are different runs.
+
+    saved: the recorded fields of a dataclass like `options`; those that it lacks had their default.
+    also: names of settings to compare although they have identity=False.
+    """
+
+    saved = {key: tuple(x) if isinstance(x, list) else x for key, x in saved.items()}  # from JSON
+    pairs = [
+        (flag(field.name), saved.get(field.name, field.default), getattr(options, field.name))
+        for field in dataclasses.fields(options)
+        if field.metadata["identity"] or field.name in also
+    ]
+    return [f"{name} ({shown(a)} there, {b} now)" for name, a, b in pairs if a != b]
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -198,39 +259,38 @@ class OneLineParser(argparse.ArgumentParser):
         super().__init__(formatter_class=layout, allow_abbrev=False, **options)
 
     def print_help(self, file: IO[str] | None = None) -> None:
-        print(self.format_help(), end="", file=file)  # argparse hides that nobody reads on
+        print(self.format_help(), end="", file=file)  # argparse would hide a broken pipe
 
     def error(self, message: str) -> NoReturn:
-        exit_with_error(self.prog, InputError(f"{message} (see --help)"))
+        exit_with_error(self.prog, f"{message} (see --help)")
 
 
 def add_flags(parser: argparse.ArgumentParser, options: type, groups: dict[str, str]) -> None:
-    """A flag for each field of the dataclass `options`, made by setting().
+    """Add to `parser` a flag for each field, made by setting(), of the dataclass `options`.
 
-    Flags that are not given stay out of the namespace. groups: the first field of each group in
-    --help -> its title.
+    Flags that are not given stay out of the namespace. groups: first field -> title in --help.
     """
     group: Any = parser
-    types = {"int": int, "float": float, "str": str, "tuple[str, ...]": str}
     for field in dataclasses.fields(options):
         if field.name in groups:
             group = parser.add_argument_group(groups[field.name])
-        text, default = field.metadata["help"], field.default
+        text, default, choices = field.metadata["help"], field.default, field.metadata["choices"]
         several = isinstance(default, tuple)
+        kind = str if several else type(default)
         if default not in ("", ()):
             text += f" [{' '.join(default) if several else default}]"
-        common: dict[str, Any] = dict(default=argparse.SUPPRESS, help=text.replace("%", "%%"))
-        choices = field.metadata["choices"]
-        if field.type == "bool":
-            common["action"] = argparse.BooleanOptionalAction
+        details: dict[str, Any] = dict(default=argparse.SUPPRESS, help=text.replace("%", "%%"))
+        if kind is bool:
+            details["action"] = argparse.BooleanOptionalAction
         elif choices:
-            common["choices"] = choices
+            details["choices"] = choices
         else:
-            kind = types[field.type]
-            common |= dict(type=kind, metavar=kind.__name__.upper())
-        if several:
-            common["nargs"] = "+"
-        group.add_argument(flag(field.name), **common)
+            details |= dict(type=kind, metavar=kind.__name__.upper())
+        if field.type == "tuple[float, ...]":
+            details |= dict(type=float, nargs=2, metavar=("LOW", "HIGH"))
+        elif several:
+            details["nargs"] = "+"
+        group.add_argument(flag(field.name), **details)
 
 
 # ------------------------------------------------------------------------------------ randomness
@@ -240,7 +300,7 @@ def derive_seed(seed: int, *keys: int) -> int:
     """A 63-bit seed for the stream named by `keys` (purpose, epoch, step, …), all >= 0.
 
     Streams of different keys are statistically independent (numpy's SeedSequence), so a run needs
-    no saved generator state: whoever knows (seed, epoch, step) can draw the same numbers again.
+    no saved generator state: (seed, epoch, step) give the same numbers again.
     """
     words = np.random.SeedSequence((seed, *keys)).generate_state(1, np.uint64)
     return int(words[0] >> np.uint64(1))
@@ -251,6 +311,11 @@ def generator(device: torch.device | str, seed: int, *keys: int) -> torch.Genera
     return torch.Generator(device=device).manual_seed(derive_seed(seed, *keys))
 
 
+def fork_rng(device: torch.device) -> contextlib.AbstractContextManager:
+    """Context manager that puts torch's generators back in their state at its end."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
 # ----------------------------------------------------------------------------------------- files
 
 
@@ -259,13 +324,11 @@ def write_atomically(
 ) -> None:
     """Replace `path` by `content` so that a crash at any moment leaves the old or the new file.
 
-    before: is called when `content` is safe on the disk, and next takes the place of `path`.
-    Raises InputError when the folder cannot be written or the disk is full; `path` is untouched
-    then. Of several processes the first writes; in the others this does nothing.
+    before: called when `content` is safe on the disk, just before it becomes `path`. Only the main
+    process writes. Raises InputError, with `path` untouched, if it cannot be written.
     """
     if not is_main_process():
         return
-    path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         if os.path.exists(path) and not os.path.isfile(path):
@@ -279,26 +342,15 @@ def write_atomically(
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        kept = "; the previous version is intact" if path.is_file() else ""
+        kept = "; the previous version is intact" if os.path.isfile(path) else ""
         raise InputError(f"cannot write {path}: {error.strerror or error}{kept}") from error
     finally:
-        with contextlib.suppress(OSError):  # as a rule it has become `path`
+        with contextlib.suppress(OSError):  # normally it has become `path`
             temporary.unlink()
 
 
-def remove_leftovers(folder: Path, *names: str) -> None:
-    """Delete what killed processes left in writing files of these names (or patterns) atomically.
-
-    The caller knows that nobody is writing them now.
-    """
-    for name in names:
-        for file in folder.glob(f".{name}.*.tmp"):
-            with contextlib.suppress(OSError):  # it is in nobody's way
-                file.unlink()
-
-
 def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable (a no-op where folders cannot be opened, as on Windows)."""
+    """Make a rename in `folder` durable. Windows cannot open folders: nothing is done there."""
     with contextlib.suppress(OSError, AttributeError):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -307,95 +359,31 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def check_folders(*folders: Path) -> None:
-    """Raise InputError if one of the folders is none that can be written to, or made."""
-    for folder in folders:
-        try:
-            above = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-            if not above.is_dir():
-                raise NotADirectoryError(f"{above} is not a folder")
-            if not os.access(above, os.W_OK | os.X_OK):
-                raise PermissionError(f"{above} is not writable")
-        except OSError as error:
-            raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
-
-
-def make_folders(*folders: Path) -> list[Path]:
-    """Make the folders and their parents. Returns those that are new, the deepest first.
-
-    Raises InputError, having made none, if one cannot be. Of several processes the first does it.
-    """
-    if not is_main_process():
-        return []
-    check_folders(*folders)
-    every = {path for folder in folders for path in (folder, *folder.parents)}
-    new = sorted((path for path in every if not path.exists()), reverse=True)
-    for folder in folders:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
-    return new
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents. Raises InputError if it cannot be made or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError("it is not writable")
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
 def file_lock(path: Path) -> Iterator[bool]:
-    """Holds the lock that the file `path` stands for. Yields False if somebody else holds it.
+    """Context manager that locks the file `path`; yields False if another process has locked it.
 
-    The lock ends with its holder, however that ends; the file stays. Where there are no such locks
-    (Windows, some network folders) it is not exclusive. Raises InputError if there can be no file.
+    A lock ends with its process, however that ends. Raises InputError if `path` cannot be written.
     """
-    if os.name == "nt":
-        yield True
-        return
-    try:
-        file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-    with file:
-        free = _flock(file, alone=True)  # None: the file system has no locks
-        if free:
-            free = same_file(file.fileno(), path)  # else its last holder has just deleted it
-        if free:
-            os.register_at_fork(after_in_child=file.close)  # a worker may outlive a killed holder
-        yield free is not False
-
-
-def same_file(descriptor: int, path: Path) -> bool:
-    """Whether `path` still names the file that is open."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def log_warning(line: str) -> None:
-    """A line on stderr, above a progress bar if there is one, from one of several processes."""
-    if is_main_process():
-        tqdm.write(line, file=sys.stderr)
-
-
-class WarnOnFailure:
-    """Lets a long run go on where a file cannot be written, with one warning a reason.
-
-    `forgiving(write, *arguments)` calls it and returns whether it went well.
-    """
-
-    def __init__(self) -> None:
-        self._failing: dict[Any, str] = {}  # what is written -> why it could not be
-
-    def __call__(self, write: Callable[..., Any], *arguments: Any) -> bool:
+    with contextlib.ExitStack() as stack:
+        free = True
         try:
-            write(*arguments)
-        except InputError as error:
-            reason = str(getattr(error.__cause__, "strerror", error))
-            if reason not in self._failing.values():
-                said = f"warning: {error}; the run goes on and tries again"
-                log_warning(" ".join(said.split()))
-            self._failing[write] = reason
-            return False
-        self._failing.pop(write, None)
-        return True
+            stack.enter_context(FileLock(path, timeout=0))
+        except Timeout:
+            free = False
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+        yield free
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -404,293 +392,355 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """The rows of a JSON-lines file, up to a damaged or torn line; none if it does not exist."""
+    """The rows of a JSON-lines file up to a torn line, [] if the file does not exist."""
     rows: list[dict] = []
-    try:
-        lines = Path(path).read_bytes().splitlines()
-    except FileNotFoundError:
-        return rows
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):  # no JSON, or no text at all
-            break
-        if not isinstance(row, dict):
-            break
-        rows.append(row)
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        for line in path.read_bytes().splitlines():
+            rows.append(json.loads(line))
     return rows
 
 
-SEAL = b"SHA-256 of all before: "  # then the digest in hex: the comment of a checkpoint's zip
-_SEAL_BYTES = len(SEAL) + 2 * hashlib.sha256().digest_size
-_ZIP_END, _ZIP_END_BYTES = b"PK\5\6", 22  # the record that ends a zip, but for its comment
+# ----------------------------------------------------------------------------------- checkpoints
+
+CHECKPOINT = "last.pt"
+PREVIOUS = "previous.pt"  # the checkpoint before the last
+KEPT = "epoch{:04d}.pt"  # --keep-every
+LOG = "log.jsonl"
+ABLATIONS = "ablation"  # the folder of ablation_SimCLR.py's runs
+SAVE_SHARE = 0.02  # of a run's time, at most, for checkpoints at the end of epochs
 
 
 def save_checkpoint(path: Path, state: dict, before: Callable[[], object] = lambda: None) -> None:
-    """Write `state` (tensors and plain types only) atomically. Raises InputError if it cannot.
+    """Write `state`, of tensors and plain types, like write_atomically().
 
-    The file is torch.save's, with a digest where torch.load does not look, so that any damage
-    shows: the checksums inside say nothing of headers and padding. before: see write_atomically().
+    The file is torch.save's, a zip archive. Its comment is the digest of the content, so that any
+    damage to the content shows.
     """
     if not is_main_process():
         return
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    buffer.seek(-2, os.SEEK_END)  # the length of the comment, 0 so far
-    buffer.write(_SEAL_BYTES.to_bytes(2, "little") + SEAL)
-    buffer.write(hashlib.sha256(buffer.getbuffer()).hexdigest().encode())
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.comment = content_digest(archive)
     write_atomically(path, buffer.getbuffer(), before)
 
 
-def check_seal(path: Path) -> None:
-    """Raise InputError if save_checkpoint() sealed the file and it is damaged.
-
-    torch.save leaves no comment, so whatever is not a plain end of a zip is a seal, or was one.
-    """
-    with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 2 * _SEAL_BYTES))
-        tail = file.read()
-        end = tail.rfind(_ZIP_END)
-        if end < 0 or (end + _ZIP_END_BYTES == len(tail) and tail.endswith(b"\0\0")):
-            return
-        file.seek(0)
-        digest = hashlib.sha256()
-        left = size - 2 * digest.digest_size
-        while left > 0 and (piece := file.read(min(left, 2**20))):
-            digest.update(piece)
-            left -= len(piece)
-    if tail[-_SEAL_BYTES:] != SEAL + digest.hexdigest().encode():
-        raise InputError(f"{path} is damaged (it does not have the digest that it was saved with)")
+def content_digest(archive: zipfile.ZipFile) -> bytes:
+    """SHA-256 in hex of the names, attributes and bytes of all parts of a zip archive."""
+    digest = hashlib.sha256()
+    for part in archive.infolist():  # torch reads nothing of a part that is marked as a folder
+        digest.update(f"{part.filename} {part.external_attr}".encode() + archive.read(part))
+    return digest.hexdigest().encode()
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Read a checkpoint onto the CPU without running any code that it may hold.
+    """Read the dict of a checkpoint onto the CPU. No code that the file may hold is run.
 
-    Returns the dict that was saved. Raises InputError if the file is missing, damaged (its
-    digest and the checksums inside the zip file are verified), or holds anything but tensors and
-    plain types.
-    Takes no more memory than a small multiple of the file's size.
+    Raises InputError if the file is missing, damaged, or holds anything but tensors and plain
+    types. Files of other programs have no digest; the zip's checksums show most damage.
     """
-    path = Path(path)
-    try:
-        check_seal(path)
-        with open(path, "rb") as file, warnings.catch_warnings():
+    if not path.exists():
+        raise InputError(f"no checkpoint at {path}")
+    with _errors_describing_file(path):
+        comment, digest = b"", None
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                comment, digest = archive.comment, content_digest(archive)  # checks its checksums
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about files that are then refused
-            begins = file.read(4)
-            file.seek(0)
-            if begins == ZIP_BEGINS:
-                checked: BinaryIO = checked_archive(file)
-            else:  # of before torch 1.6: no checksums
-                check_pickles(file, count=5)
-                checked = file
-            checked.seek(0)
-            state = torch.load(checked, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"no checkpoint at {path}") from None
-    except Exception as error:  # zipfile, pickle and torch raise many types for a bad file
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error)
-        raise InputError(f"{path} is not a readable checkpoint ({reason})") from error
-    if not isinstance(state, dict):
-        raise InputError(f"{path} holds a {type(state).__name__}, not a checkpoint")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
+        if ("format" in state or comment) and comment != digest:
+            raise InputError(f"{path} is damaged (its content is not what was saved)")
     return state
 
 
-ZIP_BEGINS = b"PK\3\4"  # by which torch, too, tells its two formats apart
-NAMED_IN_CHECKPOINTS = frozenset(
-    [
-        "argparse Namespace",
-        "collections OrderedDict",
-        "torch Size",
-        "torch device",
-        "torch._utils _rebuild_parameter",
-        "torch._utils _rebuild_tensor",
-        "torch._utils _rebuild_tensor_v2",
-        *(f"torch {name}" for name, kind in vars(torch).items() if isinstance(kind, torch.dtype)),
-        *(
-            f"torch {kind}Storage"
-            for kind in ("BFloat16", "Bool", "Byte", "Char", "Double", "Float", "Half", "Int",
-                         "Long", "Short", "ComplexFloat", "ComplexDouble")
-        ),
-    ]
-)  # fmt: skip
+def load_newest(file: Path) -> tuple[dict, Path]:
+    """A checkpoint and its file: `file`, or with a warning previous.pt if last.pt is damaged."""
+    try:
+        return load_checkpoint(file), file
+    except InputError as error:
+        previous = file.with_name(PREVIOUS)
+        if file.name != CHECKPOINT or not previous.exists():
+            raise
+        state = load_checkpoint(previous)
+        log_warning(f"warning: {error}; using the checkpoint before it, {previous}")
+        return state, previous
 
 
-def checked_archive(file: BinaryIO) -> BinaryIO:
-    """A copy of a zip file that is one that torch could have written. Else raises ValueError.
+def load_weights(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
+    """Load a state dict into a module.
 
-    torch stores the parts as they are, one behind another: else they could expand to any size. It
-    is to read the copy, and not the file, where its own reader may find another directory than
-    Python's, and so parts that were not looked at.
+    Raises InputError, beginning with `what`, if names, shapes or types differ from the module's,
+    or a value is not finite.
     """
-    copy = io.BytesIO()
-    with zipfile.ZipFile(file) as archive, zipfile.ZipFile(copy, "w") as whole:
-        parts = archive.infolist()
-        for part in parts:
-            if part.filename.startswith("/") or ".." in part.filename.split("/"):
-                raise ValueError(f"its part {shown(part.filename)} lies outside of it")
-        if len({part.filename.lower() for part in parts}) < len(parts):
-            raise ValueError("it has two parts of one name")
-        if sum(part.file_size for part in parts) > file.seek(0, os.SEEK_END):
-            raise ValueError("its parts are compressed, or lie over one another")
-        for part in parts:
-            content = archive.read(part)  # compares its checksum
-            if part.filename.lower().endswith("data.pkl"):  # torch does not mind the case
-                check_pickles(io.BytesIO(content), count=1)
-            whole.writestr(part.filename, content)
-    return copy
+    kinds = {name: x.is_floating_point() for name, x in module.state_dict().items()}
+    try:
+        module.load_state_dict(state)
+        for name, x in state.items():
+            if x.is_floating_point() != kinds[name] or not x.isfinite().all():
+                raise ValueError(f"{name} is not finite, or of type {x.dtype}")
+    except Exception as error:  # a state of unknown origin can raise anything
+        reason = str(error).split("\n\t", 1)[-1]  # without torch's heading
+        raise InputError(f"{what} does not fit: {one_line(reason, 500)}") from error
 
 
-def check_pickles(file: IO[bytes], count: int) -> None:
-    """Raise ValueError if one of the pickles in a row names what no checkpoint needs.
+def find_checkpoint(where: str, checkpoints: str | Path = "checkpoints") -> Path:
+    """The checkpoint that `where` names: a file, or a run by its folder or its name.
 
-    Nothing is executed: neither here, nor by torch.load(weights_only=True). But that calls more
-    than builds tensors, such as bytearray(10**10), which a file of 100 bytes can ask for.
+    "" names the run below `checkpoints` that was saved last, without those of ablations. Returns
+    last.pt even if a killed process has left only previous.pt: load_newest() reads that. Raises
+    InputError, naming the existing runs, if there is no such checkpoint.
     """
-    for _ in range(count):
-        for operation, argument, _ in pickletools.genops(file):
-            if operation.name == "GLOBAL" and argument not in NAMED_IN_CHECKPOINTS:
-                raise ValueError(f"it names {shown(argument.replace(' ', '.'))}")
+    root = Path(checkpoints)
+    files = [*root.rglob(CHECKPOINT), *root.rglob(PREVIOUS)]
+    files = [file for file in files if file.relative_to(root).parts[0] != ABLATIONS]
+    if not where and not files:
+        raise InputError(f"no run under {root} yet; python simclr.py makes one")
+    if not where:
+        return max(files, key=lambda file: file.stat().st_mtime).with_name(CHECKPOINT)
+    for path in (Path(where), Path(where) / CHECKPOINT, root / where / CHECKPOINT):
+        previous = path.with_name(PREVIOUS) if path.name == CHECKPOINT else path
+        if os.path.isfile(path) or os.path.isfile(previous):
+            return path
+    names = ", ".join(sorted({str(file.parent.relative_to(root)) for file in files})) or "none"
+    raise InputError(f"{where} is neither a checkpoint nor a run under {root} (there: {names})")
 
 
-def state_dict_mismatches(tensors: dict[str, Any], expected: dict[str, Tensor]) -> list[str]:
-    """What keeps `tensors` from being a state dict of these names and shapes, a text each.
+def kept_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run that --keep-every kept, by epoch."""
+    return sorted(folder.glob("epoch[0-9]*.pt"))
 
-    expected: may be on the meta device. Several tensors may not be views of the same memory, nor
-    one of less than it shows: a small file could claim a network of any size.
+
+@contextlib.contextmanager
+def run_lock(folder: Path, *others: Path) -> Iterator[None]:
+    """Context manager for exclusive use of a run's folder, which is made if it does not exist.
+
+    Rank 0 locks it for all ranks. others: folders that the run writes to as well. Raises InputError
+    if another process works on the run, or a folder cannot be written.
     """
-    faults = [f"{shown(name)} is missing" for name in expected if name not in tensors]
-    faults += [f"{shown(name)} is surplus" for name in tensors if name not in expected]
-    for name, value in expected.items():
-        own = tensors.get(name, value)
-        if not isinstance(own, Tensor):
-            faults.append(f"{name} is a {type(own).__name__}, not a tensor")
-        elif own.shape != value.shape:
-            faults.append(f"{name} has shape {tuple(own.shape)}, not {tuple(value.shape)}")
-    if faults:
-        return faults
-    stores = [tensors[name].untyped_storage() for name in expected]
-    held = sum({store.data_ptr(): store.nbytes() for store in stores}.values())
-    if sum(tensors[name].nbytes for name in expected) > held:
-        return ["its tensors are views of the same memory"]
-    return [f"{name} {fault}" for name in expected if (fault := weight_fault(tensors[name]))]
+    if not is_main_process():
+        yield
+        return
+    for each in (*others, folder):
+        make_folder(each)
+    with file_lock(folder / ".lock") as free:
+        if not free:
+            raise InputError(
+                f"another process is working on {folder}; wait for it, or choose another name "
+                f"with {flag('run')}"
+            )
+        for each in (*others, folder):  # what processes left that were killed while writing
+            for leftover in each.glob(".*.tmp"):
+                leftover.unlink(missing_ok=True)
+        yield
 
 
-def weight_fault(value: Tensor) -> str:
-    """What is wrong with a tensor as a weight, or ""."""
-    if value.ndim and not value.is_floating_point():
-        return f"is of type {value.dtype}, not a float"
-    return "" if value.isfinite().all() else "is not finite"
+class Throttle:
+    """Limits an action to a share of the time: `if throttle.due(): with throttle: act()`.
+
+    started: time.monotonic() when the action began last; at first, when the object was made.
+    """
+
+    def __init__(self, share: float) -> None:
+        self.share, self.started, self._next = share, time.monotonic(), 0.0
+
+    def due(self) -> bool:
+        return time.monotonic() >= self._next
+
+    def __enter__(self) -> None:
+        self.started = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        now = time.monotonic()
+        self._next = now + (now - self.started) / self.share
+
+
+class RunFolder:
+    """The files of a run: last.pt, previous.pt, epochNNNN.pt, config.json and log.jsonl.
+
+    minutes: between checkpoints inside an epoch, 0 for none. keep_every: epochs between the
+    checkpoints epochNNNN.pt, 0 for none. Only the main process writes.
+    """
+
+    def __init__(self, folder: Path, minutes: float = 0, keep_every: int = 0) -> None:
+        self.folder, self.minutes, self.keep_every = folder, minutes, keep_every
+        self.last, self.previous = folder / CHECKPOINT, folder / PREVIOUS
+        self._saving = Throttle(SAVE_SHARE)
+        self._logged = 0  # rows that log.jsonl has
+
+    def load(self) -> tuple[dict | None, Path]:
+        """The newest readable checkpoint and its file; (None, last.pt) for a new run."""
+        exists = self.last.exists() or self.previous.exists()
+        return load_newest(self.last) if exists else (None, self.last)
+
+    def save_due(self) -> bool:
+        """Whether it is time for a checkpoint inside an epoch."""
+        return 0 < 60 * self.minutes <= time.monotonic() - self._saving.started
+
+    def save(self, state: dict, must: Any = False, due: Any = False) -> None:
+        """Save a checkpoint if it must be saved, is due, is to be kept, or takes little time.
+
+        It takes little time if checkpoints take less than SAVE_SHARE of the run's. Without a
+        checkpoint the new rows of state["log"] are still appended to log.jsonl. Raises InputError
+        if the checkpoint must be saved and cannot be; otherwise that is a warning.
+        """
+        epoch, step = state["position"]["epoch"], state["position"]["step"]
+        keep = bool(self.keep_every and epoch and not step and epoch % self.keep_every == 0)
+        if not (must or due or keep or self._saving.due()):
+            warn_on_failure(self._append_to_log, state["log"])
+            return
+        with self._saving:
+            write = partial(self._write, state, keep)
+            write() if must else warn_on_failure(write)
+
+    def _write(self, state: dict, keep: bool) -> None:
+        if keep:  # before last.pt: a run that is killed between the two writes it again
+            save_checkpoint(self.folder / KEPT.format(state["position"]["epoch"]), state)
+        save_checkpoint(self.last, state, before=self._last_becomes_previous)
+        self.write_records(state)
+
+    def _last_becomes_previous(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(self.last, self.previous)
+
+    def write_records(self, state: dict) -> None:
+        """Write config.json and log.jsonl, which people read, from a checkpoint."""
+        write_json(self.folder / "config.json", state["config"])
+        rows = "".join(json.dumps(row) + "\n" for row in state["log"])
+        write_atomically(self.folder / LOG, rows.encode())
+        self._logged = len(state["log"])
+
+    def _append_to_log(self, log: list[dict]) -> None:
+        if is_main_process() and len(log) > self._logged:
+            file = self.folder / LOG
+            with errors_as_input_error(f"cannot write {file}"), open(file, "a") as stream:
+                stream.writelines(json.dumps(row) + "\n" for row in log[self._logged :])
+            self._logged = len(log)
+
+    def delete(self, *others: str) -> None:
+        """Delete the run's files, and others of these names, so that a new run can begin."""
+        if is_main_process():
+            files = [self.folder / name for name in (*others, LOG)] + kept_checkpoints(self.folder)
+            for file in [*files, self.previous, self.last]:  # last.pt last: it names the run
+                file.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------- signals
 
-
-class StopSignals:
-    """Turns SIGINT, SIGTERM and SIGUSR1 (SLURM's advance notice) into a flag that a loop can read.
-
-    `with StopSignals() as stop:` — `stop.signal` is None until a signal arrives, then its number.
-    SIGINT after that ends the program at once. Outside the main thread it does nothing.
-    """
-
-    _NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self._old: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        for name in self._NAMES:
-            number = getattr(signal, name, None)
-            if number is not None:
-                with contextlib.suppress(ValueError):  # not in the main thread
-                    self._old[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _frame: object) -> None:
-        if number == signal.SIGINT and self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = self.signal or number
+STOP_SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+]  # SIGUSR1 is SLURM's advance notice
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGUSR1 arrived where nothing is to be saved. signal: its number."""
+class Stopped(KeyboardInterrupt):
+    """A signal asked the program to stop. signal: its number."""
 
     def __init__(self, signal: int) -> None:
         super().__init__(signal)
         self.signal = signal
 
 
-class InterruptedBySignals(StopSignals):
-    """Inside, SIGTERM and SIGUSR1 end the program as Ctrl-C does, cleaning up: see Terminated."""
+def raise_stopped(number: int, _frame: Any) -> NoReturn:
+    """A signal handler, see handling()."""
+    raise Stopped(number)
 
-    _NAMES = ("SIGTERM", "SIGUSR1")
 
-    def _note(self, number: int, _frame: object) -> None:
-        raise Terminated(number)
+@contextlib.contextmanager
+def handling(signals: Sequence[int], handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Context manager that sets a handler of signals; outside the main thread it does nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in signals}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+class StopSignals(contextlib.ExitStack):
+    """Context manager that keeps the number of the first stop signal in `signal`, None before it.
+
+    A loop reads it where it can stop. SIGINT after that ends the program at once. A signal that
+    arrives after the loop has read it for the last time raises Stopped at the end.
+    """
+
+    pending: ClassVar[StopSignals | None] = None  # the one whose signal has arrived
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.signal: int | None = None
+        self.callback(setattr, StopSignals, "pending", None)
+        self.enter_context(handling(STOP_SIGNALS, self._note))
+
+    def __exit__(self, kind: Any, *details: Any) -> None:
+        super().__exit__(kind, *details)
+        if kind is None and self.signal is not None:
+            raise Stopped(self.signal)
+
+    def _note(self, number: int, _frame: Any) -> None:
+        if number == signal.SIGINT and self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = self.signal or number
+        StopSignals.pending = self
 
 
 # --------------------------------------------------------------------------------------- devices
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of <malloc.h>
+
 
 def choose_device(name: str) -> torch.device:
-    """`auto` (CUDA if there is one, else the CPU) or a torch device string; see make_fast().
+    """The device of that name ("auto": CUDA if there is one, else the CPU), after make_fast().
 
-    Of several processes each takes a GPU of its own. Raises InputError for a device that this
-    machine or this build of torch does not have, or that several processes cannot share.
+    Of several ranks each takes a GPU of its own. Raises InputError if this machine or this build
+    of torch does not have the device, or not one for each rank.
     """
+    info = rank_info()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    place = rank_info()
-    if place.size > 1 and name not in ("cpu", "cuda"):
+    if info.size > 1 and name not in ("cpu", "cuda"):
         raise InputError(
-            f"--device {name} is one device for {place.size} processes: say cuda, and each takes "
-            "its own, or cpu"
+            f"--device {name} is one device for {info.size} processes: choose cuda, which gives "
+            "each its own, or cpu"
         )
-    if place.size > 1 and name == "cuda" and torch.cuda.is_available():
-        if place.local_size > torch.cuda.device_count():
+    if info.size > 1 and name == "cuda" and torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
+        if info.local_size > gpus:
             raise InputError(
-                f"{place.local_size} processes, but this machine has {torch.cuda.device_count()} "
-                "GPUs: start torchrun with as many with --nproc_per_node, or say --device cpu"
+                f"{info.local_size} processes, but this machine has {gpus} GPUs: start as many "
+                "with --nproc_per_node, or choose --device cpu"
             )
-        name = f"cuda:{place.local_rank}"
+        name = f"cuda:{info.local_rank}"
     try:
         device = torch.device(name)
-        torch.ones(1, device=device)  # by a kernel: for an old GPU this build may have none
+        torch.ones(1, device=device)  # by a kernel, which this build may lack for an old GPU
     except Exception as error:  # RuntimeError, AssertionError, NotImplementedError by backend
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"--device {name} is not available here ({reason})") from error
     if device.type not in ("cpu", "cuda", "mps"):
         raise InputError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # so that nothing is put on the first GPU, or asked of it
+        torch.cuda.set_device(device)  # so that nothing is put on the first GPU
     make_fast(device)
     return device
 
 
 def make_fast(device: torch.device) -> None:
-    """Settings of the whole process that make equal steps, one after the other, fast on `device`.
-
-    On a CPU under Linux glibc is told to keep the memory that is freed. Else each step gives its
-    activations back and gets them as new pages, which the kernel fills with zeros first: half a
-    million pages and a fifth of the time of a ResNet-18's step with 512 views.
-    """
+    """Make steps of equal shapes fast on `device`, in the whole process."""
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # all steps have one shape: try the kernels once
+        torch.backends.cudnn.benchmark = True  # try the kernels once
     if device.type == "cpu":
+        # glibc keeps freed memory. Otherwise each step returns the memory of its activations to
+        # Linux and gets it back as new pages, filled with zeros: half a million pages and a fifth
+        # of the time of a ResNet-18's step with 512 views
         with contextlib.suppress(OSError, TypeError, AttributeError):  # another C library
             mallopt = ctypes.CDLL(None).mallopt
-            mallopt(_M_MMAP_MAX, 0)
-            mallopt(_M_TRIM_THRESHOLD, -1)
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of <malloc.h>
+            mallopt(M_MMAP_MAX, 0)
+            mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def cpu_cores() -> int:
@@ -699,42 +749,26 @@ def cpu_cores() -> int:
 
 
 def worker_count(asked: int) -> int:
-    """Processes that decode images: as many as asked for, but at most one a core; -1: that.
-
-    Of several processes that torchrun started on this machine each gets its share of the cores.
-    """
-    cores = max(1, cpu_cores() // rank_info().local_size)
+    """Processes that decode images for this rank: `asked`, at most one a core; -1: one a core."""
+    cores = max(1, cpu_cores() // rank_info().local_size)  # ranks on one machine share its cores
     return cores if asked < 0 else min(asked, cores)
 
 
-def memory_of(device: torch.device) -> float:
-    """Bytes that `device` has, or this process may use of them; infinite where it is not known."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    limits = [math.inf]
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # Windows has no sysconf
-        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    with contextlib.suppress(OSError, ValueError):  # of a container; the word "max" for none
-        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
-    return min(limits) / rank_info().local_size
-
-
 def free_memory() -> float:
-    """Bytes of this machine's memory that programs can still take; infinite if it is not known."""
-    limits = [memory_of(torch.device("cpu")) * rank_info().local_size]
+    """Bytes of memory that programs can still allocate; infinite where the system does not say."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        limits.append(1024 * int(dict(line.split()[:2] for line in lines)["MemAvailable:"]))
-    return min(limits)
+        return 1024 * int(dict(line.split()[:2] for line in lines)["MemAvailable:"])
+    return math.inf
 
 
 def gib(count: float) -> str:
-    """Bytes, for people."""
+    """A number of bytes as text."""
     return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether torch, a library below it or numpy got no memory, of a GPU or of this machine."""
+    """Whether torch, a library below it or numpy found too little memory, on a GPU or the CPU."""
     texts = ("t allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return known or any(x in str(error) for x in texts)
@@ -750,35 +784,21 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return False
 
 
-def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Of torch's own generators, which dropout draws from."""
-    cuda = device.type == "cuda"
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if cuda else None
-
-
-def set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
-    """Back to a random_state()."""
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)
-
-
 @contextlib.contextmanager
 def keep_running_statistics(module: nn.Module) -> Iterator[None]:
-    """Inside, BatchNorm in train mode normalises as ever, but its running statistics stay."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    tracking = [norm.track_running_stats for norm in norms]
+    """Context manager that keeps BatchNorm in train mode from moving its running statistics."""
+    norms = [m for m in module.modules() if getattr(m, "track_running_stats", False)]
     for norm in norms:
         norm.track_running_stats = False
     try:
         yield
     finally:
-        for norm, value in zip(norms, tracking, strict=True):
-            norm.track_running_stats = value
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """float64 stays what it is; float16 and bfloat16 have too few digits to sum up in."""
+    """float16 and bfloat16 as float32, in which sums keep their digits; float64 unchanged."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -789,15 +809,16 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 # ----------------------------------------------------------------------------- several processes
 #
-# torchrun starts a script several times, and each copy, a process, finds its number (the rank) in
-# the environment. Inside process_group() they work as one on torch.distributed: each computes its part
-# of a batch or of a data set, and what they need of each other they exchange. The first of them,
-# rank 0, is the one that writes files and speaks. Alone, all of this does nothing.
+# torchrun starts W processes, the ranks. Inside process_group() they run as one job: each computes
+# its part of a batch or of a data set, and rank 0, the main process, writes files and prints. With
+# one process these functions do nothing.
+
+PATIENCE = timedelta(hours=1)  # for a rank that downloads or evaluates while the others wait
+CONNECTION_ERRORS = ("gloo", "NCCL", "onnection closed", "onnection reset")  # of torch's texts
 
 
-@dataclass(frozen=True)
-class RankInfo:
-    """Which of how many processes this is, on all machines and on this one."""
+class RankInfo(NamedTuple):
+    """Which process this is, of how many: on all machines, and on this one."""
 
     rank: int = 0
     size: int = 1
@@ -806,141 +827,84 @@ class RankInfo:
 
 
 def rank_info() -> RankInfo:
-    """What torchrun says of this process; alone if it was not started by it."""
+    """From torchrun's environment variables; without them there is one process."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    found = [os.environ.get(name, "") for name in names]
-    if not all(text.isdecimal() for text in found) or "MASTER_ADDR" not in os.environ:
+    if not {*names, "MASTER_ADDR"} <= os.environ.keys():
         return RankInfo()
-    return RankInfo(*map(int, found))
+    return RankInfo(*(int(os.environ[name]) for name in names))
 
 
 def rank() -> int:
-    """The number of this process among those that work together, from 0."""
+    """The number of this process in the process group, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes work together."""
+    """W, the number of processes in the group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that writes files and speaks."""
+    """Whether this is rank 0, which writes files and prints."""
     return rank() == 0
-
-
-@functools.cache
-def _store() -> dist.Store:
-    """What the processes of torchrun can all read and write, also before they work together.
-
-    It outlives them: what those wrote that torchrun has started again must not be read.
-    """
-    store, *_ = next(dist.rendezvous("env://", timeout=PATIENCE))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"attempt {attempt}", store)
-
-
-PATIENCE = timedelta(hours=1)  # for a process that downloads, or evaluates, while others wait
-
-
-def first_to_fail() -> bool:
-    """Whether no other process of this run has asked this before."""
-    if rank_info().size == 1:
-        return True
-    try:
-        return _store().add("failed", 1) == 1
-    except RuntimeError:  # whoever kept the store has ended
-        return True
-
-
-def wait_for_others() -> None:
-    """Until all processes of this run have come here: torchrun ends the others when one fails."""
-    size = rank_info().size
-    if size > 1:
-        here = _store().add("arrived", 1)
-        while here < size:
-            time.sleep(0.5)
-            here = _store().add("arrived", 0)
 
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Inside, the processes that torchrun started work as one: NCCL for CUDA, Gloo for the CPU.
+    """Context manager that lets torchrun's processes run as one job: by NCCL on GPUs, else Gloo.
 
-    Only the first prints. Raises InputError where this build of torch cannot, and when another
-    process has ended: it has said why, or torchrun does.
+    Only rank 0 prints. Raises InputError if this build of torch has no NCCL, or the connection to
+    another rank is lost.
     """
-    place = rank_info()
-    if place.size == 1:
+    info = rank_info()
+    if info.size == 1:
         yield
         return
-    backend = "gloo"
-    if device.type == "cuda":
-        backend = "cpu:gloo,cuda:nccl"
-        if not dist.is_nccl_available():
-            raise InputError("several processes on GPUs need NCCL, which this torch has not")
+    on_gpus = device.type == "cuda"
+    if on_gpus and not dist.is_nccl_available():
+        raise InputError("several processes on GPUs need NCCL, which this torch does not have")
+    store, *_ = next(dist.rendezvous("env://", timeout=PATIENCE))
+    # processes that torchrun restarts must not read the keys of those before
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt {attempt}", store)
     try:
         dist.init_process_group(
-            backend, store=_store(), rank=place.rank, world_size=place.size, timeout=PATIENCE
-        )
+            "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
+            store=store, rank=info.rank, world_size=info.size, timeout=PATIENCE,
+        )  # fmt: skip
         with open(os.devnull, "w") as nowhere:
-            with contextlib.redirect_stdout(nowhere if place.rank else sys.stdout):
+            with contextlib.redirect_stdout(nowhere if info.rank else sys.stdout):
                 yield
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and not any(x in str(error) for x in LOST):
+        lost = isinstance(error, dist.DistError) or any(x in str(error) for x in CONNECTION_ERRORS)
+        if not lost:
             raise
         raise InputError(
-            f"process {place.rank} lost another one of the run, which ended or cannot be reached; "
-            f"torchrun --max-restarts continues by itself ({without_place(str(error))})"
+            f"rank {info.rank} lost the connection to another rank, which ended or cannot be "
+            "reached (see the message of that rank); torchrun --max-restarts continues by itself"
         ) from error
-    dist.destroy_process_group()  # not after an error: the others would be first to say something
-
-
-LOST = ("gloo", "NCCL", "onnection closed", "onnection reset")  # of torch's texts
-
-
-def without_place(message: str) -> str:
-    """A message of torch's without the line of C++ that it begins with."""
-    return one_line(re.sub(r"^\[[^\]]*:\d+\] *", "", message), 500)
-
-
-def mark(name: str) -> None:
-    """Note something for the processes that torchrun starts in place of these: see marked()."""
-    if rank_info().size > 1:
-        _store().underlying_store.set(name, "yes")
-
-
-def marked(name: str) -> bool:
-    """Whether mark() was called, also before torchrun started these processes again."""
-    return rank_info().size > 1 and _store().underlying_store.check([name])
-
-
-def error_on_any_rank(error: InputError | None) -> InputError:
-    """The error of one process, in all. Some have one, the others give None."""
-    if error and world_size() == 1:
-        return error
-    return InputError(next(iter(all_gather_dicts({rank(): str(error)} if error else {}).values())))
+    dist.destroy_process_group()  # not after an error: it would wait for the other ranks
 
 
 def check_same_on_all_ranks(facts: dict[str, Any]) -> None:
-    """Raise InputError, in all processes, if they do not all have the same."""
+    """Raise InputError in all ranks if a rank has other facts than rank 0."""
     every = all_gather_dicts({rank(): facts})
     for other, theirs in every.items():
         if differ := [name for name, value in theirs.items() if value != every[0][name]]:
-            raise InputError(f"process {other} has other {', '.join(differ)} than process 0")
+            raise InputError(f"rank {other} has other {', '.join(differ)} than rank 0")
 
 
 def all_reduce_max(*numbers: int) -> list[int]:
-    """The largest of each number over all processes, in all of them. They wait for each other."""
+    """The largest of each number over all ranks, in all of them."""
     if world_size() == 1:
         return [*numbers]
-    found = torch.tensor(numbers)  # on the CPU: nobody waits for a GPU
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return found.tolist()
+    tensor = torch.tensor(numbers, dtype=torch.int64)  # on the CPU: no rank waits for its GPU
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.tolist()
 
 
 def broadcast_from_rank0(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What `function` returns in the first process, in all of them. The others do not call it."""
+    """What `function` returns in rank 0, in all ranks. Only rank 0 calls it."""
     value = [function(*arguments) if is_main_process() else None]
     if world_size() > 1:
         dist.broadcast_object_list(value, device=torch.device("cpu"))
@@ -948,33 +912,33 @@ def broadcast_from_rank0(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def shard_indices(n: int) -> Tensor:
-    """Which of n rows this process computes, int64: as many as the others, the last row again."""
+    """Which of n rows this rank computes: int64 (ceil(n / W),), row n - 1 repeated at the end."""
     size = math.ceil(n / world_size())
     return (torch.arange(size) + rank() * size).clamp(max=n - 1)
 
 
 def all_gather_rows(part: Tensor, n: int) -> Tensor:
-    """All n rows, in all processes, of which each has computed its shard_indices(): -> (n, …)."""
+    """All n rows, in all ranks, of which each has computed its shard_indices(): (n, …)."""
     if world_size() == 1:
         return part
     return Gather.apply(part).flatten(0, 1)[:n]
 
 
 def all_gather_dicts(values: dict) -> dict:
-    """The entries of all processes' dicts, in all."""
-    every: list[dict] = [{}] * world_size()
+    """The entries of all ranks' dicts, in all ranks."""
     if world_size() == 1:
         return values
+    every: list[dict] = [{}] * world_size()
     dist.all_gather_object(every, values)
     return {key: value for each in every for key, value in sorted(each.items())}
 
 
 class Gather(torch.autograd.Function):
-    """What all W processes have computed of a batch: (n, …) in each -> (W, n, …) in all.
+    """The tensors of all W ranks, in all of them, with gradient: (n, …) -> (W, n, …).
 
-    For a loss of all of it, which every process then computes, and whose gradient is therefore
-    whole in each: a process takes its part of that. DistributedDataParallel, at the end of the
-    backward pass, takes the mean over the processes where the sum is the gradient: hence W times.
+    The gradient of a rank's tensor is the sum of the gradients that all ranks computed for it.
+    Where every rank computes the same loss of the whole batch, that is W times the gradient;
+    DistributedDataParallel then averages over the ranks, which divides by W.
     """
 
     @staticmethod
@@ -985,50 +949,16 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return world_size() * gradient[rank()]
-
-
-class CommonNorm(torch.autograd.Function):
-    """Normalises (B, C, …) by mean and variance over the batches of all processes, equally large.
-
-    With them torch's BatchNorm in eval mode gives the output, and the gradient but for what passes
-    through the statistics: for each channel, over all n numbers of it,
-    weight / (n std) · (sum(g) + x̂ · sum(g · x̂)), where g is the gradient by the output and x̂ the
-    normalised x. Returns the output, mean (C,) and variance (C,).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Any:
-        dims = [0, *range(2, x.ndim)]
-        own = torch.stack(torch.var_mean(at_least_float32(x), dims, correction=0))  # (2, C)
-        variances, means = Gather.apply(own).unbind(1)  # (W, C)
-        mean, variance = means.mean(0), variances.mean(0) + means.var(0, correction=0)
-        ctx.eps = eps
-        ctx.save_for_backward(x, weight, mean, variance)
-        ctx.mark_non_differentiable(mean, variance)
-        return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps), mean, variance
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, None]:
-        x, weight, mean, variance = ctx.saved_tensors
-        by_x, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
-            gradient, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
-        )  # by_weight is sum(g · x̂) and by_bias sum(g) of this process
-        sums = torch.stack([by_weight, by_bias])
-        dist.all_reduce(sums)
-        scale = (variance + ctx.eps).rsqrt()  # 1 / std
-        factor = weight * scale / (world_size() * x.numel() / x.shape[1])
-        slope = factor * scale * sums[0]
-        offset = factor * sums[1] - slope * mean
-        shape = [1, -1, *[1] * (x.ndim - 2)]
-        by_x = by_x.addcmul_(x, slope.to(x.dtype).view(shape), value=-1)
-        return by_x.sub_(offset.to(x.dtype).view(shape)), by_weight, by_bias, None
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient[rank()]
 
 
 class SyncBatchNormCPU(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm over the batches of all processes, exactly, on any device.
+    """BatchNorm over the whole batch, of which all ranks have equal parts (B, C) or (B, C, H, W).
 
-    For the CPU, where torch has no SyncBatchNorm. Takes (B, C) or (B, C, H, W).
+    For the CPU, where torch has no SyncBatchNorm. The mean and the variance of the whole batch
+    follow from those of the parts.
     """
 
     def _check_input_dim(self, x: Tensor) -> None:
@@ -1038,83 +968,419 @@ class SyncBatchNormCPU(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        y, mean, variance = CommonNorm.apply(x, self.weight, self.bias, self.eps)
+        dims, shape = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]
+        part = torch.stack(torch.var_mean(at_least_float32(x), dims, correction=0))  # (2, C)
+        variances, means = Gather.apply(part).unbind(1)  # (W, C)
+        mean, variance = means.mean(0), variances.mean(0) + means.var(0, correction=0)
         if self.track_running_stats:
             n = world_size() * x.numel() / x.shape[1]
             with torch.no_grad():
                 self.num_batches_tracked += 1
                 self.running_mean.lerp_(mean, self.momentum)
                 self.running_var.lerp_(variance * (n / (n - 1)), self.momentum)
-        return y
+        scale = self.weight * (variance + self.eps).rsqrt()  # (C,)
+        shift = self.bias - mean * scale
+        return torch.addcmul(shift.to(x.dtype).view(shape), x, scale.to(x.dtype).view(shape))
+
+
+def on_device(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module on `device`, channels last, with BatchNorm over all ranks, weights unchanged."""
+    if world_size() > 1 and device.type == "cuda":
+        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    elif world_size() > 1:
+        for parent in [*module.modules()]:
+            for name, norm in parent.named_children():
+                if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                    synced = SyncBatchNormCPU(norm.num_features, norm.eps, norm.momentum)
+                    synced.load_state_dict(norm.state_dict())
+                    setattr(parent, name, synced)
+    return module.to(device, memory_format=torch.channels_last)
 
 
 def distributed(module: nn.Module) -> nn.Module:
-    """The module with its gradients averaged over all processes in each backward pass."""
+    """The module, which averages its gradients over all ranks in each backward pass."""
     if world_size() == 1:
         return module
     kind = nn.parallel.DistributedDataParallel
-    new = "forward_sync_buffers"  # and from torch 2.14 on the old name warns
+    new = "forward_sync_buffers"  # from torch 2.14 on, where the old name warns
     name = new if new in inspect.signature(kind).parameters else "broadcast_buffers"
-    # BatchNorm's buffers are the same everywhere: no need to send them in each pass
+    # BatchNorm's buffers are the same in all ranks: no need to send them in each pass
     return kind(module, **{name: False}, gradient_as_bucket_view=True)
 
 
 def exchange_gradients(network: nn.Module, now: bool) -> contextlib.AbstractContextManager:
-    """Inside, backward passes of a distributed() network sum up here, until one with now=True."""
+    """Context manager: backward passes of a distributed() network average gradients only if `now`.
+
+    Otherwise each rank adds up its own until then.
+    """
     return contextlib.nullcontext() if now or world_size() == 1 else network.no_sync()
 
 
-def convert_sync_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module with each BatchNorm replaced by one over all processes, of the same state dict."""
-    if world_size() == 1:
-        return module
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    for name, child in module.named_children():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            common = SyncBatchNormCPU(child.num_features, child.eps, child.momentum)
-            common.load_state_dict(child.state_dict())
-            setattr(module, name, common)
+# ---------------------------------------------------------------------- weights of other projects
+#
+# A checkpoint of another project holds tensors by name, often in dicts of dicts. The encoder is
+# found by its structure: a prefix below which the first convolution and the first block of a ResNet
+# lie. The table ORIGINS only tells whose file it is, and how that project normalised its images.
+
+MEANS = {  # mean and standard deviation of each channel, as published with the code that used them
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    # often copied: the mean over the images of the deviation within an image
+    "cifar10-per-image": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+}
+RESNETS = {  # blocks of each stage, and whether they are bottlenecks -> architecture
+    ((1, 1, 1, 1), False): "resnet10", ((2, 2, 2, 2), False): "resnet18",
+    ((3, 4, 6, 3), False): "resnet34", ((3, 4, 6, 3), True): "resnet50",
+    ((3, 4, 23, 3), True): "resnet101", ((3, 8, 36, 3), True): "resnet152",
+}  # fmt: skip
+STEMS = {3: "small", 7: "imagenet"}  # side of the first convolution's kernel, px
+
+
+def _children(first_stage: int) -> tuple[tuple[str, str], ...]:
+    """Number in an nn.Sequential -> torchvision's name, where the first stage has this number."""
+    parts = {0: "conv1", 1: "bn1", **{first_stage + i: f"layer{i + 1}" for i in range(4)}}
+    return tuple((rf"^{number}\.", f"{part}.") for number, part in parts.items())
+
+
+NO_STEM_RELU = "2.0.conv1.weight"  # lightly's own ResNet: its function relu() is no child
+_V2 = r"^net\.(\d)\.blocks\.(\d+)\."  # a block of SimCLRv2-Pytorch
+LAYOUTS = {  # first convolution of the first block -> that of the stem, torchvision's names
+    "layer1.0.conv1.weight": ("conv1.weight", ()),
+    NO_STEM_RELU: ("0.weight", _children(2)),
+    "3.0.conv1.weight": ("0.weight", _children(3)),  # without max-pool
+    "4.0.conv1.weight": ("0.weight", _children(4)),
+    "net.1.blocks.0.net.0.weight": ("net.0.0.weight", (
+        (r"^net\.0\.0\.", "conv1."), (r"^net\.0\.1\.0\.", "bn1."),
+        (_V2 + r"net\.0\.", r"layer\1.\2.conv1."), (_V2 + r"net\.1\.0\.", r"layer\1.\2.bn1."),
+        (_V2 + r"net\.2\.", r"layer\1.\2.conv2."), (_V2 + r"net\.3\.0\.", r"layer\1.\2.bn2."),
+        (_V2 + r"net\.4\.", r"layer\1.\2.conv3."), (_V2 + r"net\.5\.0\.", r"layer\1.\2.bn3."),
+        (_V2 + r"projection\.shortcut\.", r"layer\1.\2.downsample.0."),
+        (_V2 + r"projection\.bn\.0\.", r"layer\1.\2.downsample.1."),
+    )),
+}  # fmt: skip
+WRAPPERS = re.compile(r"(^|\.)((module|_orig_mod)\.)+")  # of DataParallel and torch.compile
+COUNTERS = re.compile(r"(^|\.)total_(ops|params)$")  # of a profiler
+TRUNK = re.compile(r"(conv1|bn1|layer[1-4])\.")  # a ResNet in torchvision's names
+ALTERED = re.compile(r"(conv|bn|norm|layer)\d+\.|(stem|maxpool|net)\.")  # parts of another network
+# copies that help in training, in MoCo, BYOL and DINO, and are not what their projects evaluate
+TRAINING_COPY = re.compile(r"momentum|encoder_k|target|student")
+MOST_LISTED = 5  # names in a message
+EXPORT_KEY = "simclr"  # of what --export writes into the metadata of the state dict
+
+# A project; patterns of the encoder's prefix and of facts about the file, see find_encoder();
+# how it normalised its images with the 7x7 and with the 3x3 stem, "" if it has no such encoder.
+# The first that fits is taken; one without a name is a guess.
+ORIGINS = (
+    ("MoCo", r"state_dict\.encoder_q\.net\.", "", "", "cifar10-per-image"),
+    ("MoCo", r"state_dict\.(encoder_q|base_encoder)\.", "", "imagenet", ""),
+    ("SimSiam", r"state_dict\.encoder\.", r"predictor\.", "imagenet", ""),
+    ("SwAV", "", r"prototypes\.", "imagenet", ""),
+    ("DINO", r"teacher\.backbone\.", r"head\.", "imagenet", ""),
+    ("Barlow Twins or VICReg", r"model\.backbone\.", r"projector\.", "imagenet", ""),
+    ("lightly", r"(state_dict\.)?(model\.)?backbone\.", r"projection_head\.", "imagenet",
+     "imagenet"),
+    ("sthalles/SimCLR", r"state_dict\.backbone\.", r"fc\.0\.", "none", ""),
+    ("sthalles/SimCLR", r"features\.", "", "none", ""),
+    ("solo-learn", r"state_dict\.(backbone|encoder)\.", r"classifier\.", "imagenet", "cifar10"),
+    ("dkobak/simclr-cifar10", r"backbone\.", r"projector\.", "", "none"),
+    ("SupContrast", r"model\.encoder\.", r"head\.", "", "cifar10-per-image"),
+    ("Spijkervet/SimCLR", r"encoder\.", r"projector\.", "none", ""),
+    ("p3i0t/SimCLR-CIFAR10", r"enc\.", r"projector\.", "", "none"),
+    ("leftthomas/SimCLR", r"f\.", r"g\.", "", "cifar10-per-image"),
+    ("SimCLRv2-Pytorch", r"resnet\.", "", "none", ""),
+    ("Google's SimCLR v1", r"(state_dict\.)?", r"^width [24]$[\s\S]*fc\.weight \(1000,", "none",
+     ""),
+    ("timm or PyTorch's example", r"state_dict\.", r"^keys .*\barch\b", "imagenet", ""),
+    ("", r"state_dict\.", r"^keys state_dict$[\s\S]*fc\.weight \(1000,", "none", ""),  # v1, 1x?
+    ("torchvision", "", r"^width 1$[\s\S]*^fc\.weight \(1000,", "imagenet", ""),
+)  # fmt: skip
+PADDING = {("solo-learn", "small"): 2}  # of the first convolution, where it is unusual
+
+
+@dataclass
+class ForeignEncoder:
+    """The encoder in a file of another project, or of --export, and what is known about it."""
+
+    tensors: dict[str, Tensor]  # float32, by torchvision's names, without a head
+    arch: str
+    width: float
+    stem: str  # "small" or "imagenet"
+    prefix: str  # of its names in the file, without WRAPPERS
+    rest: list[str]  # what else the file holds: heads, other encoders
+    stem_relu: bool = True  # whether a ReLU follows the first BatchNorm
+    origin: str = ""  # a project; "" if it is unknown, and `normalize` a guess
+    normalize: str = "none"  # what its inputs in [0, 1] are normalised with: a key of MEANS, "none"
+    padding: int = 0  # of the first convolution; 0: as usual
+
+    def adapt(self, encoder: nn.Module) -> nn.Module:
+        """Gives a ResNet, in place, what is special about this one beside the weights."""
+        if self.padding:
+            encoder.conv1.padding = (self.padding, self.padding)
+        if not self.stem_relu:
+            encoder.relu = nn.Identity()
+        return encoder
+
+    def describe(self, normalize: str = "auto") -> str:
+        """One line. normalize: as the user wants it, "auto" for what is known or guessed."""
+        inputs = self.normalize if normalize == "auto" else normalize
+        inputs = "in [0, 1]" if inputs == "none" else f"normalised for {inputs}"
+        if self.origin or normalize != "auto":
+            inputs = f"{self.origin or 'origin unknown'}, inputs {inputs}"
         else:
-            convert_sync_batchnorm(child, device)
-    return module
+            inputs = f"origin unknown: inputs taken as {inputs}; set {flag('normalize')}"
+        rest = f"; left out: {listed(self.rest)}" if self.rest else ""
+        return f"{self.arch} at width {self.width:g}, {self.stem} stem, {inputs}{rest}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names, for a message."""
+    text = ", ".join(map(shown, names[:MOST_LISTED])) or "none"
+    return text + (", …" if len(names) > MOST_LISTED else "")
+
+
+def find_encoder(state: dict, where: str | Path, prefix: str = "") -> ForeignEncoder:
+    """The ResNet in a checkpoint, whatever is around it.
+
+    prefix: where it lies in the file, if there are several. Raises InputError if there is none, if
+    several are as likely, or if it is no plain ResNet of three channels. That its tensors are
+    complete shows when they are loaded into a network.
+    """
+    with errors_as_input_error(f"{where} is not a checkpoint", through=(InputError,)):
+        tensors = {WRAPPERS.sub(r"\1", name): value for name, value in _tensors(state, set())}
+        prefix, layout = _choose_encoder(tensors, where, prefix)
+        named, others = _torchvision_names(tensors, prefix, layout)
+        own = prefix.split(".")
+        rest = {next((part for part in n.split(".") if part not in own), n): None for n in others}
+        arch, width, stem = _infer_architecture(named, where)
+        exported = (getattr(state, "_metadata", None) or {}).get("", {}).get(EXPORT_KEY)
+        if exported and exported["normalize"] in ("none", *MEANS):
+            origin, normalize = exported.get("origin", "--export"), exported["normalize"]
+            padding = int(exported["padding"])
+        else:
+            facts = [f"width {width:g}", "keys " + ", ".join(map(shown, state))]
+            facts += [f"{name} {tuple(tensors[name].shape)}" for name in others]
+            origin, normalize = _origin_of(prefix, stem, "\n".join(facts))
+            padding = PADDING.get((origin, stem), 0)
+        return ForeignEncoder(
+            named, arch, width, stem, prefix, list(rest), layout != NO_STEM_RELU, origin,
+            normalize, padding,
+        )  # fmt: skip
+
+
+def _tensors(state: dict, seen: set[int], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """All tensors in dicts of dicts, each dict once, by their keys joined with dots."""
+    seen.add(id(state))
+    for key, value in state.items():
+        name = f"{prefix}{key}" if isinstance(key, str) else ""
+        if name and isinstance(value, Tensor) and not COUNTERS.search(name):
+            yield name, value
+        elif name and isinstance(value, dict) and id(value) not in seen:
+            yield from _tensors(value, seen, f"{name}.")
+
+
+def _choose_encoder(tensors: dict, where: str | Path, wanted: str) -> tuple[str, str]:
+    """Prefix and layout, a key of LAYOUTS, of the encoder in a file. See find_encoder()."""
+    found: dict[str, str] = {}
+    for layout, name in itertools.product(LAYOUTS, tensors):
+        prefix = name.removesuffix(layout)
+        whole = prefix != name and (not prefix or prefix.endswith("."))
+        if whole and prefix + LAYOUTS[layout][0] in tensors:
+            found.setdefault(prefix, layout)
+    if not found:
+        raise InputError(
+            f"{where} has no encoder that is a plain ResNet: conv1.weight and layer1.0.conv1.weight"
+            f" below one prefix (it has {len(tensors)} tensors: {listed(list(tensors))})"
+        )
+    likely = [prefix for prefix in found if not TRAINING_COPY.search(prefix)] or list(found)
+    if wanted:  # "." is the prefix of no letters
+        wanted = WRAPPERS.sub(r"\1", (wanted.strip(".") + ".").lstrip("."))
+        likely = [p for p in found if p == wanted] or [p for p in found if p.startswith(wanted)]
+    there = ", ".join(shown(prefix) or "." for prefix in found)
+    if not likely:
+        raise InputError(f"{where} has no encoder at {flag('prefix')} {wanted} (there: {there})")
+    one, *others = (_below(tensors, prefix) for prefix in likely)
+    if not all(_same_tensors(one, other) for other in others):
+        raise InputError(f"{where} has several encoders; choose one by {flag('prefix')}: {there}")
+    return likely[0], found[likely[0]]
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+
+
+def _same_tensors(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def _torchvision_names(
+    tensors: dict[str, Tensor], prefix: str, layout: str
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The encoder's tensors, float32, by torchvision's names; and the names of all others.
+
+    What looks like a part of another kind of network stays in, so that loading refuses it.
+    """
+    named, others = {}, [name for name in tensors if not name.startswith(prefix)]
+    for name, value in _below(tensors, prefix).items():
+        new = name
+        for pattern, replacement in LAYOUTS[layout][1]:
+            new = re.sub(pattern, replacement, new)
+        if TRUNK.match(new) or ALTERED.match(new) or (new[0].isdigit() and value.ndim > 2):
+            new = new.replace(".shortcut.", ".downsample.")
+            named[new] = value.float() if value.is_floating_point() else value
+        else:
+            others.append(prefix + name)
+    for name, value in list(named.items()):
+        # a BatchNorm that imitates k devices has k·C statistics; in evaluation it uses their mean
+        scale = named.get(re.sub(r"running_\w+$", "weight", name), value)
+        if value.ndim == scale.ndim == 1 and len(value) > len(scale) > 0 == len(value) % len(scale):
+            named[name] = value.view(-1, len(scale)).mean(0)
+        if name.endswith("running_mean"):  # old files have no counter; evaluation does not read it
+            counter = name.replace("running_mean", "num_batches_tracked")
+            named.setdefault(counter, torch.tensor(0))
+    return named, others
+
+
+def _infer_architecture(named: dict[str, Tensor], where: str | Path) -> tuple[str, float, str]:
+    """Architecture, width and stem, from shapes. Raises InputError if it is no plain ResNet."""
+    channels, colours, *kernel = named["conv1.weight"].shape
+    if colours != 3:
+        plural = "s" if colours > 1 else ""
+        raise InputError(
+            f"{where} has an encoder of images with {colours} channel{plural}, not RGB"
+        )
+    matches = [re.match(r"layer([1-4])\.\d+\.conv1\.weight$", name) for name in named]
+    stages = [int(match[1]) for match in matches if match]
+    blocks = tuple(stages.count(stage) for stage in (1, 2, 3, 4))
+    bottleneck = "layer1.0.conv3.weight" in named
+    arch, stem = RESNETS.get((blocks, bottleneck)), STEMS.get(kernel[-1])
+    if arch is None or stem is None:
+        kind = "bottleneck" if bottleneck else "basic"
+        raise InputError(
+            f"{where} holds a network that is not supported: {kind} blocks {blocks}, first "
+            f"convolution {tuple(named['conv1.weight'].shape)}"
+        )
+    return arch, channels / 64, stem
+
+
+def _origin_of(prefix: str, stem: str, facts: str) -> tuple[str, str]:
+    """Origin, or "" if it is unknown, and normalisation. facts: what else is in the file."""
+    similar = [
+        (name, imagenet if stem == "imagenet" else small, imagenet)
+        for name, its_prefix, beside, imagenet, small in ORIGINS
+        if re.fullmatch(its_prefix, prefix) and re.search(beside, facts, re.MULTILINE)
+    ]
+    for name, normalize, _ in similar:
+        if normalize:
+            return name, normalize
+    guess = stem == "imagenet" or any(imagenet == "imagenet" for *_, imagenet in similar)
+    return "", "imagenet" if guess else "none"
+
+
+class Normalized(nn.Module):
+    """An encoder behind its normalisation, (x - mean) / std: images in [0, 1] -> h."""
+
+    def __init__(self, encoder: nn.Module, normalize: str) -> None:
+        super().__init__()
+        self.encoder, self.feature_dim = encoder, encoder.feature_dim
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in MEANS[normalize])
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.encoder((images - self.mean) / self.std)
+
+
+FILE_KINDS = {  # how a file begins that is no checkpoint, in lower case -> what it is
+    b"version https://git-lfs": "a pointer of git-lfs: fetch the file itself by git lfs pull",
+    b"<!doctype html": "a web page: download the file itself",
+    b"<html": "a web page: download the file itself",
+    b"\x89hdf": "HDF5, as Keras writes it: save the weights with torch.save",
+    b"\x1f\x8b": "compressed by gzip: unpack it",
+}
+
+
+def read_weights(path: Path) -> tuple[dict, Path]:
+    """Reads a file of torch.save, or safetensors, and executes nothing that is in it.
+
+    Returns its content and the file, which is previous.pt where last.pt is damaged. Raises
+    InputError that says what the file is and what to do, as far as that is known.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise InputError(f"to read {path}, pip install safetensors") from None
+        with errors_as_input_error(f"{path} is not a readable checkpoint"):
+            return load_file(path), path
+    with torch.serialization.safe_globals([argparse.Namespace]):  # others save their options
+        return load_newest(path)
+
+
+@contextlib.contextmanager
+def _errors_describing_file(path: Path) -> Iterator[None]:
+    """Context manager that converts what reading a checkpoint raises to an InputError."""
+    try:
+        with errors_as_input_error(f"{path} is not a readable checkpoint", (InputError,)):
+            yield
+    except InputError as error:
+        if kind := _describe_file(path):
+            raise InputError(f"{path} is not a readable checkpoint but {kind}") from error
+        raise
+
+
+def _describe_file(path: Path) -> str:
+    """What a file is that is no readable checkpoint, and what to do; "" if that is unknown."""
+    with contextlib.suppress(Exception):  # reading it as a checkpoint has said what is wrong
+        with open(path, "rb") as file:
+            begins = file.read(64).lstrip().lower()
+        for beginning, kind in FILE_KINDS.items():
+            if begins.startswith(beginning):
+                return kind
+        parts = zipfile.ZipFile(path).namelist()
+        if any(name.endswith("constants.pkl") for name in parts):
+            return "TorchScript: save torch.jit.load(FILE).state_dict() with torch.save"
+        if all(name.endswith(".npy") for name in parts):
+            return "NumPy's .npz: save {name: torch.from_numpy(array), …} with torch.save"
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        if any(name.startswith("torch.nn.modules.") for name in names):
+            return "a whole model: where its code is, save model.state_dict() with torch.save"
+        if names:
+            return (
+                f"one that needs {listed(names)}: if you trust it, save its state dict alone, read "
+                "by torch.load(FILE, weights_only=False)"
+            )
+    return ""
 
 
 # ------------------------------------------------------------------------------------- data sets
 
 DATASETS = ("digits", "cifar10", "cifar100", "svhn", "fashion-mnist", "stl10", "folder")
 SPLITS = ("pretrain", "train", "test")
-
-IMAGE_SUFFIXES = frozenset([
-    ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp",
-    ".ppm", ".pgm", ".pbm", ".jp2",
-])  # fmt: skip
 HELD_OUT = 0.2  # share of each class kept for testing where a data set has no split of its own
-MEMORY_SIDE = 128  # px: larger images are streamed from disk
-MEMORY_BYTES = 8 * 2**30  # bytes: sets that are larger as uint8 are streamed from disk
+MOST_NAMED = 10  # unreadable files, in warnings
+Rows = Tensor | None  # int64 (M,): which images, in what order; None: all
 
 
 @dataclass
 class ImageSet:
     """Images of one size in memory.
 
-    images: uint8 (N, 3, H, W). labels: int64 (N,) or None. classes: name of each label. paths:
-    bytes array (N,) of the file names where the images came from files.
+    images: uint8 (N, 3, H, W). labels: int64 (N,) or None. classes: name of each label. Where the
+    images came from files: paths, a bytes array (N,) of their names below the folder root; and
+    grey_range, see choose_range().
     """
 
     images: Tensor
     labels: Tensor | None = None
     classes: tuple[str, ...] = ()
     paths: np.ndarray | None = None
+    root: Path | None = None
+    grey_range: tuple[float, ...] = ()
     unreadable: ClassVar[dict[int, str]] = {}  # what is in memory has been read
 
     def __len__(self) -> int:
         return len(self.images)
-
-    @property
-    def labels_read(self) -> Tensor | None:
-        """Labels of the images that batches() gives: here all."""
-        return self.labels
 
     def image(self, index: int) -> Tensor:
         """One image: uint8 (3, H, W)."""
@@ -1122,18 +1388,16 @@ class ImageSet:
 
     def to(self, device: torch.device) -> ImageSet:
         labels = None if self.labels is None else self.labels.to(device)
-        return ImageSet(self.images.to(device), labels, self.classes, self.paths)
+        return dataclasses.replace(self, images=self.images.to(device), labels=labels)
 
     def batches(
-        self, size: int, batch_size: int, device: torch.device, workers: int = 0
+        self, size: int, batch_size: int, device: torch.device, workers: int = 0, rows: Rows = None
     ) -> Iterator[Tensor]:
         """In order, without augmentation: float32 (B, 3, size, size) in [0, 1] on `device`."""
         del workers  # nothing to decode
-        for images in self.images.split(batch_size):
-            yield center_view(images.to(device), size)
-
-
-MOST_NAMED = 10  # unreadable files, in warnings
+        rows = torch.arange(len(self)) if rows is None else rows
+        for chunk in rows.to(self.images.device).split(batch_size):
+            yield center_view(self.images[chunk].to(device), size)
 
 
 @dataclass
@@ -1141,9 +1405,9 @@ class ImageFiles:
     """Images of any size on disk, decoded when they are used.
 
     root: the folder. paths: bytes array (N,) of file names below it, one flat block. labels: int64
-    (N,) or None. classes: name of each label. max_bad: share of the files in [0, 1] that may turn
-    out to be unreadable; with 0 the first is an error. unreadable: those found, index -> reason.
-    cache: where what has been decoded is kept, see cache_pixels().
+    (N,) or None. classes: name of each label. max_bad: share of the files in [0, 1] that may be
+    unreadable. unreadable: those known so far, index -> reason. cache: see cache_pixels().
+    grey_range: see choose_range().
     """
 
     root: Path
@@ -1153,113 +1417,143 @@ class ImageFiles:
     max_bad: float = 0.0
     unreadable: dict[int, str] = dataclasses.field(default_factory=dict)
     cache: PixelCache | None = None
+    grey_range: tuple[float, ...] = ()
 
     def __len__(self) -> int:
         return len(self.paths)
-
-    def to(self, device: torch.device) -> ImageFiles:
-        labels = None if self.labels is None else self.labels.to(device)
-        return dataclasses.replace(self, labels=labels)
 
     def path(self, index: int) -> Path:
         return self.root / os.fsdecode(self.paths[index])
 
     def image(self, index: int) -> Tensor:
         """One image, decoded now: uint8 (3, H, W). Raises InputError if it cannot be read."""
-        return read_image(self.path(index))
+        return read_image(self.path(index), self.grey_range)
 
-    def readable_rows(self) -> np.ndarray:
-        """Which images are not known to be unreadable: int64 (M,), in order."""
-        return np.setdiff1d(np.arange(len(self)), [*self.unreadable])
+    def to(self, device: torch.device) -> ImageFiles:
+        labels = None if self.labels is None else self.labels.to(device)
+        return dataclasses.replace(self, labels=labels)
 
-    @property
-    def labels_read(self) -> Tensor | None:
-        """Labels of the images that batches() gives, all but the unreadable ones: int64 (M,)."""
-        if self.labels is None or not self.unreadable:
-            return self.labels
-        return self.labels[torch.from_numpy(self.readable_rows()).to(self.labels.device)]
-
-    def record_unreadable(self, bad: dict[int, str], most: float) -> None:
-        """Take note of files that cannot be read, index -> reason, and name them once.
-
-        Raises InputError, and forgets the new ones, if they make more than the share `most` of all.
-        """
-        new = {index: why for index, why in bad.items() if index not in self.unreadable}
-        count = len(self.unreadable) + len(new)
-        if new and count > most * len(self):
-            why = next(iter(new.values()))
-            if not self.max_bad:
-                raise InputError(why)
-            names = [shown(os.fsdecode(self.paths[i])) for i in [*self.unreadable, *new][:3]]
-            raise InputError(
-                f"{why}; with it {count:,} of {len(self):,} images cannot be read, more than "
-                f"{flag('max_bad')} {self.max_bad:g} allows: {', '.join(names)}"
-                f"{', …' * (count > len(names))}"
-            )
-        before, self.unreadable = len(self.unreadable), self.unreadable | new
-        if self.max_bad < 1:  # who takes any number of them reports them at the end
-            for why in [*new.values()][: max(0, MOST_NAMED - before)]:
-                log_warning(one_line(f"warning: {why}; it is left out", LONGEST_MESSAGE))
-            if before < MOST_NAMED <= count:
+    def record_unreadable(self, reasons: dict[int, str]) -> None:
+        """Records files that cannot be read, index -> reason, and warns of the first ones."""
+        for index, reason in reasons.items():
+            if index in self.unreadable:
+                continue
+            self.unreadable[index] = reason
+            if len(self.unreadable) <= MOST_NAMED:
+                log_warning(f"warning: {reason}; it is left out")
+            elif len(self.unreadable) == MOST_NAMED + 1:
                 log_warning("warning: more images that cannot be read are only counted")
 
     def batches(
-        self, size: int, batch_size: int, device: torch.device, workers: int = 0
+        self, size: int, batch_size: int, device: torch.device, workers: int = 0, rows: Rows = None
     ) -> Iterator[Tensor]:
         """In order, without augmentation: float32 (B, 3, size, size) in [0, 1] on `device`.
 
-        Unreadable images are left out, those that are known from before without another try, so
-        that afterwards labels_read are the labels. Raises InputError if max_bad is 0.
+        An image that cannot be read is black and is recorded in `unreadable`; if max_bad is 0 it
+        raises InputError instead, with several ranks not before check_evaluated().
         """
-        rows = torch.from_numpy(self.readable_rows())
-        batches = ((chunk, None) for chunk in rows.split(batch_size))
-        for views in decoded_batches(self, batches, size, None, workers, device):
-            yield views[:, 0].contiguous().float() / 255
+        rows = torch.arange(len(self)) if rows is None else rows
+        requests = ((chunk, None) for chunk in rows.split(batch_size))
+        for crops, _ in decoded_batches(self, requests, size, None, workers, device):
+            if world_size() == 1:
+                check_evaluated(self)
+            yield crops[:, 0].contiguous().float() / 255
 
 
 Images = ImageSet | ImageFiles
 
 
 def subset(data: Images, rows: Tensor) -> Images:
-    """The images that rows, int64 (M,) on any device, choose, in their order."""
+    """The images at `rows`, int64 (M,) on any device, in that order."""
+    index = rows.cpu().numpy()
     labels = None if data.labels is None else data.labels[rows.to(data.labels.device)]
     if isinstance(data, ImageSet):
-        return ImageSet(data.images[rows.to(data.images.device)], labels, data.classes)
-    at = rows.cpu().numpy()
-    cache = data.cache and data.cache.part(at)
-    return ImageFiles(data.root, data.paths[at], labels, data.classes, cache=cache)
-
-
-def only_readable(data: Images, workers: int) -> Images:
-    """The images that can be read. Decodes all, where they are streamed, and names the others."""
-    if isinstance(data, ImageSet):
-        return data
-    part = shard(data)
-    batches = part.batches(1, REQUEST_IMAGES, torch.device("cpu"), workers)
-    for _ in progress_bar(batches, "reading", math.ceil(len(part) / REQUEST_IMAGES)):
-        pass
-    record_unreadable_of_shard(part, data)
-    return subset(data, torch.from_numpy(data.readable_rows()))
+        images, paths = data.images[rows.to(data.images.device)], data.paths
+        paths = None if paths is None else paths[index]
+        return dataclasses.replace(data, images=images, labels=labels, paths=paths)
+    bad = {i: data.unreadable[row] for i, row in enumerate(index) if row in data.unreadable}
+    cache = data.cache and data.cache.part(index)
+    paths = data.paths[index]
+    return dataclasses.replace(data, paths=paths, labels=labels, unreadable=bad, cache=cache)
 
 
 def agree_on_unreadable(data: Images) -> None:
-    """Of several processes each takes note of what the others could not read."""
+    """Tells all ranks which files any rank could not read. All ranks must call it."""
     if world_size() > 1 and isinstance(data, ImageFiles):
-        data.record_unreadable(all_gather_dicts(data.unreadable), data.max_bad)
+        data.record_unreadable(all_gather_dicts(data.unreadable))
+
+
+def unreadable_error(data: Images, max_bad: float) -> InputError | None:
+    """The error of having more than the share `max_bad` of unreadable images, or None.
+
+    All ranks must call it, and then know which files any rank could not read.
+    """
+    agree_on_unreadable(data)
+    return too_many_unreadable(data, max_bad)
+
+
+def too_many_unreadable(data: Images, max_bad: float) -> InputError | None:
+    """The same of the unreadable images that this rank knows."""
+    count = len(data.unreadable)
+    if count > MOST_NAMED:
+        warn_once(f"warning: {count:,} of {len(data):,} images cannot be read and are left out")
+    if count <= max_bad * len(data):
+        return None
+    first = sorted(data.unreadable)[:3]
+    names = ", ".join(shown(os.fsdecode(data.paths[i])) for i in first)
+    return InputError(
+        f"{data.unreadable[first[0]]}; {count:,} of {len(data):,} images cannot be read, more "
+        f"than {flag('max_bad')} {max_bad:g} allows: {names}{', …' * (count > len(first))}"
+    )
+
+
+def try_unreadable_again(data: Images, rows: Iterable[int]) -> None:
+    """Records those of the images at `rows`, unreadable in an earlier run, that still are."""
+    for row in rows:
+        try:
+            data.image(row)
+        except UnreadableImage as error:
+            data.record_unreadable({row: str(error)})
+
+
+def check_evaluated(data: Images) -> None:
+    """Raises InputError if max_bad is 0 and an image cannot be read, or if none can.
+
+    For evaluations, which leave out any number of images if max_bad is not 0.
+    """
+    if isinstance(data, ImageFiles) and data.unreadable:
+        reason = data.unreadable[min(data.unreadable)]
+        if data.max_bad == 0:
+            raise InputError(reason)
+        if len(data.unreadable) == len(data):
+            raise InputError(f"none of the images can be read: {reason}")
+
+
+def only_readable(data: Images, workers: int) -> Images:
+    """The images that can be read; decodes all streamed ones to find out. See check_evaluated()."""
+    if isinstance(data, ImageSet):
+        return data
+    rows = shard_indices(len(data))
+    batches = data.batches(1, REQUEST_IMAGES, torch.device("cpu"), workers, rows)
+    for _ in progress_bar(batches, "reading", math.ceil(len(rows) / REQUEST_IMAGES)):
+        pass
+    agree_on_unreadable(data)
+    check_evaluated(data)
+    return subset(data, torch.tensor([i for i in range(len(data)) if i not in data.unreadable]))
 
 
 def files_digest(data: Images) -> str:
     """SHA-256 of the names of the images' files and their labels; "" where they have no files."""
     if data.paths is None:
         return ""
-    found = hashlib.sha256(b"\0".join(data.paths.tolist()))
+    digest = hashlib.sha256(b"\0".join(data.paths.tolist()))
     if data.labels is not None:
-        found.update(data.labels.cpu().numpy().astype("<i8"))
-    return found.hexdigest()
+        digest.update(data.labels.cpu().numpy().astype("<i8"))
+    return digest.hexdigest()
 
 
 def image_names(data: Images) -> list[str]:
-    """How an image is named in a list: by its path, or where there is none by its index."""
+    """How each image is named in a list: by its path, or without one by its index."""
     if data.paths is None:
         return [str(i) for i in range(len(data))]
     return [os.fsdecode(path) for path in data.paths]
@@ -1288,32 +1582,42 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def load_images(dataset: str, split: str, data_dir: str | Path = "data") -> Images:
+def load_images(
+    dataset: str, split: str, data_dir: str | Path = "data", max_bad: float = 0.0,
+    grey_range: tuple[float, ...] = (),
+) -> Images:  # fmt: skip
     """One split of a data set.
 
     dataset: one of DATASETS. split: "pretrain" (what is trained on without labels: the training
     images, on STL-10 with the unlabelled ones), "train" (the labelled training images) or "test".
-    data_dir: where downloads go and are looked for; for "folder" the user's own folder.
+    data_dir: where downloads go and are looked for; for "folder" the user's own folder. max_bad:
+    share of a folder's images in [0, 1] that may be unreadable. grey_range: of a folder's, see
+    choose_range().
 
     Returns an ImageSet, or for folders of large or mixed sizes an ImageFiles. A folder without
     test images gives an empty one for "test". Raises InputError for an unknown name, files that
     are missing and cannot be downloaded, an empty or missing folder, or an unreadable image.
     """
-    return load_splits(dataset, (split,), data_dir)[0]
+    return load_splits(dataset, (split,), data_dir, max_bad, grey_range)[0]
 
 
-def load_splits(dataset: str, splits: Sequence[str], data_dir: str | Path = "data") -> list[Images]:
+def load_splits(
+    dataset: str, splits: Sequence[str], data_dir: str | Path = "data", max_bad: float = 0.0,
+    grey_range: tuple[float, ...] = (),
+) -> list[Images]:  # fmt: skip
     """Several splits of a data set, see load_images(); a folder is gone through once for all."""
     if dataset not in DATASETS:
         raise InputError(f"unknown data set {dataset!r}; there are {', '.join(DATASETS)}")
     for split in splits:
         if split not in SPLITS:
             raise InputError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
-    if dataset == "digits":
-        return [_load_digits(split) for split in splits]
     if dataset == "folder":
         with errors_as_input_error(f"cannot read {data_dir}", through=(InputError,)):
-            return _load_folder(Path(data_dir), splits)
+            return _load_folder(Path(data_dir), splits, max_bad, grey_range)
+    if grey_range:
+        raise InputError(f"{flag('range')} is for folders of pictures, not for {dataset}")
+    if dataset == "digits":
+        return [_load_digits(split) for split in splits]
     return [_load_torchvision(dataset, split, Path(data_dir)) for split in splits]
 
 
@@ -1329,6 +1633,45 @@ def split_held_out(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         [rows[: round(HELD_OUT * len(rows))] for rows in class_balanced_order(labels)]
     )
     return np.setdiff1d(np.arange(len(labels)), test), np.sort(test)
+
+
+@dataclass
+class Data:
+    """What a run learns from and is evaluated on. Labels are never used in pre-training."""
+
+    pretrain: Images
+    train: Images
+    test: Images
+
+    @functools.cached_property
+    def files(self) -> str:
+        """Digest of the names of the images to learn from; "" for data sets without files."""
+        return files_digest(self.pretrain)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the representation can be evaluated by a classifier."""
+        train, test = self.train, self.test
+        enough = train.labels is not None and test.labels is not None and len(test) > 0
+        return enough and len(train.classes) > 1
+
+
+def describe_data(data: Data) -> str:
+    """How many images and classes there are and where, or why there are no labels."""
+    place, test_place = (
+        f" in {from_here(part.root)}" if part.root else "" for part in (data.train, data.test)
+    )
+    text = f"{len(data.pretrain):,} images to learn from{place}"
+    if data.train.labels is None:
+        return f"{text}; no labels: {why_unlabelled(image_names(data.train))}"
+    names = [shown(name) for name in data.train.classes[:MOST_NAMED]]
+    names += ["…"] * (len(data.train.classes) > MOST_NAMED)
+    text = f"{len(data.train.classes)} classes ({', '.join(names)}), {text}"
+    if len(data.test) and data.test.labels is None:
+        why = why_unlabelled(image_names(data.test), data.train.classes)
+        return f"{text}, but no labels for the evaluation{test_place}: {why}"
+    held_out = f"{len(data.test):,}" if len(data.test) else "none"
+    return f"{text}, {held_out} held out for the evaluation{test_place}"
 
 
 def _load_digits(split: str) -> ImageSet:
@@ -1348,6 +1691,15 @@ def _load_digits(split: str) -> ImageSet:
     return ImageSet(to_uint8(grey).repeat(1, 3, 1, 1), labels, tuple("0123456789"))
 
 
+EXPECTED_FILES = {  # where there is no network
+    "cifar10": f"{tv_datasets.CIFAR10.filename} or the folder cifar-10-batches-py",
+    "cifar100": f"{tv_datasets.CIFAR100.filename} or the folder cifar-100-python",
+    "svhn": "train_32x32.mat and test_32x32.mat",
+    "fashion-mnist": "FashionMNIST/raw with its four ubyte files",
+    "stl10": f"{tv_datasets.STL10.filename} or the folder stl10_binary",
+}
+
+
 def _load_torchvision(dataset: str, split: str, root: Path) -> ImageSet:
     train = split != "test"
     part = {"pretrain": "train+unlabeled", "train": "train", "test": "test"}[split]
@@ -1358,58 +1710,17 @@ def _load_torchvision(dataset: str, split: str, root: Path) -> ImageSet:
         "fashion-mnist": lambda: tv_datasets.FashionMNIST(root, train=train, download=True),
         "stl10": lambda: tv_datasets.STL10(root, split=part, download=True),
     }
-    new = not os.path.exists(root)
+    what = f"{dataset} could not be read from or downloaded to {root.absolute()}"
+    with contextlib.suppress(OSError):  # it may exist, and be for reading only
+        root.mkdir(parents=True, exist_ok=True)
+    one_process = FileLock(root / ".lock") if os.access(root, os.W_OK) else contextlib.nullcontext()
     try:
-        with one_at_a_time(root), contextlib.redirect_stdout(sys.stderr), safe_extraction():
+        with one_process:  # at a time downloads to the folder
             return _image_set(dataset, makers[dataset]())
-    except Exception as error:  # there is no end to what damaged files raise
-        if new:  # leave no empty folders behind
-            for folder, _, _ in os.walk(root, topdown=False):
-                with contextlib.suppress(OSError):
-                    os.rmdir(folder)
-        reason = " ".join(str(error).split())
+    except Exception as error:  # damaged files can raise any type
         raise InputError(
-            f"{dataset} could not be read from or downloaded to {root.absolute()} ({reason}). "
-            f"Without a network, put {_expected_files(dataset)} there"
+            f"{what} ({shown(error)}). Without a network, put {EXPECTED_FILES[dataset]} there"
         ) from error
-
-
-@contextlib.contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Inside, no other process downloads to the folder: whoever comes waits. It is made if need be.
-
-    Where it cannot be written, or there are no such locks, nobody waits, nor downloads.
-    """
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError, ImportError):
-            import fcntl
-
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / ".lock"
-            while True:
-                lock = stack.enter_context(open(path, "a", encoding="utf-8"))
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                if same_file(lock.fileno(), path):  # else whoever had it has just deleted it
-                    break
-            stack.callback(_remove, path)
-        yield
-
-
-def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        path.unlink()
-
-
-@contextlib.contextmanager
-def safe_extraction() -> Iterator[None]:
-    """Inside, a tar archive cannot write outside of its folder, which Python allows before 3.14."""
-    before = vars(tarfile.TarFile).get("extraction_filter")
-    safe = getattr(tarfile, "data_filter", None)  # early releases of Python 3.11 have none
-    tarfile.TarFile.extraction_filter = safe and staticmethod(safe)
-    try:
-        yield
-    finally:
-        tarfile.TarFile.extraction_filter = before
 
 
 def _image_set(dataset: str, source: Any) -> ImageSet:
@@ -1426,94 +1737,60 @@ def _image_set(dataset: str, source: Any) -> ImageSet:
     if dataset == "stl10" and (labels < 0).any():  # it marks unlabelled images by -1
         return ImageSet(images.contiguous(), None, classes)
     if labels.min() < 0 or labels.max() >= len(classes):
-        raise ValueError(
-            f"its labels are {labels.min()} to {labels.max()} of {len(classes)} classes"
-        )
+        raise ValueError(f"it has labels from {labels.min()} to {labels.max()}")
     return ImageSet(images.contiguous(), labels, classes)
-
-
-def _expected_files(dataset: str) -> str:
-    return {
-        "cifar10": f"{tv_datasets.CIFAR10.filename} or the folder cifar-10-batches-py",
-        "cifar100": f"{tv_datasets.CIFAR100.filename} or the folder cifar-100-python",
-        "svhn": "train_32x32.mat and test_32x32.mat",
-        "fashion-mnist": "FashionMNIST/raw with its four ubyte files",
-        "stl10": f"{tv_datasets.STL10.filename} or the folder stl10_binary",
-    }[dataset]
 
 
 # ---------------------------------------------------------------------- data sets: one's own images
 
+# what PIL can name but not decode, or only with another program
+NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
+MOST_SUFFIXES = 5  # of files that are left out, in a line
+MEMORY_SIDE = 128  # px: larger images are streamed from disk
+MEMORY_BYTES = 8 * 2**30  # bytes: sets that are larger as uint8 are streamed from disk
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """Endings of the files that PIL decodes, in lower case: ".jpg", …"""
+    kinds = Image.registered_extensions()
+    decoded = ({*Image.OPEN} | {"MPO"}) - {*NOT_DECODED}
+    return frozenset(suffix for suffix, kind in kinds.items() if kind in decoded)
+
 
 def list_images(root: Path) -> list[str]:
-    """Names, relative to `root` and sorted, of all image files below it, by their ending.
+    """Names, relative to `root` and sorted, of all images below it.
 
-    Long lists are kept in the user's cache and are read from there as long as no folder below
-    `root` has changed: adding, removing or renaming a file changes the time of its folder.
+    Images are known by their endings, and by their content where they have none. A line says how
+    many other files are left out.
     """
-    if (known := _known_list(root)) is not None:
-        return known
-    started, folders = time.time_ns(), {}
-    names = sorted(_walk_images(root, folders))
-    if len(names) >= LONG_LIST:
-        _keep_list(root, names, folders, started)
-    return names
+    names, others = [], collections.Counter()
+    for name in _walk_files(root):
+        suffix = os.path.splitext(name)[1].lower()
+        if suffix in image_suffixes() or (not suffix and _is_image(root / name)):
+            names.append(name)
+        else:
+            others[suffix or "no ending"] += 1
+    if others:
+        kinds = [f"{shown(kind)} ({n:,})" for kind, n in others.most_common(MOST_SUFFIXES)]
+        kinds += ["…"] * (len(others) > len(kinds))
+        log_warning(f"left out of {root}, as no images by their endings: {', '.join(kinds)}")
+    return sorted(names)
 
 
-LONG_LIST = 10_000  # files: from here on their names are kept
-SETTLED = 2 * 10**9  # ns: within them a folder could change twice without another time
-
-
-def _list_file(root: Path) -> Path:
-    """Where the names below `root` are kept: in $XDG_CACHE_HOME/simclr, or ~/.cache/simclr."""
-    home = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    home = home if home.is_absolute() else Path.home() / ".cache"
-    key = os.fsencode(os.path.realpath(root)) + _suffixes().encode()
-    name = hashlib.sha256(key).hexdigest()[:32]
-    return home / "simclr" / f"{name}.npz"
-
-
-def _stamp(folder: str | Path) -> tuple[int, int]:
-    """By which a folder that was changed, or another in its place, is known."""
-    status = os.stat(folder)
-    return status.st_mtime_ns, status.st_ino
-
-
-def _keep_list(
-    root: Path, names: list[str], folders: dict[str, tuple[int, int]], started: int
-) -> None:
-    """Keep the names for the next run, if they can be kept. folders: each with its stamp."""
-    if max(changed for changed, _ in folders.values()) > started - SETTLED:
-        return
-    buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        names=np.array([os.fsencode(name) for name in names]),
-        folders=np.array([os.fsencode(folder) for folder in folders]),
-        stamps=np.array([b"%d %d" % stamp for stamp in folders.values()]),
-    )
-    with contextlib.suppress(InputError, RuntimeError):  # no home, no room: it is walked again
-        write_atomically(_list_file(root), buffer.getbuffer())
-
-
-def _known_list(root: Path) -> list[str] | None:
-    """The names that were kept, if all folders are as they were."""
+def _is_image(path: Path) -> bool:
     try:
-        with np.load(_list_file(root), allow_pickle=False) as kept:
-            folders = [os.fsdecode(folder) for folder in kept["folders"]]
-            stamps = np.array([b"%d %d" % _stamp(root / folder) for folder in folders])
-            if np.array_equal(stamps, kept["stamps"]):
-                return [os.fsdecode(name) for name in kept["names"]]
-    except Exception:  # there is none, it is damaged, or a folder is gone
-        return None
-    return None
+        image_size(path)
+    except UnreadableImage:
+        return False
+    return True
 
 
-def _walk_images(root: Path, stamps: dict[str, tuple[int, int]] | None = None) -> Iterator[str]:
-    """Linked folders are followed, each real folder once, so that a loop of links ends.
+def _walk_files(root: Path) -> Iterator[str]:
+    """All files below `root` that are not hidden, by their names relative to it.
 
-    stamps: takes each folder's, by its name relative to `root`. Raises InputError for a folder
-    that cannot be read: its images would be missed in silence.
+    Linked folders are followed, each real folder once, so that a loop of links ends. Raises
+    InputError for a folder that cannot be read: its images would be missed in silence.
     """
 
     def refuse(error: OSError) -> NoReturn:
@@ -1521,37 +1798,37 @@ def _walk_images(root: Path, stamps: dict[str, tuple[int, int]] | None = None) -
 
     seen: set[tuple[int, int]] = set()
     for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
-        try:
-            status = os.stat(folder)
-        except OSError as error:
-            refuse(error)
+        status = os.stat(folder)
         if (status.st_dev, status.st_ino) in seen:
             subfolders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        place = os.path.relpath(folder, root)
-        if stamps is not None:
-            stamps[place] = (status.st_mtime_ns, status.st_ino)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        below = "" if place == os.curdir else place + os.sep
+        below = os.path.relpath(folder, root)
         for name in files:
-            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith("."):
-                yield below + name
+            if not name.startswith("."):
+                yield name if below == os.curdir else os.path.join(below, name)
+
+
+def _class_of(path: str) -> str:
+    """The first folder of a path, composed (NFC), as systems differ in how they write an umlaut."""
+    return unicodedata.normalize("NFC", path.split(os.sep, maxsplit=1)[0])
 
 
 def why_unlabelled(paths: Sequence[str], classes: Sequence[str] = ()) -> str:
-    """What keeps files from being labelled by the layout `<class>/<file>`; "" if nothing does.
+    """What keeps files from being labelled by the layout `<class>/…/<file>`; "" if nothing does.
 
     paths: file names relative to the folder. classes: those there are, if they are known; without,
     there must be at least two.
     """
-    outside = [path for path in paths if path.count(os.sep) != 1]
+    outside = [path for path in paths if os.sep not in path]
     if len(outside) == len(paths):
         return "the images do not lie in class folders"
     if outside:
         more = f", and {len(outside) - 1:,} more" if len(outside) > 1 else ""
         return f"{outside[0]} lies outside the class folders{more}"
-    if not classes and len({path.split(os.sep)[0] for path in paths}) < 2:
+    names = {_class_of(path) for path in paths}
+    if len(names) == 1 and names.isdisjoint(classes):
         return "there is only one folder of images"
     return ""
 
@@ -1559,104 +1836,144 @@ def why_unlabelled(paths: Sequence[str], classes: Sequence[str] = ()) -> str:
 def folder_labels(
     paths: Sequence[str], classes: Sequence[str] = ()
 ) -> tuple[np.ndarray | None, tuple[str, ...]]:
-    """Labels from the layout `<class>/<file>`, or None where the files are not laid out so.
+    """Labels from the layout `<class>/…/<file>`, or None where the files are not laid out so.
 
     paths and classes: as in why_unlabelled(). Returns (int64 (N,) or None, the classes, in whose
     order they are numbered). Raises InputError for a class that is not one of those known.
     """
     if why_unlabelled(paths, classes):
         return None, ()
-    names = [path.split(os.sep)[0] for path in paths]
-    found = sorted(set(names))
-    unknown = sorted(set(found) - set(classes or found))
+    names = [_class_of(path) for path in paths]
+    classes = tuple(classes or sorted(set(names)))
+    known = {_as_seen(name): name for name in classes}
+    unknown = sorted(set(names) - set(classes))
+    for name in unknown:
+        if alike := known.get(_as_seen(name)):
+            raise InputError(
+                f"has the class {name!a}, but the images to learn from have {alike!a}: names that "
+                "look alike, and differ"
+            )
     if unknown:
         raise InputError(f"has classes that are not among those to learn from: {unknown}")
-    number = {name: i for i, name in enumerate(classes or found)}
-    return np.array([number[name] for name in names]), tuple(number)
+    number = {name: i for i, name in enumerate(classes)}
+    return np.array([number[name] for name in names]), classes
 
 
-def split_folders(root: Path) -> tuple[Path, Path | None]:
-    """Where the images to learn from and those for testing lie; the root if there are no splits.
+def _as_seen(name: str) -> str:
+    """The name without what one does not see or cannot tell apart."""
+    text = unicodedata.normalize("NFKC", name)
+    return "".join(c for c in text if c.isprintable() and not c.isspace())
 
-    train/ is a split if test/ or val/ lies beside it or folders inside it; else it is a class. Of
-    test/ and val/ the first is taken that has images.
+
+TRAIN_FOLDERS = ("train", "training")
+TEST_FOLDERS = ("test", "testing", "val", "valid", "validation")
+
+
+def split_folders(root: Path) -> tuple[Path, list[Path]]:
+    """The folder to learn from, and those that may be for testing; the root if there are no splits.
+
+    train/ is a split if a folder for testing lies beside it or folders inside it; else it is a
+    class. The names may be in capitals.
     """
-    train, tests = root / "train", [root / name for name in ("test", "val")]
-    has_folders = train.is_dir() and any(entry.is_dir() for entry in os.scandir(train))
-    if not train.is_dir() or not (has_folders or any(test.is_dir() for test in tests)):
-        return root, None
-    return train, next((t for t in tests if t.is_dir() and any(_walk_images(t))), None)
+    folders = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir()}
+    train = next((folders[name] for name in TRAIN_FOLDERS if name in folders), None)
+    tests = [folders[name] for name in TEST_FOLDERS if name in folders]
+    if train and (tests or any(path.is_dir() for path in train.iterdir())):
+        return train, tests
+    return root, []
 
 
-def _load_folder(root: Path, splits: Sequence[str]) -> list[Images]:
-    """`root/train/…` with `root/test` or `root/val`, `root/<class>/…`, or any tree of images."""
+def _choose_test(folders: Sequence[Path], classes: Sequence[str]) -> tuple | None:
+    """The first folder that these classes label, else the first with images, or None.
+
+    Returns (folder, names of its images, labels int64 (N,) or None). Raises InputError for
+    classes that are not among these, if no folder is labelled.
+    """
+    chosen, fault = None, None
+    for folder in folders:
+        paths = list_images(folder)
+        try:
+            labels, _ = folder_labels(paths, classes)
+        except InputError as error:
+            fault = fault or InputError(f"{folder} {error}")
+            continue
+        if classes and labels is not None:
+            return folder, paths, labels
+        if paths and not chosen:
+            chosen = folder, paths, None
+    if fault:
+        raise fault
+    return chosen
+
+
+def _load_folder(
+    root: Path, splits: Sequence[str], max_bad: float, grey_range: tuple[float, ...]
+) -> list[Images]:
+    """`root/train/…` with `root/test/…`, `root/<class>/…`, or any tree of images."""
     if not os.path.isdir(root):
         raise InputError(f"--data-dir {root} is not a folder")
-    folder, test = split_folders(root)
+    folder, tests = split_folders(root)
     paths = list_images(folder)
     if not paths:
-        raise InputError(f"no images in {folder} (looked for {_suffixes()})")
+        raise InputError(f"no images in {folder}")
+    grey_range = choose_range(folder, paths, grey_range)
     labels, classes = folder_labels(paths)
-    if folder == root:  # no splits: hold some images of each class out
-        train_rows, test_rows = np.arange(len(paths)), np.arange(0)
-        if labels is not None:
-            train_rows, test_rows = split_held_out(labels)
-        found = []
-        for split in splits:
-            rows = test_rows if split == "test" else train_rows
-            own = None if labels is None else labels[rows]
-            found.append(_read_folder(folder, [paths[i] for i in rows], own, classes))
-        return found
-    return [
-        _load_test(test, root, classes)
-        if split == "test"
-        else _read_folder(folder, paths, labels, classes)
-        for split in splits
-    ]
-
-
-def _load_test(folder: Path | None, root: Path, classes: tuple[str, ...]) -> Images:
-    """The split for testing. classes: those of the training images, if they have any."""
-    paths = list_images(folder) if folder else []
-    try:
-        labels, classes = folder_labels(paths, classes)
-    except InputError as error:
-        raise InputError(f"{folder} {error}") from None
-    return _read_folder(folder or root, paths, labels, classes)
-
-
-def _suffixes() -> str:
-    return " ".join(sorted(IMAGE_SUFFIXES))
+    learn, held_out = np.arange(len(paths)), np.arange(0)
+    if folder == root and labels is not None:  # no splits: hold some images of each class out
+        learn, held_out = split_held_out(labels)
+    loaded = {}
+    for split in dict.fromkeys(splits):
+        rows, allowed = (held_out, float(max_bad > 0)) if split == "test" else (learn, max_bad)
+        own = None if labels is None else labels[rows]
+        part = (folder, [paths[i] for i in rows], own)
+        if split == "test" and (test := _choose_test(tests, classes)):
+            part = test
+        loaded[split] = _read_folder(*part, classes, allowed, grey_range)
+    return [loaded[split] for split in splits]
 
 
 def _read_folder(
-    root: Path, paths: list[str], labels: np.ndarray | None, classes: tuple[str, ...]
-) -> Images:
-    """In memory if all images are small and of one size, otherwise to be streamed."""
-    targets = None if labels is None else torch.from_numpy(labels)
+    root: Path, paths: list[str], labels: np.ndarray | None, classes: Sequence[str],
+    max_bad: float, grey_range: tuple[float, ...],
+) -> Images:  # fmt: skip
+    """In memory if all images are small and of one size, otherwise to be streamed.
+
+    Of those in memory the unreadable ones are left out. Raises InputError if they are more than
+    the share `max_bad`, or all.
+    """
     if not paths:
         return ImageSet(torch.empty(0, 3, 1, 1, dtype=torch.uint8), None, classes)
+    targets = None if labels is None else torch.from_numpy(labels)
     names = np.array([os.fsencode(path) for path in paths])
+    files = ImageFiles(root, names, targets, classes, max_bad, grey_range=grey_range)
     if not _fits_in_memory(root, paths):
-        return ImageFiles(root, names, targets, classes)
+        return files
+
+    def read(index: int) -> Tensor | str:
+        try:
+            return files.image(index)
+        except UnreadableImage as error:
+            return str(error)
+
     with ThreadPoolExecutor() as pool:  # PIL decodes without holding Python's lock
-        decoded = pool.map(lambda path: read_image(root / path), paths)
-        bar = progress_bar(decoded, f"reading {root}", len(paths))
-        images = torch.stack(list(bar))
-    return ImageSet(images, targets, classes, names)
+        found = pool.map(read, range(len(paths)))
+        images = [*progress_bar(found, f"reading {root}", len(paths))]
+    good = [i for i, image in enumerate(images) if isinstance(image, Tensor)]
+    files.record_unreadable({i: x for i, x in enumerate(images) if isinstance(x, str)})
+    if error := too_many_unreadable(files, max_bad if good else 0):
+        raise error
+    files = subset(files, torch.tensor(good))
+    stack = torch.stack([images[i] for i in good])
+    return ImageSet(stack, files.labels, classes, files.paths, root, grey_range)
 
 
 def _fits_in_memory(root: Path, paths: list[str]) -> bool:
-    """Whether all images have one small size: reads headers, and stops at the first that differs.
-
-    The size is the stored one; an EXIF rotation of square images does not change it, and others
-    that are rotated make the set one of mixed sizes.
-    """
+    """Whether all images have one small size, by their headers up to the first that differs."""
     common = None
     for path in paths:
         try:
             size = image_size(root / path)
-        except InputError:  # streaming can do without it, and reading all of them names it
+        except UnreadableImage:  # reading it will say so
             continue
         common = common or size
         if size != common or max(size) > MEMORY_SIDE:
@@ -1666,8 +1983,53 @@ def _fits_in_memory(root: Path, paths: list[str]) -> bool:
     return True
 
 
+RANGES = {"I": (0.0, 65535.0), "F": (0.0, 1.0)}  # of grey modes of PIL: I, I;16, … and F
+RANGE_SAMPLE = 64  # files
+USED_SHARE = 0.1  # of a range: pictures that use less of it would be nearly black or flat
+
+
+def choose_range(
+    root: Path, paths: Sequence[str], given: tuple[float, ...] = ()
+) -> tuple[float, ...]:
+    """Which values are black and white in a folder's grey pictures of more than 8 bits.
+
+    given: by the user, or of a run. Else those of the pictures' type; where a sample of the files
+    leaves that range or uses under a tenth of it, the smallest and the largest value of the sample.
+    A line says so. Without such pictures in the sample returns what is given.
+    """
+    modes, values = set(), []
+    for path in paths[:: math.ceil(len(paths) / RANGE_SAMPLE)]:
+        with contextlib.suppress(UnreadableImage), Photo(root / path) as photo:
+            if photo.image.mode[0] in RANGES:
+                with _errors_naming_file(path):
+                    grey = np.asarray(photo.image, dtype=np.float32)
+                grey = grey[np.isfinite(grey)]
+                modes.add(photo.image.mode)
+                values += [grey.min(), grey.max()] if grey.size else []
+    if not values:
+        if given:
+            warn_once(
+                f"{root}: {flag('range')} is for grey pictures of more than 8 bits: none found"
+            )
+        return given
+    low, high = float(min(values)), float(max(values))
+    black, white = chosen = given or RANGES[max(modes)[0]]  # of both kinds: that of integers
+    narrow = min(high, white) - max(low, black) < USED_SHARE * (white - black)
+    if not given and (narrow or low < black or high > white):
+        chosen = (low, max(high, low + 1e-6))
+    text = (
+        f"{root}: grey pictures of PIL's mode {', '.join(sorted(modes))}, values {low:g} to "
+        f"{high:g} in a sample; {chosen[0]:g} is taken as black, {chosen[1]:g} as white"
+    )
+    if narrow or chosen != (black, white):
+        use = "under a tenth of" if narrow else "more than"
+        whose = "this range" if given else f"the range of their type, {black:g} to {white:g}"
+        text = f"warning: {text}, as they use {use} {whose}"
+    warn_once(f"{text}; {flag('range')} LOW HIGH sets another range")
+    return chosen
+
+
 _IMAGE_WIDTH, _IMAGE_LENGTH, _ORIENTATION = 0x0100, 0x0101, 0x0112  # TIFF and EXIF tags
-_TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _UPRIGHT = {  # EXIF orientation -> what makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
@@ -1676,60 +2038,77 @@ _UPRIGHT = {  # EXIF orientation -> what makes the image upright
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8. What cannot be read, or is no orientation, counts as 1: upright."""
+    """EXIF orientation, 1 to 8. What cannot be read, or is no orientation, counts as 1: upright.
+
+    ImageOps.exif_transpose() raises where another tag is badly written.
+    """
     try:
         value = image.getexif().get(_ORIENTATION)
-    except Exception:  # badly written EXIF makes PIL raise nearly anything
+    except Exception:  # badly written EXIF makes PIL raise nearly any type
         return 1
     return value if isinstance(value, int) and value in _UPRIGHT else 1
 
 
-_OPENING = threading.Lock()  # warnings.catch_warnings() is not for several threads
+SAFE_PIXELS = 89_478_485  # PIL's own limit, as a small file may claim to have any size
+MOST_PIXELS = 2**28  # 0.8 GB as RGB: a panorama, or a scan of A3 at 1,000 dots an inch
+PIXELS_A_BYTE = 100  # a photograph has 2 to 20
+
+
+class UnreadableImage(InputError):
+    """An image file that is missing, damaged, or too large."""
 
 
 @contextlib.contextmanager
 def _errors_naming_file(path: str | Path) -> Iterator[None]:
-    """What PIL raises of a file, nearly any type, becomes an InputError that names it."""
+    """Context manager that converts what PIL raises, nearly any type, to an UnreadableImage.
+
+    Too little memory and too many open files pass: another image would fail as well.
+    """
     try:
         yield
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except Exception as error:
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+            raise InputError(f"cannot open {path}: {error.strerror} (see ulimit -n)") from error
         reason = str(error) or type(error).__name__
-        raise InputError(f"cannot read the image {path} ({reason})") from error
+        raise UnreadableImage(f"cannot read the image {path} ({reason})") from error
 
 
 class Photo:
-    """An image file whose header has been read, and no more. Raises InputError if it cannot be.
+    """An image file whose header has been read, and no more; if not, raises UnreadableImage.
 
-    height, width: in pixels as displayed. Use it in a `with`, which closes the file.
+    height, width: in pixels as displayed. grey_range: see choose_range(); () for the type's. Use it
+    in a `with`, which closes the file.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = path
+    def __init__(self, path: str | Path, grey_range: tuple[float, ...] = ()) -> None:
+        self.path, self.grey_range = path, grey_range
         with _errors_naming_file(path):
             status = os.stat(path)
             if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
                 raise OSError("it is not a file")
-            self.bytes = status.st_size
-            with _OPENING, warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                self.image = Image.open(path)
+            Image.MAX_IMAGE_PIXELS = None  # PIL's limit is too low for panoramas: see below
+            self.image = Image.open(path)
+            pixels = self.image.width * self.image.height
+            if pixels > max(SAFE_PIXELS, min(MOST_PIXELS, PIXELS_A_BYTE * status.st_size)):
+                self.image.close()
+                raise ValueError(f"{pixels:,} pixels in {gib(status.st_size)} are too many")
             tags = getattr(self.image, "tag_v2", {})  # of a TIFF, whose size PIL may have turned
             self.width = tags.get(_IMAGE_WIDTH, self.image.width)
             self.height = tags.get(_IMAGE_LENGTH, self.image.height)
-            self.orientation = _orientation(self.image)
-            if self.orientation in _TRANSPOSED:
+            if _orientation(self.image) >= 5:  # those swap width and height
                 self.width, self.height = self.height, self.width
 
     def __enter__(self) -> Photo:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.image.close()
+        if self.image:
+            self.image.close()
 
     def pixels(self, least: float = 1) -> Tensor:
-        """Decode it, once: uint8 RGB (3, H, W), with the channels last in memory.
+        """Decodes it, once: uint8 RGB (3, H, W), with the channels last in memory.
 
         least: the share of the size that is enough. A JPEG is decoded at 1/8, 1/4 or 1/2 if that
         is as much: the decoder then averages blocks of pixels and saves most of its arithmetic.
@@ -1739,53 +2118,28 @@ class Photo:
             shrink = next((s for s in (8, 4, 2) if s * least <= 1), 1)
             if shrink > 1:  # other formats than JPEG take no notice
                 image.draft(image.mode, (image.width // shrink, image.height // shrink))
-            elif (pixels := self._plain_jpeg()) is not None:
-                return pixels
             image.load()  # some formats turn the image, and drop the tag, while decoding
-            orientation = _orientation(image)
-            if orientation != 1:
+            if (orientation := _orientation(image)) != 1:
                 image = image.transpose(_UPRIGHT[orientation])
-            if image.mode.startswith("I"):  # 16 bits in one channel; convert() cuts off at 255
-                grey = np.asarray(image, dtype=np.float32) * (255 / 65535)
-                image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+            if image.mode[0] in RANGES:  # one channel; convert() cuts off at 255
+                low, high = self.grey_range or RANGES[image.mode[0]]
+                grey = (np.asarray(image, dtype=np.float32) - low) * (255 / (high - low))
+                grey = np.nan_to_num(grey.round().clip(0, 255))  # NaN is black
+                image = Image.fromarray(grey.astype(np.uint8))
             if image.has_transparency_data:
                 rgba = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
             pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
-    def _plain_jpeg(self) -> Tensor | None:
-        """What PIL would decode of a JPEG that needs no more, in four fifths of the time.
-
-        None for other files, and those that torchvision's decoder does not take.
-        """
-        image = self.image
-        plain = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
-        alone = threading.current_thread() is threading.main_thread()  # as _silent() needs it
-        if (
-            not (decode_jpeg and plain and alone)
-            or self.orientation != 1
-            or self.bytes > JPEG_BYTES
-        ):
-            return None
-        content = torch.empty(self.bytes, dtype=torch.uint8)
-        image.fp.seek(0)
-        image.fp.readinto(content.numpy())
-        try:
-            with _silent():
-                pixels = decode_jpeg(content, ImageReadMode.RGB)  # (3, H, W)
-        except RuntimeError:
-            return None
-        return pixels if pixels.shape[1:] == (self.height, self.width) else None
-
     def center(self, out: Tensor) -> None:
-        """center_view() of it. out: uint8 (1, size, size, 3), takes it."""
+        """Writes its center_view() to `out`, uint8 (1, size, size, 3)."""
         size = out.shape[1]
         pixels = self.pixels(size / min(self.height, self.width))
         out.copy_(to_uint8(center_view(pixels[None], size)).permute(0, 2, 3, 1))
 
     def crops(self, out: Tensor, boxes: np.ndarray) -> None:
-        """Parts of it, resized, from one decoding. out: uint8 (V, size, size, 3), takes them.
+        """Writes parts of it, resized, to `out`, uint8 (V, size, size, 3), from one decoding.
 
         boxes: int (V, 4), top, left, height, width in pixels as displayed. Where all of them are
         large, a smaller image is decoded, in which they have at least `size` pixels a side and
@@ -1803,443 +2157,394 @@ class Photo:
             view.copy_(part[0].permute(1, 2, 0))
 
 
-JPEG_BYTES = 2**26  # in memory at once; PIL reads a larger file piece by piece
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Inside, stderr leads nowhere: libjpeg writes there what it thinks of a damaged file.
-
-    Not for several threads: there is one stderr.
-    """
-    try:
-        kept = os.dup(2)
-    except OSError:  # it is closed
-        yield
-        return
-    try:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 2)
-        os.close(nowhere)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
 def image_size(path: Path) -> tuple[int, int]:
     """(height, width) in pixels as displayed, from the header alone. InputError if unreadable."""
     with Photo(path) as photo:
         return photo.height, photo.width
 
 
-def read_image(path: Path) -> Tensor:
-    """Decode any image file to uint8 RGB (3, H, W).
+def read_image(path: Path, grey_range: tuple[float, ...] = ()) -> Tensor:
+    """Decodes any image file to uint8 RGB (3, H, W).
 
-    EXIF orientation is applied, transparency is put on white, 16-bit grey is scaled to 8 bits,
-    of an animation the first frame is taken. Raises InputError naming the file if it cannot be
-    read or has more than PIL's Image.MAX_IMAGE_PIXELS, 89 million: a small file may claim any size.
+    EXIF orientation is applied, transparency is put on white, grey of more than 8 bits is scaled
+    from grey_range, of an animation the first frame is taken. Raises UnreadableImage if the file
+    cannot be read or is too large: of SAFE_PIXELS up to MOST_PIXELS it must have a byte for
+    PIXELS_A_BYTE pixels.
     """
-    with Photo(path) as photo:
+    with Photo(path, grey_range) as photo:
         return photo.pixels().contiguous()
 
 
 # ------------------------------------------------------------------- data sets: decoding only once
 
 CACHES = ("none", "memory", "file")
-SHARED_MEMORY = Path("/dev/shm")  # a folder in memory, where there is one (Linux)
+SHARED_MEMORY = Path("/dev/shm")  # a folder in memory (Linux)
+MEMORY_SHARE = 0.8  # of the memory that is free: a run needs some itself
+_mapped_files: list[Tensor] = []  # uint8 (bytes,): of the caches; forked workers inherit them
 
 
 @dataclass
 class PixelCache:
-    """Decoded images, kept in one file that all processes of a machine map into their memory.
+    """Decoded images in a file that all processes of a machine map into their memory.
 
-    path: the file. sizes: int64 (N, 2) height and width in pixels as displayed, 0 of files that
-    cannot be read. starts: int64 (N,) where in the file the (H, W, 3) bytes of each lie. marks:
-    int64 (N,) where its one byte lies that is 1 when they are there.
-
-    Where the file is gone (logging out may clear /dev/shm) each image is decoded as if for the
-    first time: a run is slower without its cache, and otherwise the same.
+    The file has no name: it vanishes with the last process, however that ends. number: its index
+    in _mapped_files. sizes: int64 (N, 2), height and width in pixels as displayed, 0 of files that
+    cannot be read. starts: int64 (N,), where in the file a byte lies that is 1 when the image's
+    (H, W, 3) bytes behind it are there.
     """
 
-    path: Path
+    number: int
     sizes: np.ndarray
     starts: np.ndarray
-    marks: np.ndarray
 
     def part(self, rows: np.ndarray) -> PixelCache:
-        """The same for some of the images: a Job brings the numbers of its own, not of millions."""
-        return PixelCache(self.path, self.sizes[rows], self.starts[rows], self.marks[rows])
+        """The same for some of the images."""
+        return PixelCache(self.number, self.sizes[rows], self.starts[rows])
 
-    def has(self, index: int) -> bool:
-        content = _mapped(self.path)
-        return content is not None and content[self.marks[index]] == 1
-
-    def pixels(self, index: int) -> Tensor:
-        """The image that it has: uint8 (3, H, W), a view of the file, with the channels last."""
-        height, width = self.sizes[index].tolist()
-        start = int(self.starts[index])
-        flat = _mapped(self.path)[start : start + 3 * height * width]
-        return torch.from_numpy(flat).view(height, width, 3).permute(2, 0, 1)
-
-    def keep(self, index: int, pixels: Tensor) -> None:
-        """Take uint8 (3, H, W), unless the file has become one of another size."""
-        if _mapped(self.path) is not None and [*pixels.shape[1:]] == self.sizes[index].tolist():
-            self.pixels(index).copy_(pixels)
-            _mapped(self.path)[self.marks[index]] = 1  # last: a process may be killed before
+    def place(self, index: int) -> tuple[Tensor, Tensor]:
+        """The byte, uint8 (1,), and the pixels, uint8 (3, H, W) with the channels last."""
+        start, (height, width) = int(self.starts[index]), self.sizes[index].tolist()
+        length = 1 + 3 * height * width
+        if self.number < len(_mapped_files):
+            flat = _mapped_files[self.number][start : start + length]
+        else:  # this process was spawned, not forked: it decodes each image every time
+            flat = torch.zeros(length, dtype=torch.uint8)
+        return flat[:1], flat[1:].view(height, width, 3).permute(2, 0, 1)
 
 
-@functools.lru_cache(maxsize=4)
-def _mapped(path: Path) -> np.ndarray | None:
-    """The bytes of the file, uint8, or None if it is gone."""
-    try:
-        return np.memmap(path, np.uint8, "r+").view(np.ndarray)
-    except OSError:
-        return None
+class CachedPhoto(Photo):
+    """A Photo that is decoded in whole, and the next time is found in a place of the cache.
+
+    The first time gives the same views as the next: they do not depend on what is there already.
+    """
+
+    def __init__(
+        self, path: str | Path, place: tuple[Tensor, Tensor], grey_range: tuple[float, ...] = ()
+    ) -> None:
+        self.path, self.image, (self.is_there, self.kept) = path, None, place
+        self.height, self.width = self.kept.shape[1:]
+        if not self.is_there:
+            super().__init__(path, grey_range)
+
+    def pixels(self, least: float = 1) -> Tensor:
+        if self.is_there:
+            return self.kept
+        pixels = super().pixels()  # whatever is enough: other boxes need more
+        if pixels.shape == self.kept.shape:  # else the file has changed since it was measured
+            self.kept.copy_(pixels)
+            self.is_there.fill_(1)  # last: a process may be killed before
+        return pixels
 
 
 def cache_pixels(data: Images, kind: str) -> None:
-    """From now on decode each file of `data` once, and keep the whole image. Not of an ImageSet.
+    """From now on decodes each file of `data` once, and keeps the whole image. Not of an ImageSet.
 
-    kind: one of CACHES, "memory" for SHARED_MEMORY, "file" for the folder of the lists of files.
-    What is kept there ends with the run. Raises InputError where there is not the room for all,
-    and on Windows, where a file that is mapped cannot be deleted, so it would stay.
+    kind: one of CACHES, "memory" for SHARED_MEMORY, "file" for the system's folder for temporary
+    files. The ranks of a machine share one file. Raises InputError where there is no room for all.
     """
-    if kind == "none" or isinstance(data, ImageSet):
+    if kind == "none" or isinstance(data, ImageSet) or data.cache:
         return
-    if os.name == "nt":
-        raise InputError(f"--cache {kind} is not for Windows; say --cache none")
-    if kind == "memory" and not SHARED_MEMORY.is_dir():
-        raise InputError(f"--cache memory needs {SHARED_MEMORY}, which is not here; --cache file?")
-    with errors_as_input_error(
-        f"--cache {kind}: cannot keep decoded images", through=(InputError,)
-    ):
-        place = SHARED_MEMORY if kind == "memory" else _list_file(data.root).parent
-        sizes = _measured(data)
-        starts = np.cumsum(3 * sizes.prod(1))  # where each ends
-        end = int(starts[-1])
-        starts -= 3 * sizes.prod(1)
-        # of this run alone, also where machines share the folder and count processes alike
-        known = [platform.node(), os.path.realpath(data.root), files_digest(data)]
-        digest = hashlib.sha256("\n".join(known).encode(errors="surrogateescape") + sizes.tobytes())
-        run = os.getppid() if rank_info().size > 1 else os.getpid()
-        path = place / f"pixels-{run}-{digest.hexdigest()[:32]}"
-        place.mkdir(parents=True, exist_ok=True)
-        _remove_unused(place, but=path)
-        while not _reserved(path, end + len(data), kind):
-            pass
-    data.cache = PixelCache(path, sizes, starts, end + np.arange(len(data)))
+    sizes = _measured(data)
+    lengths = 1 + 3 * sizes.prod(1)
+    with errors_as_input_error(f"--cache {kind}: cannot keep decoded images", (InputError,)):
+        _mapped_files.append(_map_new_file(kind, int(lengths.sum())))
+    data.cache = PixelCache(len(_mapped_files) - 1, sizes, lengths.cumsum() - lengths)
+    end_workers()  # those that are forked next have the file
 
 
 def _measured(files: ImageFiles) -> np.ndarray:
     """The size of each image, from its header: int64 (N, 2) height and width, 0 if unreadable."""
 
-    def measure(rows: Tensor) -> list[tuple[int, int]]:
-        sizes = []
-        for row in rows.tolist():
-            try:
-                sizes.append(image_size(files.path(row)))
-            except InputError:  # whoever needs its pixels says so
-                sizes.append((0, 0))
-        return sizes
+    def measure(row: int) -> tuple[int, int]:
+        with contextlib.suppress(UnreadableImage):  # decoding it will say so
+            return image_size(files.path(row))
+        return 0, 0
 
-    parts = shard_indices(len(files)).split(256)
+    rows = shard_indices(len(files)).tolist()
     with ThreadPoolExecutor() as pool:  # they wait for the disk
-        found = [*progress_bar(pool.map(measure, parts), "measuring", len(parts))]
-    return all_gather_rows(torch.tensor([*itertools.chain(*found)]), len(files)).numpy()
+        sizes = [*progress_bar(pool.map(measure, rows), "measuring", len(rows))]
+    return all_gather_rows(torch.tensor(sizes), len(files)).numpy()
 
 
-def _reserved(path: Path, size: int, kind: str) -> bool:
-    """Make a file of so many bytes, unless another process of this run has; hold it to the end.
-
-    Returns False if somebody has removed it meanwhile. Raises InputError where there is no room:
-    at once for all, as a process ends without a word when a mapped file finds none later.
-    """
-    file = open(path, "a+b", opener=functools.partial(os.open, mode=0o600))  # noqa: SIM115
+def _map_new_file(kind: str, size: int) -> Tensor:
+    """Zeros, uint8 (size,), in a file that the ranks of this machine share and that has no name."""
+    local_rank, path = rank_info().local_rank if world_size() > 1 else 0, ""
     try:
-        alone = _flock(file, alone=True) is not False
-        if alone and same_file(file.fileno(), path) and os.path.getsize(path) != size:
-            _check_room(path.parent, size, kind)
-            tqdm.write(f"keeping {gib(size)} of decoded images in {path.parent}", file=sys.stderr)
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
-            file.truncate(size)
-        _flock(file, alone=False)  # waits for the process that is making it
-        if same_file(file.fileno(), path) and os.path.getsize(path) == size:
-            atexit.register(_let_go, file, path)
-            os.register_at_fork(after_in_child=file.close)  # a worker may outlive a killed run
-            return True
-    except BaseException:
-        _let_go(file, path)
-        raise
-    file.close()
-    return False
-
-
-def _let_go(file: IO, path: Path) -> None:
-    """Close the file; the last process that holds it deletes it."""
-    with contextlib.suppress(OSError), file:
-        if _flock(file, alone=True) is not False and same_file(file.fileno(), path):
-            path.unlink()
-
-
-def _remove_unused(place: Path, but: Path) -> None:
-    """Delete what killed runs have left. Not their process ids tell: they may be another host's."""
-    for path in {*place.glob("pixels-*")} - {but}:
-        with contextlib.suppress(OSError), open(path, "r+b") as file:
-            if _flock(file, alone=True):
-                path.unlink()
-
-
-def _flock(file: IO, alone: bool) -> bool | None:
-    """Hold the file together with others, waiting for one that is alone; or alone, if possible.
-
-    Returns whether it is held; None where the file system has no such locks.
-    """
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True
-
-
-def _check_room(place: Path, size: int, kind: str) -> None:
-    """Raise InputError if the folder, or the memory, has no room for `size` bytes."""
-    free = shutil.disk_usage(place).free
-    hint = "make room there, name another place in XDG_CACHE_HOME, or say --cache none"
-    if kind == "memory":
-        free = min(free, MEMORY_SHARE * free_memory())
-        hint = "--cache file keeps them on the disk"
-    if size > free:
-        raise InputError(
-            f"--cache {kind}: the decoded images take {gib(size)}, but {place} has room for "
-            f"{gib(free)}; {hint}"
-        )
-
-
-MEMORY_SHARE = 0.8  # of the memory that is free: a run needs some itself
-
-
-class CachedPhoto(Photo):
-    """A Photo that is decoded in whole, the first time; after that no file is opened.
-
-    The first time is as any other: views must not depend on what happens to be there already.
-    """
-
-    def __init__(self, path: str | Path, cache: PixelCache, index: int) -> None:
-        self.cache, self.index = cache, index
-        self.opened = not cache.has(index)
-        if self.opened:
-            super().__init__(path)
-        else:
-            self.path = path
-            self.height, self.width = cache.sizes[index].tolist()
-
-    def __exit__(self, *_: object) -> None:
-        if self.opened:
-            super().__exit__()
-
-    def pixels(self, least: float = 1) -> Tensor:
-        del least  # a smaller decoding would serve these boxes, and not the next ones
-        if not self.cache.has(self.index):
-            pixels = super().pixels()
-            self.cache.keep(self.index, pixels)
-            return pixels
-        return self.cache.pixels(self.index)
+        if local_rank == 0:
+            place = SHARED_MEMORY if kind == "memory" else Path(tempfile.gettempdir())
+            free = shutil.disk_usage(place).free
+            if kind == "memory":
+                free = min(free, MEMORY_SHARE * free_memory())
+            if size > free:
+                raise InputError(
+                    f"--cache {kind}: the decoded images take {gib(size)}, but {place} has room "
+                    f"for {gib(free)}; --cache file keeps them where TMPDIR says"
+                )
+            log_warning(f"keeping {gib(size)} of decoded images in {place}")
+            descriptor, path = tempfile.mkstemp(prefix="pixels-", dir=place)
+            with open(descriptor, "r+b") as file:
+                if hasattr(os, "posix_fallocate"):  # a mapped file must find all its room now
+                    os.posix_fallocate(file.fileno(), 0, size)
+        name = all_gather_dicts({rank(): path})[rank() - local_rank]
+        content = torch.from_file(name, shared=True, size=size, dtype=torch.uint8)
+        all_reduce_max(0)  # all ranks have mapped it
+    finally:
+        if path:
+            os.unlink(path)
+    return content
 
 
 # ------------------------------------------------------------------ data sets: decoding in parallel
 
-# (sizes int64 (N, 2) height and width, argument of each image (N, …)) -> boxes int (N, V, 4)
+REQUEST_IMAGES = 64  # files a worker decodes at a time: all workers share a large batch
+REQUEST_BYTES = 2**24  # of their views
+PATIENCE_S = 10.0  # seconds that a run which is to stop waits for images, as of a lost disk
+# (sizes int64 (N, 2) height and width, u float32 (N, V, draws)) -> int (N, V, 4), all numpy arrays
 Boxes = Callable[[np.ndarray, np.ndarray], np.ndarray]
+# views uint8 (N, V, size, size, 3); position -> reason of files that cannot be read
+Answer = tuple[Tensor, dict[int, str]]
 
 
 @dataclass
 class DecodeRequest:
-    """Some files to decode. boxes: what to crop of each, None: its center_view(), one view."""
+    """Some files to decode. boxes: what to crop of each; None: its center_view(), one view."""
 
     root: Path
     paths: np.ndarray  # bytes (N,)
     size: int
-    boxes: Boxes | None
-    arguments: np.ndarray | None  # (N, …) for boxes
+    boxes: Boxes | None = None
+    u: np.ndarray | None = None  # (N, V, draws) for boxes
     cache: PixelCache | None = None
+    grey_range: tuple[float, ...] = ()
 
-    def __call__(self) -> tuple[Tensor, dict[int, str]]:
-        """uint8 (M, V, size, size, 3) of the files that can be read; position -> why not."""
-        photos, bad = {}, {}
+    def views_in(self, memory: Tensor) -> Tensor:
+        """The part of uint8 (bytes,) that its views take: (N, V, size, size, 3)."""
+        shape = (len(self.paths), 1 if self.u is None else self.u.shape[1], self.size, self.size, 3)
+        return memory[: math.prod(shape)].view(shape)
+
+    def __call__(self, memory: Tensor | None = None) -> Answer:
+        """Decodes into `memory`, uint8 (REQUEST_BYTES,). Leaves what cannot be read undefined."""
+        memory = torch.empty(REQUEST_BYTES, dtype=torch.uint8) if memory is None else memory
+        views, photos, bad = self.views_in(memory), {}, {}
         with contextlib.ExitStack() as stack:
             for i in range(len(self.paths)):
                 try:
                     photos[i] = stack.enter_context(self.photo(i))
-                except InputError as error:  # raised, it would arrive wrapped in a traceback
+                except UnreadableImage as error:
                     bad[i] = str(error)
-            boxes = np.empty((len(photos), 1, 0))
+            boxes = None
             if self.boxes and photos:  # of all at once: those of one image take as long
                 sizes = np.array([(photo.height, photo.width) for photo in photos.values()])
-                boxes = self.boxes(sizes, self.arguments[[*photos]])
-            views = torch.empty(*boxes.shape[:2], self.size, self.size, 3, dtype=torch.uint8)
-            done = 0
-            for (i, photo), parts in zip(photos.items(), boxes, strict=True):
+                boxes = self.boxes(sizes, self.u[[*photos]])
+            for k, (i, photo) in enumerate(photos.items()):
                 try:
                     with photo, _errors_naming_file(photo.path):
-                        photo.crops(views[done], parts) if self.boxes else photo.center(views[done])
-                    done += 1
-                except InputError as error:
+                        photo.center(views[i]) if boxes is None else photo.crops(views[i], boxes[k])
+                except UnreadableImage as error:
                     bad[i] = str(error)
-        return views[:done], bad
+        return views, bad
 
     def photo(self, i: int) -> Photo:
-        path = os.path.join(str(self.root), os.fsdecode(self.paths[i]))
-        return CachedPhoto(path, self.cache, i) if self.cache else Photo(path)
+        path = self.root / os.fsdecode(self.paths[i])
+        if self.cache:
+            return CachedPhoto(path, self.cache.place(i), self.grey_range)
+        return Photo(path, self.grey_range)
 
 
-REQUEST_IMAGES = (
-    64  # that a worker decodes at a time: so a batch of thousands is not one's in whole
-)
+def _answer_requests(pipe: Connection, slots: Tensor, inherited: list[Connection]) -> None:
+    """What a worker does until the main process ends. slots: uint8 (SLOTS, REQUEST_BYTES)."""
+    for end in inherited:  # of the main process: kept open here, they would hide its end
+        end.close()
+    for number in STOP_SIGNALS:  # the main process ends its workers
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    answer: Any
+    with contextlib.suppress(EOFError, OSError):  # the main process has ended
+        while True:
+            request, slot = pipe.recv()
+            try:
+                _, bad = request(slots[slot])
+                answer = {i: one_line(reason, 500) for i, reason in bad.items()}
+            except (InputError, MemoryError) as error:
+                answer = type(error)(str(error))
+            except Exception:  # any type, of which some cannot be sent
+                answer = RuntimeError(f"in a worker process:\n{traceback.format_exc()}")
+            pipe.send(answer)
 
 
-class _Jobs(Dataset):
-    """The DataLoader's data set, of which every job is an item, and its sampler, which names them.
+class DecodingPool:
+    """Worker processes that answer DecodeRequests.
 
-    So its processes live on from epoch to epoch, know of no list of files, and each job brings all
-    that it needs.
+    Each has a pipe, through which requests and answers go in order, and a few slots of shared
+    memory for views. When a worker dies its pipe closes, so that nobody waits for it. On Linux
+    workers are forked, and the slots are memory without a name that needs no room in /dev/shm.
     """
 
-    def __init__(self) -> None:
-        self.jobs: Iterator[DecodeRequest] = iter(())
+    SLOTS = 2  # requests under way for each worker
 
-    def __getstate__(self) -> dict:
-        return {}  # processes that are not forked get a copy: the jobs stay here
+    def __init__(self, workers: int) -> None:
+        self.processes, self.pipes, self.slots = [], [], []
+        atexit.register(self.close)  # first, as not all may start
+        start = multiprocessing.get_start_method(allow_none=True)
+        start = start or ("fork" if sys.platform == "linux" else "spawn")
+        context, size = multiprocessing.get_context(start), self.SLOTS * REQUEST_BYTES
+        for _ in range(workers):
+            if start == "fork":
+                memory = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+            else:
+                memory = torch.empty(size, dtype=torch.uint8).share_memory_()
+            slots = memory.view(self.SLOTS, REQUEST_BYTES)
+            pipe, its_end = context.Pipe()
+            self.pipes.append(pipe)
+            self.slots.append(slots)
+            inherited = self.pipes if start == "fork" else []
+            arguments = (its_end, slots, inherited)
+            process = context.Process(target=_answer_requests, args=arguments, daemon=True)
+            process.start()
+            its_end.close()  # before the next process inherits it
+            self.processes.append(process)
 
-    def __iter__(self) -> Iterator[DecodeRequest]:
-        return self.jobs
+    def close(self) -> None:
+        """Ends the workers, whatever they do: they have nothing to finish."""
+        atexit.unregister(self.close)
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
 
-    def __getitem__(self, job: DecodeRequest) -> tuple[Tensor, dict[int, str]]:
-        return job()
+    def answers(self, requests: Iterable[DecodeRequest]) -> Iterator[Answer]:
+        """What each request returns, in order. Views are overwritten when the next are asked for.
+
+        Raises InputError if a worker has died.
+        """
+        places = [(i, slot) for slot in range(self.SLOTS) for i in range(len(self.processes))]
+        under_way: collections.deque[tuple[DecodeRequest, int, int]] = collections.deque()
+        try:
+            for request, (i, slot) in zip(requests, itertools.cycle(places), strict=False):
+                if len(under_way) == len(places):
+                    yield self._answer(*under_way.popleft())
+                self.pipes[i].send((request, slot))
+                under_way.append((request, i, slot))
+            while under_way:
+                yield self._answer(*under_way.popleft())
+        except (EOFError, OSError) as error:  # of a pipe
+            time.sleep(0.2)  # its exit code comes after the end of its pipe
+            codes = [str(process.exitcode) for process in self.processes if process.exitcode]
+            raise InputError(
+                f"a process that decodes images died (exit code {', '.join(codes) or 'unknown'}): "
+                f"was there too little memory? Then try fewer {flag('workers')}"
+            ) from error
+
+    def _answer(self, request: DecodeRequest, i: int, slot: int) -> Answer:
+        while not self.pipes[i].poll(PATIENCE_S):
+            if StopSignals.pending:
+                raise InputError("stopped while a process that decodes images did not answer")
+        answer = self.pipes[i].recv()
+        if isinstance(answer, Exception):
+            raise answer
+        return request.views_in(self.slots[i][slot]), answer
 
 
-def _become_worker(_: int) -> None:
-    """Signals to all processes of a run are for the main one, which ends the others."""
-    for name in StopSignals._NAMES:
-        if number := getattr(signal, name, None):
-            signal.signal(number, signal.SIG_IGN)
+_idle_pools: dict[int, DecodingPool] = {}  # number of workers -> those that wait for requests
 
 
-_idle: dict[tuple[int, bool], DataLoader] = {}  # with their processes, which wait for work
-_iterators: weakref.WeakSet[Any] = weakref.WeakSet()  # of all that have processes
+def end_workers() -> None:
+    """Ends the workers that wait for requests."""
+    while _idle_pools:
+        _idle_pools.popitem()[1].close()
 
 
-def in_workers(
-    jobs: Iterator[DecodeRequest], workers: int, pin: bool
-) -> Iterator[tuple[Tensor, dict[int, str]]]:
-    """What the jobs give, in order, done by as many processes; by this one for 0.
+def _decode(requests: Iterator[DecodeRequest], workers: int) -> Iterator[Answer]:
+    """What the requests return, in order, by so many processes; by this one for 0.
 
-    The processes are kept for the next call. pin: into page-locked memory, for copies to a GPU.
-    Raises InputError if a process dies.
+    Views are overwritten when the next are asked for. The workers wait for the next call, but end
+    where requests are left under way.
     """
     if not workers:
-        yield from (job() for job in jobs)
+        yield from (request() for request in requests)
         return
-    kind = (workers, pin)
-    loader = _idle.pop(kind, None)
-    if loader is None:
-        items = _Jobs()
-        loader = DataLoader(
-            items, batch_size=None, sampler=items, num_workers=workers, pin_memory=pin,
-            worker_init_fn=_become_worker, persistent_workers=True,
-        )  # fmt: skip
-    loader.sampler.jobs = jobs
-    iterator = iter(loader)
-    _iterators.add(iterator)
-    atexit.unregister(_end_workers)
-    atexit.register(_end_workers)  # the last that is registered is called first: before torch's own
+    pool = _idle_pools.pop(workers, None)
+    if pool is None:
+        with errors_as_input_error(
+            f"cannot start {workers} processes that decode images; {flag('workers')} 0 needs none, "
+            "and in a container a larger --shm-size may help"
+        ):
+            pool = DecodingPool(workers)
     try:
-        yield from iterator
-    except GeneratorExit:  # left early, as where a run is saved: the next call drops what is left
-        _idle[kind] = loader
+        yield from pool.answers(requests)
+    except BaseException:
+        pool.close()
         raise
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        reason = one_line(str(error), 300)
-        raise InputError(f"a process that decodes images died: {reason}") from error
-    _idle[kind] = loader
+    if _idle_pools.setdefault(workers, pool) is not pool:  # two calls had workers at a time
+        pool.close()
 
 
-def _end_workers() -> None:
-    """Those, too, that an exception on its way out still holds: they would be waited for."""
-    for iterator in [*_iterators]:
-        iterator._shutdown_workers()
+def _split(
+    files: ImageFiles, rows: Tensor, u: Tensor | None, size: int, boxes: Boxes | None
+) -> Iterator[DecodeRequest]:
+    """The requests for a batch, see decoded_batches()."""
+    image_bytes = 3 * size**2 * (1 if u is None else u.shape[1])
+    if image_bytes > REQUEST_BYTES:
+        raise InputError(f"views of {size} px are too large")
+    count = min(REQUEST_IMAGES, REQUEST_BYTES // image_bytes)
+    root = files.root.absolute()  # a worker may have been started in another folder
+    for start in range(0, len(rows), count):
+        index = rows[start : start + count].numpy()
+        numbers = None if u is None else u[start : start + count].numpy()
+        cache = files.cache and files.cache.part(index)
+        paths, grey_range = files.paths[index], files.grey_range
+        yield DecodeRequest(root, paths, size, boxes, numbers, cache, grey_range)
 
 
 def decoded_batches(
     files: ImageFiles,
-    batches: Iterable[tuple[Tensor, np.ndarray | None]],
+    requests: Iterable[tuple[Tensor, Tensor | None]],
     size: int,
     boxes: Boxes | None,
     workers: int,
     device: torch.device,
-) -> Iterator[Tensor]:
-    """Decode and crop files in worker processes, in order.
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Decodes and crops files in worker processes, in order.
 
-    Yields uint8 (N, V, 3, size, size) a batch, on `device`, with the channels last in memory.
-    batches: for each batch rows of `files`, int64 (N,), and arguments (N, …) for `boxes`, see DecodeRequest.
-    workers: processes, 0 for none; the result does not depend on them. A file that cannot be read
-    is noted in files.unreadable. With boxes, where each batch needs all its images, the next
-    readable file takes its place, with the same argument; without, it is left out. Raises
-    InputError where the files do not allow for (more of) them.
+    requests: for each batch rows of `files`, int64 (N,), and u, float32 (N, V, draws) on the CPU,
+    random numbers for `boxes`; with boxes None, for the center_view(), u is None and V is 1.
+    workers: processes, 0 for none; the result does not depend on them. Yields for each batch uint8
+    (N, V, 3, size, size) on `device`, with the channels last in memory, and u as it was given.
+
+    A file that cannot be read is recorded in files.unreadable. With boxes the next readable file
+    takes its place, with the same u; without, it is black. Raises InputError if no file can be
+    read or a worker dies.
     """
-    waiting: collections.deque[tuple[Tensor, np.ndarray | None]] = collections.deque()
-    root = files.root.absolute()  # the workers may have begun in another folder
+    batches, ahead = itertools.tee(requests)  # the workers are some batches ahead
+    parts = itertools.chain.from_iterable(_split(files, rows, u, size, boxes) for rows, u in ahead)
+    with contextlib.closing(_decode(parts, workers)) as answers:
+        for rows, u in batches:
+            shape = (len(rows), 1 if u is None else u.shape[1], size, size, 3)
+            crops = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+            done, bad = 0, {}
+            while done < len(rows):
+                views, reasons = next(answers)
+                crops[done : done + len(views)] = views
+                bad |= {done + i: reason for i, reason in reasons.items()}
+                done += len(views)
+            files.record_unreadable({int(rows[i]): reason for i, reason in bad.items()})
+            for i in bad:
+                row = int(rows[i])
+                crops[i] = _next_readable(files, row, u[i, None], size, boxes) if boxes else 0
+            yield crops.to(device, non_blocking=True).permute(0, 1, 4, 2, 3), u
+        next(answers, None)  # there is none: the workers are free for the next call
 
-    def job(rows: Tensor, arguments: np.ndarray | None) -> DecodeRequest:
-        at = rows.numpy()
-        cache = files.cache and files.cache.part(at)
-        return DecodeRequest(root, files.paths[at], size, boxes, arguments, cache)
 
-    def parts(rows: Tensor, arguments: np.ndarray | None) -> Iterator[Any]:
-        for i in range(0, len(rows), REQUEST_IMAGES):
-            part = slice(i, i + REQUEST_IMAGES)
-            yield rows[part], None if arguments is None else arguments[part]
-
-    def jobs() -> Iterator[DecodeRequest]:
-        for batch in batches:
-            waiting.append(batch)
-            yield from (job(*part) for part in parts(*batch))
-
-    def another(row: int, argument: np.ndarray) -> Tensor:
-        for other in itertools.chain(range(row + 1, len(files)), range(row)):
-            if other in files.unreadable:
-                continue
-            views, bad = job(torch.tensor([other]), argument[None])()
+def _next_readable(files: ImageFiles, row: int, u: Tensor, size: int, boxes: Boxes) -> Tensor:
+    """Views (V, size, size, 3) of the first readable file after `row`. u: (1, V, draws)."""
+    for other in itertools.chain(range(row + 1, len(files)), range(row)):
+        if other not in files.unreadable:
+            (request,) = _split(files, torch.tensor([other]), u, size, boxes)
+            views, bad = request()
             if not bad:
                 return views[0]
-            files.record_unreadable({other: bad[0]}, files.max_bad)
-        raise InputError("none of the images can be read")
-
-    def mended(part: tuple[Tensor, Any], result: tuple[Tensor, dict[int, str]]) -> Tensor:
-        (rows, arguments), (views, bad) = part, result
-        if bad:
-            most = files.max_bad if boxes else math.ceil(files.max_bad)  # all, but for 0
-            files.record_unreadable({int(rows[i]): why for i, why in bad.items()}, most)
-        if bad and boxes:
-            read = iter(views)
-            whole = [another(int(rows[i]), arguments[i]) if i in bad else next(read)
-                     for i in range(len(rows))]  # fmt: skip
-            views = torch.stack(whole)
-        return views.to(device, non_blocking=True)  # as bytes, and with the channels last
-
-    with contextlib.closing(in_workers(jobs(), workers, pin=device.type == "cuda")) as done:
-        for first in done:
-            results = zip(parts(*waiting.popleft()), itertools.chain([first], done), strict=False)
-            pieces = [piece for piece in itertools.starmap(mended, results) if len(piece)]
-            if pieces:
-                yield torch.cat(pieces).permute(0, 1, 4, 2, 3)
+            files.record_unreadable({other: bad[0]})
+    raise InputError(f"none of the images can be read: {files.unreadable[row]}")
 
 
 # ------------------------------------------------------------------------------------- embedding
@@ -2258,69 +2563,45 @@ def embed(
 ) -> Tensor:
     """Features of every image, in order, without augmentation: float32 (N, D) on `device`.
 
-    encoder: float (B, 3, size, size) in [0, 1] -> (B, D). A module is put in eval mode (BatchNorm
-    uses its running statistics and does not move) and back. batch_size: of images of 224 px;
-    larger ones go in smaller batches. title: of a progress bar, if any. Several processes embed a
-    share each, and all get all features. Raises InputError if no image can be read.
+    encoder: float (B, 3, size, size) in [0, 1] -> (B, D). A module is in eval mode meanwhile:
+    BatchNorm uses its running statistics and does not move. batch_size: of images of 224 px;
+    larger ones go in smaller batches. title: of a progress bar, if any. Each rank embeds a shard,
+    and all ranks get all features. An image that cannot be read has a row of NaN, see rows_read().
+
+    Raises InputError, in all ranks, as check_evaluated() does, and if any other row is not finite.
     """
-    features, part = [], shard(data)
+    rows = shard_indices(len(data))
     batch_size = max(1, min(batch_size, batch_size * 224**2 // size**2))
+    parts = []
     with evaluating(encoder):
-        batches = part.batches(size, batch_size, device, workers)
-        steps = math.ceil(len(part) / batch_size)
-        for images in progress_bar(batches, title, steps):
+        batches = data.batches(size, batch_size, device, workers, rows)
+        for images in progress_bar(batches, title, math.ceil(len(rows) / batch_size)):
             images = images.contiguous(memory_format=torch.channels_last)  # noqa: PLW2901
             with autocast(device, precision):
-                features.append(encoder(images).float())
-    found = torch.cat(features) if features else torch.empty(0, 0, device=device)
-    return gather_features(found, part, data)
+                parts.append(encoder(images).float())
+    features = all_gather_rows(torch.cat(parts), len(data))
+    agree_on_unreadable(data)
+    check_evaluated(data)
+    odd = ~features.isfinite().all(1)
+    odd[[*data.unreadable]] = False
+    if odd.any():
+        name = image_names(data)[int(odd.int().argmax())]
+        raise InputError(
+            f"what the network computes is not finite for {int(odd.sum()):,} of {len(data):,} "
+            f"images, such as {shown(name)}"
+        )
+    features[[*data.unreadable]] = math.nan
+    return features
 
 
-def shard(data: Images) -> Images:
-    """This process's shard_indices() of the images. Which cannot be read is judged when all are done."""
-    if world_size() == 1:
-        return data
-    mine = shard_indices(len(data))
-    part = subset(data, mine)
-    if isinstance(part, ImageFiles):
-        known = {
-            i: data.unreadable[row] for i, row in enumerate(mine.tolist()) if row in data.unreadable
-        }
-        part = dataclasses.replace(part, max_bad=1.0, unreadable=known)
-    return part
-
-
-def record_unreadable_of_shard(part: ImageFiles, data: ImageFiles) -> None:
-    """Note for the data which files cannot be read, as found in the part that each process has."""
-    if part is not data:
-        rows = shard_indices(len(data)).tolist()
-        bad = all_gather_dicts({rows[i]: why for i, why in part.unreadable.items()})
-        data.record_unreadable(
-            bad, math.ceil(data.max_bad)
-        )  # as one process does, see decoded_batches()
-
-
-def gather_features(features: Tensor, part: Images, data: Images) -> Tensor:
-    """What each process computed of its part, for all of the data: (M, D) -> (N, D).
-
-    Where none of its images could be read, a process has (0, 0). Raises InputError if all have.
-    """
-    dim = all_reduce_max(features.shape[1])[0]
-    if not dim:
-        raise InputError("none of the images can be read")
-    if isinstance(part, ImageSet) or part is data:
-        return all_gather_rows(features, len(data))
-    record_unreadable_of_shard(part, data)
-    padded = torch.zeros(len(part), dim, device=features.device)
-    padded[torch.from_numpy(part.readable_rows()).to(features.device)] = features
-    return all_gather_rows(padded, len(data))[
-        torch.from_numpy(data.readable_rows()).to(features.device)
-    ]
+def rows_read(features: Tensor) -> Tensor:
+    """Which rows of embed()'s features are those of images that can be read: bool (N,)."""
+    return ~features.isnan().any(1)
 
 
 @contextlib.contextmanager
 def evaluating(encoder: Callable) -> Iterator[None]:
-    """Inside, a module is in eval mode; afterwards each of its parts is in the mode it was in."""
+    """Context manager that puts a module in eval mode, and each of its parts back afterwards."""
     modes = [(m, m.training) for m in encoder.modules()] if isinstance(encoder, nn.Module) else []
     for module, _ in modes:
         module.training = False
@@ -2340,7 +2621,7 @@ def flat_pixels(images: Tensor, side: int = 32) -> Tensor:
 
 # ------------------------------------------------------------------- classifiers on embeddings
 
-_KNN_BYTES = 256 * 2**20  # bytes: the block of similarities that is held at a time
+_KNN_BYTES = 256 * 2**20  # of a block of similarities
 
 
 @torch.no_grad()
@@ -2350,8 +2631,8 @@ def nearest_neighbours(
     """The k training rows of largest cosine similarity to each test row, the nearest first.
 
     train_features (N, D), test_features (M, D), any float dtype. k is cut to N. Returns similarity
-    float32 (M, k) in [-1, 1] and rows int64 (M, k). Beside the features it holds their normalised
-    copies and a block of similarities of 256 MiB.
+    float32 (M, k) in [-1, 1] and rows int64 (M, k). Needs memory for normalised copies of the
+    features and for a block of similarities.
     """
     bank = F.normalize(train_features.float(), dim=1)
     queries = F.normalize(test_features.float(), dim=1)
@@ -2365,8 +2646,8 @@ def knn_vote(
 ) -> Tensor:
     """The class that most neighbours have: int64 (M,). A tie goes to the smaller class number.
 
-    similarity (M, k), the largest first; neighbour_labels int64 (M, k). Each neighbour has one
-    vote; with a temperature, exp(similarity / temperature) votes (Wu et al. 2018).
+    similarity (M, k), the largest first; neighbour_labels int64 (M, k). A neighbour has one vote;
+    with a temperature, exp(similarity / temperature) votes (Wu et al. 2018).
     """
     weights = torch.ones_like(similarity)
     if temperature is not None:  # the largest is subtracted so that exp cannot overflow
@@ -2376,17 +2657,12 @@ def knn_vote(
 
 
 def knn_predict(
-    train_features: Tensor,
-    train_labels: Tensor,
-    test_features: Tensor,
-    num_classes: int,
-    k: int = 10,
-    temperature: float | None = None,
-) -> Tensor:
-    """k-nearest-neighbour classes by cosine similarity: int64 (M,).
+    train_features: Tensor, train_labels: Tensor, test_features: Tensor, num_classes: int,
+    k: int = 10, temperature: float | None = None,
+) -> Tensor:  # fmt: skip
+    """The classes by knn_vote() of nearest_neighbours(): int64 (M,).
 
-    train_features (N, D), train_labels int64 (N,), test_features (M, D). See nearest_neighbours()
-    and knn_vote().
+    train_features (N, D), train_labels int64 (N,), test_features (M, D).
     """
     similarity, neighbours = nearest_neighbours(train_features, test_features, k)
     return knn_vote(similarity, train_labels[neighbours], num_classes, temperature)
@@ -2400,9 +2676,9 @@ class LogisticRegression:
     1 / (l2·N). features: float (N, D). labels: int64 (N,) in [0, K).
 
     The solver works along the principal axes of the features, each scaled by the curvature that
-    the objective has there at W = 0. That changes the path and not the minimum, and saves most of
-    the steps: on 50,000 CIFAR-10 images 62 instead of 146 for a trained encoder's h, 34 instead of
-    588 for an untrained one's.
+    the objective has there at W = 0. That changes the path, not the minimum, and saves most of the
+    steps: on 50,000 CIFAR-10 images it takes 62 instead of 146 for a trained encoder's h, 34
+    instead of 588 for an untrained one's.
     """
 
     def __init__(self, features: Tensor, labels: Tensor, num_classes: int) -> None:
@@ -2421,8 +2697,8 @@ class LogisticRegression:
         """Weight (D, K) and bias (K,) at the minimum, where features @ weight + bias are logits.
 
         Ends when no entry of the gradient, in the solver's scale, exceeds the tolerance times the
-        largest one at W = 0, or what the dtype resolves. Starts from the last solution, so going
-        through many strengths costs little more than one.
+        largest one at W = 0, or what the dtype resolves. Starts from the last solution, so that
+        many strengths cost little more than one.
         """
         scale = (self.variances / len(self.bias) + l2).rsqrt()  # (R,)
         # below the floor the loss cannot tell better from worse, and a line search breaks
@@ -2453,34 +2729,37 @@ class LogisticRegression:
 
 
 def fit_logistic_regression(
-    features: Tensor,
-    labels: Tensor,
-    num_classes: int,
-    inverse_strength: float = 1.0,
+    features: Tensor, labels: Tensor, num_classes: int, inverse_strength: float = 1.0,
     tolerance: float = 1e-4,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """LogisticRegression for one strength, given as scikit-learn's C: weight (D, K), bias (K,)."""
     l2 = 1 / (inverse_strength * len(features))
     return LogisticRegression(features, labels, num_classes).fit(l2, tolerance)
 
 
 def principal_axes(centred: Tensor) -> tuple[Tensor, Tensor]:
-    """Variances (R,) and orthonormal axes (D, R) of rows (N, D) of mean 0, R = min(N, D)."""
+    """Variances (R,) and orthonormal axes (D, R) of rows (N, D) of mean 0, R = min(N, D).
+
+    Decomposed on the CPU: MPS has no eigh before torch 2.13, and a silent fault is reported of
+    CUDA's from 2.12 on. 2,048 features take 0.6 s.
+    """
     n, dim = centred.shape
     if n < dim:
-        _, singular, axes = torch.linalg.svd(centred, full_matrices=False)
-        return singular.square() / n, axes.mT
-    variances, axes = torch.linalg.eigh(centred.mT @ centred / n)
-    return variances.clamp(min=0), axes
+        _, singular, axes = torch.linalg.svd(centred.cpu(), full_matrices=False)
+        variances, axes = singular.square() / n, axes.mT
+    else:
+        variances, axes = torch.linalg.eigh((centred.mT @ centred / n).cpu())
+    return variances.clamp(min=0).to(centred.device), axes.to(centred.device)
 
 
-# 45 strengths from 1e-6 to 1e5 in equal ratios, as in the paper (Appendix B.8), the largest first
-L2_STRENGTHS = tuple(10 ** (5 - 11 * i / 44) for i in range(45))
+# every fourth of the paper's 45 from 1e-6 to 1e5 (Appendix B.8), the largest first
+L2_STRENGTHS = tuple(10.0**exponent for exponent in range(5, -7, -1))
+SEARCH_TOLERANCE = 1e-3  # of fit(), to choose among them: 0.1 % of accuracy decides nothing
 
 
 @dataclass
 class LinearClassifier:
-    """Logits of a representation: features (B, D) -> (B, K). l2: the strength that was chosen."""
+    """Logits of features: (B, D) -> (B, K). l2: the strength of the penalty that was chosen."""
 
     weight: Tensor  # (D, K)
     bias: Tensor  # (K,)
@@ -2491,17 +2770,14 @@ class LinearClassifier:
 
 
 def fit_linear_classifier(
-    features: Tensor,
-    labels: Tensor,
-    num_classes: int,
-    strengths: Sequence[float] = L2_STRENGTHS,
-    after_fit: Callable[[], Any] = lambda: None,
-) -> LinearClassifier:
+    features: Tensor, labels: Tensor, num_classes: int,
+    strengths: Sequence[float] = L2_STRENGTHS, after_fit: Callable[[], Any] = lambda: None,
+) -> LinearClassifier:  # fmt: skip
     """The linear evaluation: logistic regression on frozen features, its penalty chosen fairly.
 
-    features: float (N, D), standardised here. labels: int64 (N,). strengths: from strong to weak;
-    the one that is most accurate on a class-balanced fifth of these rows, held out, is used to fit
-    all of them; of equals the strongest. Nothing else is looked at. after_fit: called after each.
+    features: float (N, D), standardised here. labels: int64 (N,). strengths: from strong to weak.
+    The one that is most accurate on a class-balanced fifth of the rows, held out, is used to fit
+    all rows; of equal ones the strongest. after_fit: called after each strength.
     """
     mean, std = standardization(features)
     x = (features - mean) / std
@@ -2523,17 +2799,11 @@ def fit_linear_classifier(
     return LinearClassifier(weight, bias - mean @ weight, chosen)
 
 
-SEARCH_TOLERANCE = 1e-3  # where a tenth of a point decides nothing
-
-
 def linear_accuracy(
-    train_features: Tensor,
-    train_labels: Tensor,
-    test_features: Tensor,
-    test_labels: Tensor,
+    train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor,
     num_classes: int,
-) -> float:
-    """Test accuracy in [0, 1] of logistic regression on frozen features."""
+) -> float:  # fmt: skip
+    """Test accuracy in [0, 1] of fit_logistic_regression()."""
     weight, bias = fit_logistic_regression(train_features, train_labels, num_classes)
     return accuracy((test_features @ weight + bias).argmax(1), test_labels)
 
@@ -2541,15 +2811,15 @@ def linear_accuracy(
 def standardization(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (D,) and standard deviation (D,) of rows (N, D); infinite where a feature is constant.
 
-    So that a classifier's l2 penalty means the same for representations of different scale:
-    (x - mean) / std has variance 1, and is 0 where there is nothing to learn from.
+    (x - mean) / std has variance 1, or is 0 for a constant feature. A classifier's l2 penalty then
+    means the same for representations of different scale.
     """
     std = features.std(0, correction=0)
     return features.mean(0), torch.where(std > 1e-6 * std.max(), std, torch.inf)
 
 
 def standardize(train_features: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """Each feature to mean 0 and variance 1 over the training rows; the others alike."""
+    """Scale each feature to mean 0 and variance 1 over the training rows; `others` likewise."""
     mean, std = standardization(train_features)
     return tuple((x - mean) / std for x in (train_features, *others))
 
@@ -2559,27 +2829,102 @@ def accuracy(predicted: Tensor, labels: Tensor) -> float:
     return (predicted == labels).float().mean().item()
 
 
+FEW_IMAGES = 2000  # test images: with fewer, chance moves an accuracy by more than a point
+
+
+def accuracy_error(value: float, images: int, spread: float = 0.0) -> float:
+    """Standard error of an accuracy in [0, 1]: √(p(1 - p)/n) of n images, 0 if they are many.
+
+    spread: a standard deviation over seeds, which is added in quadrature.
+    """
+    sampling = math.sqrt(value * (1 - value) / images) if images < FEW_IMAGES else 0.0
+    return math.hypot(sampling, spread)
+
+
+def accuracy_text(value: float, images: int, spread: float = 0.0) -> str:
+    """An accuracy in [0, 1] and its accuracy_error(), if it has one: "98.6 ± 0.6 %"."""
+    error = accuracy_error(value, images, spread)
+    return f"{100 * value:.1f}" + f" ± {100 * error:.1f}" * (error > 0) + " %"
+
+
 def module_digest(module: nn.Module) -> str:
     """SHA-256 of all parameters and buffers, byte for byte, with names, types and shapes."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, value in itertools.chain(module.named_parameters(), module.named_buffers()):
-        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Inside, `module` is in eval mode and must not change.
-
-    Raises RuntimeError at the end if any parameter or buffer is not byte for byte what it was: an
-    evaluation that moves what it evaluates is void.
-    """
+    """Context manager: eval mode, and RuntimeError at the end if a parameter or buffer changed."""
     before = module_digest(module)
     with evaluating(module):
         yield
     if module_digest(module) != before:
         raise RuntimeError("the evaluation changed the encoder that it evaluates")
+
+
+# ------------------------------------------------------------- learning from labels (Appendix B.5)
+
+
+@dataclass
+class LabelTraining:
+    """How a network is trained on labels; the defaults are those of the paper's Appendix B.5.
+
+    The paper's smallest label set, 1 % of ImageNet, gives a dozen steps an epoch and 750 in all.
+    Much smaller sets would hardly be trained by as many epochs of a step or two. Their batches are
+    a twelfth of the set, but at least 64 images, and they get at least min_steps.
+    """
+
+    epochs: int = 60
+    batch_size: int = 1024
+    lr: float = 0.05  # of a batch of 256
+    momentum: float = 0.9  # Nesterov's
+    weight_decay: float = 0.0
+    min_steps: int = 200
+
+    def batch(self, n: int) -> int:
+        """Images a step for n labelled images."""
+        return min(n, self.batch_size, max(64, n // 12))
+
+    def steps(self, n: int) -> int:
+        """Steps in all for n labelled images."""
+        return max(self.min_steps, self.epochs * math.ceil(n / self.batch(n)))
+
+
+def train_on_labels(
+    network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], steps: int, peak: float,
+    training: LabelTraining, precision: str, after_step: Callable[[], Any] = lambda: None,
+) -> None:  # fmt: skip
+    """Train all of `network` by SGD with Nesterov momentum on the cross-entropy, cosine decay.
+
+    network: (B, …) -> logits (B, K); its mode is not changed. batches: `steps` pairs of inputs and
+    labels int64 (B,). peak: the first learning rate.
+    """
+    device = next(network.parameters()).device
+    optimizer = torch.optim.SGD(
+        network.parameters(), peak, training.momentum, weight_decay=training.weight_decay,
+        nesterov=True,
+    )  # fmt: skip
+    for step, (inputs, labels) in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = peak * (1 + math.cos(math.pi * step / steps)) / 2
+        with autocast(device, precision):
+            logits = network(inputs)
+        F.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        after_step()
+
+
+def zero_classifier(dim: int, classes: int) -> nn.Linear:
+    """A linear layer of zeros: at first all classes are equally likely, whatever the seed."""
+    layer = nn.Linear(dim, classes)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 # -------------------------------------------------------------------------------------- pictures
@@ -2593,10 +2938,7 @@ def mosaic(tiles: Tensor, gap: int = 0) -> np.ndarray:
 
 
 def save_figure(figure: Any, path: Path, dpi: int = 150) -> None:
-    """Write a matplotlib Figure atomically, in the format that the file's ending names.
-
-    Raises InputError for an unknown ending, or if the file cannot be written.
-    """
+    """Write a matplotlib Figure atomically, in the format that the file's ending names."""
     kind, known = path.suffix[1:].lower(), figure.canvas.get_supported_filetypes()
     if kind not in known:
         raise InputError(f"{path}: the file's ending must be one of {', '.join(sorted(known))}")
@@ -2608,21 +2950,40 @@ def save_figure(figure: Any, path: Path, dpi: int = 150) -> None:
 # -------------------------------------------------------------------------------------- progress
 
 
+class Clock:
+    """Wall time by what it was spent on. Each moment counts for one part, so that they add up.
+
+    parts: seconds of each part, to which those of earlier processes may be added.
+    """
+
+    def __init__(self) -> None:
+        self.parts: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, part: str) -> float:
+        """Count the time since the last call, or since the start, for `part`, and return it."""
+        before, self._last = self._last, time.perf_counter()
+        self.parts[part] = self.parts.get(part, 0.0) + self._last - before
+        return self._last - before
+
+    def seconds(self) -> dict[str, float]:
+        """For a log: `wall_seconds`, and those of the parts, as in `saving_seconds`."""
+        parts = {"wall": sum(self.parts.values()), **self.parts}
+        return {f"{part}_seconds": round(value, 3) for part, value in parts.items()}
+
+
 def progress_bar(items: Iterable, title: str, total: int) -> Iterable:
-    """The items, with a bar on a terminal that vanishes; none without a title."""
+    """The items, with a bar on a terminal until they end; without a title there is no bar."""
     hidden = None if title and is_main_process() else True
     return tqdm(items, title, total, leave=False, disable=hidden)
 
 
 class Progress:
-    """A tqdm bar on a terminal; elsewhere plain lines, at most one every few seconds.
-
-    `total` counts steps, `done` of which lie behind already.
-    """
+    """A tqdm bar on a terminal; elsewhere plain lines, at most one every few seconds."""
 
     SECONDS_BETWEEN_LINES = 5.0
 
-    def __init__(self, total: int, done: int, unit: str) -> None:
+    def __init__(self, total: int, done: int, unit: str = "step") -> None:
         self.on_terminal = sys.stderr.isatty() and is_main_process()
         self.bar = tqdm(total=total, initial=done, unit=unit, disable=not self.on_terminal)
         self._next_line = 0.0

@@ -159,11 +159,9 @@ class Setup:
         pixels = torch.randint(256, (n, 3, side, side), dtype=torch.uint8, generator=random)
         self.data = ImageSet(pixels.to(self.device))
         self.config = simclr.resolve(config, self.data, self.device)
-        self.run = simclr.Pretraining(
-            self.config, simclr.Data(self.data, self.data, self.data), self.device
-        )
-        self.model, self.optimizer = self.run.model, self.run.optimizer
-        self.augment = self.run.augment
+        self.model = utils.on_device(simclr.make_model(self.config), self.device)
+        self.optimizer = simclr.make_optimizer(self.config, self.model)
+        self.augment = simclr.make_augment(self.config)
         self.watch = Stopwatch(self.device, options.seconds)
 
     @property
@@ -196,7 +194,9 @@ def limits(setup: Setup) -> list[Row]:
     watch, kind = setup.watch, setup.device.type
     size = MATMUL_SIZE.get(kind, 2048)
     rows = []
-    for dtype in (torch.float32, torch.bfloat16):
+    # without hardware for it a product in bfloat16 takes minutes
+    fast = [torch.bfloat16] if utils.has_fast_bfloat16(setup.device) else []
+    for dtype in (torch.float32, *fast):
         a = torch.randn(size, size, device=setup.device).to(dtype)
         name = str(dtype).removeprefix("torch.")
         timing = watch.time(lambda a=a: a @ a)
@@ -401,33 +401,31 @@ class Loop:
 
 
 class Ours(Loop):
-    """simclr.train_epoch on simclr.view_batches, as in a run, but waiting after each step."""
+    """simclr.training_step on simclr.view_batches, as in train(), but waiting after each step."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup, self.epoch = setup, 0
-        run = setup.run
-        self.model = run.network()
+        self.now = simclr.TrainState(1, torch.zeros(3, device=setup.device))
+        self.model = simclr.compiled(
+            setup.model, setup.optimizer, setup.config, setup.config.batch_size, self.now
+        ).train()
 
     def steps(self, count: int) -> list[float]:
-        run, setup = self.setup.run, self.setup
+        setup, optimizer, times = self.setup, self.setup.optimizer, []
         data = ImageSet(setup.data.images.repeat(count, 1, 1, 1))
         self.epoch += 1
-        batches = simclr.view_batches(
-            setup.config, data, run.augment, setup.device, self.epoch, start=0
-        )
-        times = [time.perf_counter()]
-
-        def after_step() -> bool:
-            setup.watch.wait()
-            times.append(time.perf_counter())
-            return False
-
         setup.watch.wait()
-        simclr.train_epoch(
-            self.model, run.optimizer, batches, lambda _: 0.01, run.loss,
-            setup.config.precision, simclr.Position(), after_step, run.pieces,
-        )  # fmt: skip
-        return [b - a for a, b in itertools.pairwise(times)]
+        started = time.perf_counter()
+        for views in simclr.view_batches(setup.config, data, setup.device, self.epoch, start=0):
+            simclr.set_rate(optimizer, 0.01)
+            loss, z = simclr.training_step(self.model, views, simclr.nt_xent, setup.config)
+            optimizer.step()
+            optimizer.zero_grad()
+            self.now.add(loss, simclr.contrastive_accuracy(*z.chunk(2)), simclr.mean_cosine(z))
+            setup.watch.wait()
+            times.append(time.perf_counter() - started)
+            started = time.perf_counter()
+        return times
 
 
 class Views(Dataset):
@@ -452,6 +450,13 @@ class Twice:
 
     def __call__(self, image: Any) -> list[Tensor]:
         return [self.augment(image), self.augment(image)]
+
+
+def plain_nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+    """Eq. 1 as public implementations write it: one (2N, 2N) matrix and its softmax."""
+    z = F.normalize(torch.cat([z1, z2]).float(), dim=1)
+    logits = (z @ z.T / temperature).fill_diagonal_(float("-inf"))
+    return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(z1)))
 
 
 class Usual(Loop):
@@ -479,7 +484,7 @@ class Usual(Loop):
         )
 
     def loss(self, z1: Tensor, z2: Tensor) -> Tensor:
-        return F.cross_entropy(*simclr.contrastive_logits(z1, z2, self.setup.config.temperature))
+        return plain_nt_xent(z1, z2, self.setup.config.temperature)
 
     def steps(self, count: int) -> list[float]:
         ahead = 2 * utils.cpu_cores()  # batches that the workers had ready when the clock started
@@ -786,9 +791,7 @@ def many_files(options: Options) -> list[Row]:
     """Time to list a folder of many files, and memory while it is streamed and trained on."""
     passes = 1 if options.quick else 3
     with tempfile.TemporaryDirectory() as place:
-        os.environ["XDG_CACHE_HOME"] = f"{place}/cache"
         make_many(Path(place) / "images", options.files)
-        time.sleep(utils.SETTLED / 1e9)  # before, the list would not be kept
         config = simclr.make_config(
             dataset="folder", data_dir=f"{place}/images", arch="resnet10", width=0.0625,
             image_size=16, batch_size=options.batch_size, device=options.device,
@@ -797,22 +800,20 @@ def many_files(options: Options) -> list[Row]:
         started = time.perf_counter()
         data = simclr.load_data(config, device)
         rows = [Row("listed and labelled", time.perf_counter() - started, "s")]
-        started = time.perf_counter()
-        simclr.load_data(config, device)
-        rows.append(Row("  again", time.perf_counter() - started, "s"))
-        run = simclr.Pretraining(simclr.resolve(config, data.pretrain, device), data, device)
-        workers: set[str] = set()
+        config = simclr.resolve(config, data.pretrain, device)
+        model = utils.on_device(simclr.make_model(config), device).train()
+        optimizer = simclr.make_optimizer(config, model)
         for epoch in range(passes):
-            run.position = simclr.Position(epoch)
-            started = time.perf_counter()
-            simclr.train_epoch(
-                run.model, run.optimizer, run.batches(), run.rate, run.loss,
-                run.config.precision, run.position, lambda: False,
-            )  # fmt: skip
-            count = 2 * run.position.step * run.batch_size / (time.perf_counter() - started)
-            workers = set(Path("/proc/self/task", str(os.getpid()), "children").read_text().split())
+            started, count = time.perf_counter(), 0
+            for views in simclr.view_batches(config, data.pretrain, device, epoch, 0):
+                simclr.training_step(model, views, simclr.nt_xent, config)
+                optimizer.step()
+                optimizer.zero_grad()
+                count += len(views)
+            speed = count / (time.perf_counter() - started)
+            workers = Path("/proc/self/task", str(os.getpid()), "children").read_text().split()
             note = f"workers {max(map(resident, workers), default=0):,.0f} MiB each at most"
-            rows.append(Row(f"epoch {epoch + 1}", count, "views/s", note=note))
+            rows.append(Row(f"epoch {epoch + 1}", speed, "views/s", note=note))
             rows.append(Row("  resident, this process", resident("self"), "MiB"))
         return rows
 

@@ -62,6 +62,10 @@ class Browser:
         body = {"script": f"return ({script});", "args": []}
         return self.ask("POST", "/execute/sync", body)
 
+    def text(self, selector: str) -> str:
+        """What the first element of a CSS selector says."""
+        return self.run(f"document.querySelector({selector!r}).textContent")
+
     def wait_for(self, expression: str) -> None:
         """Until the expression is true, for at most 10 seconds; asserts that it became so."""
         script = (
@@ -97,6 +101,31 @@ class Browser:
         actions = [{"type": t, "value": v} for v in values for t in ("keyDown", "keyUp")]
         self.ask(
             "POST", "/actions", {"actions": [{"type": "key", "id": "keys", "actions": actions}]}
+        )
+
+    # of the page that tSNE.py writes
+
+    def state(self) -> dict:
+        """Which panel is shown, which image is pinned, how the map lies."""
+        return self.run("explorer.state()")
+
+    def place(self, i: int) -> tuple[float, float]:
+        """Where image i is in the window, in CSS px."""
+        point = self.run(f"explorer.screenOf({i})")
+        box = "document.getElementById('map').getBoundingClientRect()"
+        left, top = self.run(f"[{box}.left, {box}.top]")
+        return left + point["x"], top + point["y"]
+
+    def pixels(self, colour: str) -> int:
+        """How many pixels of the map are exactly of a colour "#rrggbb"."""
+        self.run("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        return self.run(
+            "(() => { const c = document.getElementById('map'); let n = 0;"
+            "const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;"
+            f"const [r, g, b] = {list(bytes.fromhex(colour[1:]))};"
+            "for (let i = 0; i < d.length; i += 4)"
+            "if (d[i] === r && d[i + 1] === g && d[i + 2] === b && d[i + 3] === 255) n++;"
+            "return n; })()"
         )
 
     def screenshot(self) -> str:

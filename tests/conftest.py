@@ -1,5 +1,6 @@
 """Small things that several tests need. No test downloads anything."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -20,16 +21,32 @@ TINY = dict(  # a run of seconds
 )  # fmt: skip
 
 
-def pytest_configure():
-    """Of tiny tensors, threads wait for each other longer than they work."""
-    torch.set_num_threads(1)
+def flags_of(config):
+    """The flags that give a configuration."""
+    flags = []
+    for name, value in dataclasses.asdict(config).items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, tuple):
+            flags += [flag, *map(str, value)] if value else []
+        elif value != "":
+            flags += [flag, str(value)]
+    return flags
+
+
+def pytest_configure(config):
+    """Only `pytest -m cuda` sees a GPU: other tests, and what they start, compare with the CPU."""
+    if config.option.markexpr != "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    torch.set_num_threads(1)  # of tiny tensors, threads wait for each other longer than they work
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request, monkeypatch):
-    """Every device there is: a test that takes it also runs on a GPU where one is."""
+    """The CPU, and with `pytest -m cuda` the GPU."""
     if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+        pytest.skip("needs a CUDA device and pytest -m cuda")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # three digits of a convolution
     return torch.device(request.param)
 
@@ -59,10 +76,10 @@ def tiny_config(tmp_path):
 
 @pytest.fixture(autouse=True)
 def own_workers():
-    """Processes that decode images keep what a test had changed: the next one gets others."""
+    """Processes that decode images keep what a test has changed: the next one gets others."""
     yield
     if "utils" in sys.modules:
-        sys.modules["utils"]._idle.clear()
+        sys.modules["utils"].end_workers()
 
 
 @pytest.fixture

@@ -1,25 +1,27 @@
 """Faults on purpose: kills, full disks, damaged files, a second process, thousands of epochs.
 
-    python tests/faults.py                              # all of it, and one table
-    python tests/faults.py --kills 100 --only kills     # one group
+    python tests/faults.py                              # all groups, and one table
+    python tests/faults.py --only kills --times 3       # one group, three times as many
     python tests/faults.py --quick                      # a few of each
 
-Every fault is done to a real run of simclr.py or ablation_SimCLR.py on some tiny images. After it
-the same command is given again, and must end bit for bit as a run to which nothing happened:
-weights, optimiser, log and summary, but for times. Nothing is written outside a temporary folder.
+Each fault is done to a real run of simclr.py or ablation_SimCLR.py on some tiny images. Then the
+same command is given again, and must end bit for bit as a run without a fault: weights, optimiser,
+log and summary, but for times. Nothing is written outside a temporary folder.
 
-A run is a forked process: importing torch, which takes seconds, is done once. So this process must
-not compute anything with torch itself, which would start threads that do not survive a fork.
+A run is a forked process, so that torch, which takes seconds, is imported once. Therefore this
+process must not compute with torch itself: that would start threads that do not survive a fork.
 
-Reading order: runs · faults inside a run · what a run ended as · the groups · the table.
+Reading order: runs · faults inside a run · how a run ended · the groups · the table.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import dataclasses
 import errno
+import functools
 import gc
 import hashlib
 import io
@@ -36,7 +38,8 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import matplotlib.backends.backend_agg  # noqa: F401  here and not in every run
 import numpy as np
@@ -55,28 +58,41 @@ import utils
 from utils import InputError
 
 TIMES = (  # differ from run to run
-    "seconds", "knn_seconds", "views_per_second", "training_seconds", "monitoring_seconds",
+    "seconds", "knn_seconds", "views_per_second", "wall_seconds",
+    *(f"{part}_seconds" for part in simclr.TIMED),
 )  # fmt: skip
-PATIENCE = 300.0  # seconds that a run may take: it takes one or two, on a busy machine some more
+PATIENCE = 300.0  # seconds that a run may take; it takes one or two, on a busy machine some more
 
 # ------------------------------------------------------------------------------------------- runs
 
 
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """When a run saves and draws. due: after each epoch, or after none; None: by the clock."""
+
+    due: bool | None
+    flags: tuple[str, ...] = ()
+
+
+EACH_EPOCH, USUAL = Mode(True), Mode(None)
+MODES = (Mode(True, ("--checkpoint-minutes", "1e-9")), EACH_EPOCH, Mode(False))
+
+
 @dataclasses.dataclass
 class Place:
-    """A folder for runs, and the images that they learn from.
-
-    draws: the curves after each epoch, which takes most of such a run; False: an empty figure;
-    None: when the run itself thinks fit.
-    """
+    """A folder for a run, and the images that it learns from."""
 
     root: Path
     photos: Path
-    draws: bool | None = True
+    mode: Mode
 
     @property
     def run(self) -> Path:
         return self.root / "c" / "folder_resnet10"
+
+    @property
+    def last(self) -> Path:
+        return self.run / utils.CHECKPOINT
 
     @property
     def output(self) -> Path:
@@ -89,10 +105,10 @@ class Place:
             "--width", "0.02", "--head-dim", "8", "--head-hidden", "8", "--batch-size", "8",
             "--epochs", "4", "--device", "cpu", "--precision", "float32", "--knn-every", "2",
             "--keep-every", "2", "--checkpoints", str(self.root / "c"),
-            "--figures", str(self.root / "f"), *argv,
+            "--figures", str(self.root / "f"), *self.mode.flags, *argv,
         ]  # fmt: skip
 
-    def said(self) -> str:
+    def printed(self) -> str:
         return self.output.read_text(encoding="utf-8") if self.output.exists() else ""
 
 
@@ -108,7 +124,7 @@ def make_photos(folder: Path, train: int = 12, test: int = 5, side: int = 12) ->
 
 
 def start(work: Callable[[], Any], output: Path) -> int:
-    """Calls work() in another process; what it prints is added to a file. Returns its id."""
+    """Call work() in another process; what it prints is added to a file. Returns its id."""
     sys.stdout.flush()
     sys.stderr.flush()
     process = os.fork()
@@ -122,8 +138,8 @@ def start(work: Callable[[], Any], output: Path) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a job of "&"
         work()
         code = 0
-    except SystemExit as left:
-        code = left.code or 0
+    except SystemExit as end:
+        code = end.code or 0
     except BaseException:
         traceback.print_exc()
     finally:
@@ -149,14 +165,15 @@ def pretraining(place: Place, *argv: str, hook: Hook | None = None) -> Callable[
     """What a forked process does: `python simclr.py …`, with hook(kind, file) at each event."""
 
     def work() -> None:
-        with events(hook or (lambda *_: None), place.draws), journal(place.root / "journal"):
+        with events(hook or (lambda *_: None), place):
             simclr.main(place.command(*argv))
 
     return work
 
 
-def complete(work: Callable[[], None], place: Place) -> int:
-    return wait(start(work, place.output))
+def pretrain(place: Place, *argv: str, hook: Hook | None = None) -> int:
+    """Run it in another process. Returns the exit code, or -signal."""
+    return wait(start(pretraining(place, *argv, hook=hook), place.output))
 
 
 # --------------------------------------------------------------------------- faults inside a run
@@ -165,11 +182,11 @@ Hook = Callable[[str, Path], None]  # (what is about to happen, to which file)
 
 
 class Watched(io.FileIO):
-    """A file whose contents are written in two halves, with an event before each."""
+    """A file whose content is written in two halves, with an event before each."""
 
-    def __init__(self, path: Path, hook: Hook) -> None:
+    def __init__(self, path: Path, mode: str, hook: Hook) -> None:
         hook("open", path)
-        super().__init__(path, "w")
+        super().__init__(path, mode)
         self.path, self.hook = path, hook
 
     def write(self, content: Any) -> int:
@@ -182,12 +199,21 @@ class Watched(io.FileIO):
 
 
 @contextlib.contextmanager
-def events(hook: Hook, draws: bool | None) -> Iterator[None]:
-    """Inside, hook(kind, file) is called wherever a file is about to change, and before drawing."""
+def events(hook: Hook, place: Place) -> Iterator[None]:
+    """Context manager: calls hook(kind, file) before a file changes and before a figure is drawn.
+
+    Runs save, and draw, as often as place.mode says. Each last.pt that has been saved is noted in
+    the file `journal`, as a line "epoch step".
+    """
     sync, replace, unlink, draw = os.fsync, os.replace, Path.unlink, simclr.draw_training
+    save, usual = utils.save_checkpoint, place.mode.due is None
 
     def opened(path: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
-        return Watched(path, hook) if mode == "wb" else open(path, mode, *arguments, **options)
+        if mode == "wb":
+            return Watched(path, "w", hook)
+        if mode == "a":
+            return io.TextIOWrapper(io.BufferedWriter(Watched(path, "a", hook)), **options)
+        return open(path, mode, *arguments, **options)
 
     def synced(descriptor: int) -> None:
         hook("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}")))
@@ -203,57 +229,72 @@ def events(hook: Hook, draws: bool | None) -> Iterator[None]:
         unlink(path, missing_ok)
 
     def drawn(*arguments: Any, **options: Any) -> Any:
-        hook("draw", Path(simclr.FIGURE))
-        return Figure(figsize=(1, 1)) if draws is False else draw(*arguments, **options)
+        hook("draw", Path(simclr.FIGURE))  # the curves take most of the time of such a run
+        return draw(*arguments, **options) if usual else Figure(figsize=(1, 1))
 
-    due = simclr.FigureKeeper.due
-    if draws is not None:  # by the clock, runs would have different numbers of events
-        simclr.FigureKeeper.due = property(lambda _: True)
-    utils.open = opened
-    os.fsync, os.replace, Path.unlink, simclr.draw_training = synced, replaced, unlinked, drawn
-    try:
+    def saved(path: Path, state: dict, *arguments: Any, **options: Any) -> None:
+        save(path, state, *arguments, **options)
+        if path.name == utils.CHECKPOINT:
+            with open(place.root / "journal", "a", encoding="utf-8") as lines:
+                lines.write(f"{state['position']['epoch']} {state['position']['step']}\n")
+
+    patches = [
+        (utils, "open", opened), (os, "fsync", synced), (os, "replace", replaced),
+        (Path, "unlink", unlinked), (simclr, "draw_training", drawn),
+        (utils, "save_checkpoint", saved),
+    ]  # fmt: skip
+    if not usual:  # by the clock, runs would have different numbers of events
+        patches.append((utils.Throttle, "due", lambda _: place.mode.due))
+    with contextlib.ExitStack() as stack:
+        for where, name, new in patches:
+            stack.enter_context(mock.patch.object(where, name, new, create=name == "open"))
         yield
-    finally:
-        del utils.open
-        simclr.FigureKeeper.due = due
-        os.fsync, os.replace, Path.unlink, simclr.draw_training = sync, replace, unlink, draw
 
 
-@contextlib.contextmanager
-def journal(file: Path) -> Iterator[None]:
-    """Inside, each checkpoint that is said to be saved is noted: a line "epoch step"."""
-    save = simclr.Pretraining.save
-
-    def noted(self: simclr.Pretraining) -> None:
-        save(self)
-        with open(file, "a", encoding="utf-8") as lines:
-            lines.write(f"{self.position.epoch} {self.position.step}\n")
-
-    simclr.Pretraining.save = noted
-    try:
-        yield
-    finally:
-        simclr.Pretraining.save = save
-
-
-def killer(n: int, kind: str = "") -> Hook:
-    """Kills its process at event n, counted from 0; with a kind, of those of last.pt alone."""
+def at_event(n: int, act: Callable[[], Any], kind: str = "") -> Hook:
+    """Calls act() at event n, counted from 0; with a kind, of those of last.pt alone."""
     left = [n]
 
     def hook(what: str, file: Path) -> None:
-        left[0] -= not kind or (what == kind and file.name == simclr.CHECKPOINT)
-        if left[0] < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if not kind or (what == kind and file.name == utils.CHECKPOINT):
+            left[0] -= 1
+            if left[0] == -1:
+                act()
 
     return hook
 
 
-def owner(file: Path) -> str:
-    """The file that a temporary one becomes: ".last.pt.123.tmp" -> "last.pt"."""
-    return file.name[1:].rsplit(".", 2)[0] if file.suffix == ".tmp" else file.name
+def send(number: int, times: int = 1) -> None:
+    """Send this process a signal, so many times."""
+    for _ in range(times):
+        os.kill(os.getpid(), number)
 
 
-# ----------------------------------------------------------------------------- what a run ended as
+def killer(n: int, kind: str = "") -> Hook:
+    return at_event(n, lambda: send(signal.SIGKILL), kind)
+
+
+@dataclasses.dataclass
+class Failing:
+    """Events of a kind fail, from the first-th on, so many of them. file: "" for any file."""
+
+    reason: int
+    kind: str
+    file: str
+    first: int
+    count: int
+
+    def __call__(self, kind: str, file: Path) -> None:
+        name = file.name[1:].rsplit(".", 2)[0] if file.suffix == ".tmp" else file.name
+        if kind != self.kind or self.file not in ("", name):
+            return
+        self.first -= 1
+        if self.first < 0 < self.count:
+            self.count -= 1
+            raise OSError(self.reason, os.strerror(self.reason))
+
+
+# -------------------------------------------------------------------------------- how a run ended
 
 
 def untimed(row: dict) -> dict:
@@ -262,15 +303,17 @@ def untimed(row: dict) -> dict:
 
 def ending(run: Path) -> dict[str, str]:
     """A digest of each part of what a run left: equal for runs that ended bit for bit alike."""
-    state = utils.load_checkpoint(run / simclr.CHECKPOINT)
-    parts = {part: canonical(state[part]) for part in ("model", "optimizer", "position")}
-    rows = [untimed(row) for row in state["log"]]
-    parts |= {"log": json.dumps(rows)}
-    written = [untimed(row) for row in utils.read_jsonl(run / "log.jsonl")]
-    parts |= {"log.jsonl": json.dumps(written)}
-    parts |= {"summary": json.dumps(untimed(json.loads((run / simclr.SUMMARY).read_bytes())))}
-    kept = [utils.load_checkpoint(file)["model"] for file in simclr.kept_checkpoints(run)]
-    parts |= {"kept": "".join(map(canonical, kept))}
+    state = utils.load_checkpoint(run / utils.CHECKPOINT)
+    kept = [utils.load_checkpoint(file)["model"] for file in utils.kept_checkpoints(run)]
+    parts = {
+        "model": canonical(state["model"]),
+        "moments": canonical(state["optimizer"]["state"]),  # rates are set before each step
+        "position": canonical(state["position"]),
+        "log": json.dumps([untimed(row) for row in state["log"]]),
+        "log.jsonl": json.dumps([untimed(row) for row in utils.read_jsonl(run / utils.LOG)]),
+        "summary": json.dumps(untimed(json.loads((run / simclr.SUMMARY).read_bytes()))),
+        "kept": "".join(map(canonical, kept)),
+    }
     return {part: hashlib.sha256(text.encode()).hexdigest() for part, text in parts.items()}
 
 
@@ -287,142 +330,116 @@ def canonical(value: Any) -> str:
 
 
 def departures(place: Place, expected: dict[str, str]) -> list[str]:
-    """In what a run that was continued is not as it should be."""
+    """How a run that was continued differs from one without a fault."""
     try:
-        found = ending(place.run)
+        ended = ending(place.run)
     except (InputError, OSError, KeyError) as error:
         return [f"left no whole run: {error!r}"]
-    wrong = [f"another {part}" for part in expected if found[part] != expected[part]]
-    return wrong + [f"left {file.name}" for file in place.root.rglob("*.tmp")]
+    wrong = [f"another {part}" for part in expected if ended[part] != expected[part]]
+    return wrong + leftovers(place)
 
 
-def lost(place: Place) -> str:
-    """What is wrong with the checkpoint of a killed run: "" if it has all that was saved."""
+def leftovers(place: Place) -> list[str]:
+    return [f"left {file.name}" for file in place.run.glob("*.tmp")]
+
+
+def lost(place: Place) -> list[str]:
+    """What is wrong with the checkpoint of a killed run: nothing if it has all that was saved."""
     notes = place.root / "journal"
     lines = notes.read_text(encoding="utf-8").splitlines() if notes.exists() else []
     if not lines:
-        return ""
+        return []
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            state, _ = simclr.load_newest(place.run / simclr.CHECKPOINT)
+            state, _ = utils.load_newest(place.last)
     except InputError as error:
-        return f"lost the checkpoint: {error}"
+        return [f"lost the checkpoint: {error}"]
     position = (state["position"]["epoch"], state["position"]["step"])
     saved = tuple(map(int, lines[-1].split()))
-    return "" if position >= saved else f"went back from {saved} to {position}"
-
-
-class Tally:
-    """Counts the faults of a kind, and the time since whatever was noted before."""
-
-    before = 0.0
-
-    def __init__(self, name: str, nothing: str = "nothing") -> None:
-        self.outcome = Outcome(name, 0, 0, nothing, 0.0, [])
-        Tally.before = time.perf_counter()
-
-    def note(self, what: str, wrong: list[str] | str) -> None:
-        """A fault that was tried; `wrong` is empty if it was survived."""
-        now = time.perf_counter()
-        self.outcome.seconds += now - Tally.before
-        Tally.before = now
-        self.outcome.tried += 1
-        self.outcome.survived += not wrong
-        if wrong:
-            text = wrong if isinstance(wrong, str) else ", ".join(wrong)
-            self.outcome.failures.append(f"{self.outcome.name}: {what}: {text}")
-
-    def done(self) -> Outcome:
-        if self.outcome.failures:
-            self.outcome.lost = "see below"
-        return self.outcome
+    return [] if position >= saved else [f"went back from {saved} to {position}"]
 
 
 # ------------------------------------------------------------------------------------- the groups
-
-DRAWN = 10  # one run in so many draws its curves
-EVERY_STEP = ("--checkpoint-minutes", "1e-9")
 
 
 class Suite:
     """The groups of faults on runs, in a temporary folder."""
 
     def __init__(self, folder: Path, seed: int) -> None:
-        self.folder, self.random = folder, random.Random(seed)
+        self.folder, self.random, self.places = folder, random.Random(seed), 0
         self.photos = folder / "photos"
         make_photos(self.photos)
-        self.places = 0
-        self.events = {}  # flags -> how many events a whole run has
-        self.seconds = {}
-        for flags in ((), EVERY_STEP):
-            place = self.place()
-            count = place.root / "count"
-            started = time.monotonic()
-            code = complete(self.counted(place, flags, count), place)
-            if code:
-                raise RuntimeError(f"an undisturbed run fails:\n{place.said()}")
-            self.seconds[flags] = time.monotonic() - started
-            self.events[flags] = int(count.read_text())
-            found = ending(place.run)
-            if flags and found != self.expected:
-                raise RuntimeError("runs that are not disturbed differ")
-            self.expected = found
+        self.events: dict[Mode, int] = {}  # of a whole run
+        self.seconds: dict[Mode, float] = {}
+        endings = []
+        for mode in MODES:
+            place, started, count = self.place(mode), time.monotonic(), folder / "count"
+            if wait(start(self.counted(place, count), place.output)):
+                raise RuntimeError(f"a run without a fault fails:\n{place.printed()}")
+            self.seconds[mode] = time.monotonic() - started
+            self.events[mode] = int(count.read_text())
+            endings.append(ending(place.run))
+        self.expected = endings[0]
+        if any(other != self.expected for other in endings):
+            raise RuntimeError("runs without a fault differ")
 
-    def place(self) -> Place:
+    def place(self, mode: Mode) -> Place:
         self.places += 1
         root = self.folder / str(self.places)
         root.mkdir()
-        return Place(root, self.photos, draws=self.places % DRAWN == 0)
+        return Place(root, self.photos, mode)
 
     @staticmethod
-    def counted(place: Place, flags: tuple[str, ...], file: Path) -> Callable[[], None]:
+    def counted(place: Place, file: Path) -> Callable[[], None]:
         def work() -> None:
-            seen = []
-            pretraining(place, *flags, hook=lambda kind, _: seen.append(kind))()
-            file.write_text(str(len(seen)))
+            kinds = []
+            pretraining(place, hook=lambda kind, _: kinds.append(kind))()
+            file.write_text(str(len(kinds)))
 
         return work
+
+    def continued(self, place: Place) -> list[str]:
+        """What is wrong with the run when the same command has been given again. Tidies up."""
+        code = pretrain(place)
+        end = place.printed()[-300:]
+        wrong = [f"then exit code {code}: {end}"] if code else departures(place, self.expected)
+        shutil.rmtree(place.root)
+        return wrong
 
     # ----------------------------------------------------------------------------------- kills
 
     def kills(self, n: int) -> list[Outcome]:
         """Half of them at random times, half at events spread over the run."""
-        anywhen, aimed = Tally("SIGKILL at random moments"), Tally("SIGKILL while writing, drawing")
+        at_times, at_events = Outcome("SIGKILL at random moments"), Outcome("SIGKILL while writing")
         for i in range(n):
-            flags = (EVERY_STEP, ())[i // 2 % 2]
+            mode = MODES[i // 2 % len(MODES)]
             if i % 2:
-                number = self.random.randrange(self.events[flags])
-                self.kill(anywhen, f"{i}", flags, None)
+                self.kill(at_times, f"{i}", mode, None)
             else:
-                number = int((i + self.random.random()) * self.events[flags] / n)
-                self.kill(aimed, f"{i}, event {number}", flags, number)
-        return [anywhen.done(), aimed.done()]
+                event = int((i + self.random.random()) * self.events[mode] / n)
+                self.kill(at_events, f"{i}, event {event} of {mode}", mode, event)
+        return [at_times, at_events]
 
-    def kill(self, tally: Tally, what: str, flags: tuple[str, ...], event: int | None) -> None:
-        """Kills a run, some of them twice, and continues it."""
-        place = self.place()
-        wrong = ""
+    def kill(self, tally: Outcome, what: str, mode: Mode, event: int | None) -> None:
+        """Kill a run, some of them twice, and continue it."""
+        place, wrong = self.place(mode), []
         for _ in range(1 + (self.random.random() < 0.3)):
             if event is None:
-                code = self.kill_sometime(place, flags)
+                code = self.kill_sometime(place)
             else:
-                code = complete(pretraining(place, *flags, hook=killer(event)), place)
+                code = pretrain(place, hook=killer(event))
                 event = None
             if code != -signal.SIGKILL:
-                wrong = wrong or f"exit code {code} instead of a kill: {place.said()[-300:]}"
-            wrong = wrong or lost(place)
-        code = complete(pretraining(place, *flags), place)
-        if code:
-            wrong = wrong or f"cannot be continued, exit code {code}: {place.said()[-300:]}"
-        tally.note(what, wrong or departures(place, self.expected))
-        shutil.rmtree(place.root)
+                wrong += [f"exit code {code} instead of a kill: {place.printed()[-300:]}"]
+            wrong += lost(place)
+        tally.add(what, *wrong, *self.continued(place))
 
-    def kill_sometime(self, place: Place, flags: tuple[str, ...]) -> int:
-        """At a random moment. A run that was quicker is none that was killed: another try."""
-        seconds = self.random.random() * self.seconds[flags]
+    def kill_sometime(self, place: Place) -> int:
+        """Kill at a random moment. A run that ends before is not a fault, and is tried again."""
+        seconds = self.random.random() * self.seconds[place.mode]
         code = 0
         while code == 0:
-            process = start(pretraining(place, *flags), place.output)
+            process = start(pretraining(place), place.output)
             time.sleep(seconds)
             os.kill(process, signal.SIGKILL)
             code = wait(process)
@@ -434,25 +451,23 @@ class Suite:
 
     def grids(self, n: int) -> list[Outcome]:
         """A study of two settings is killed at random moments."""
-        tally = Tally("SIGKILL of an ablation grid")
-        whole = self.place()
+        tally, whole = Outcome("SIGKILL of an ablation grid"), self.place(USUAL)
         started = time.monotonic()
-        if complete(self.study(whole), whole):
-            raise RuntimeError(f"an undisturbed study fails:\n{whole.said()}")
+        if wait(start(self.study(whole), whole.output)):
+            raise RuntimeError(f"a study without a fault fails:\n{whole.printed()}")
         seconds = time.monotonic() - started
         for i in range(n):
-            place = self.place()
+            place = self.place(USUAL)
             process = start(self.study(place), place.output)
             time.sleep((i + self.random.random()) / n * 0.9 * seconds)
             os.kill(process, signal.SIGKILL)
             wait(process)
-            code = complete(self.study(place), place)
-            wrong = [f"exit code {code}: {place.said()[-300:]}"] if code else []
+            code = wait(start(self.study(place), place.output))
+            wrong = [f"exit code {code}: {place.printed()[-300:]}"] if code else []
             if not code and self.rows(place) != self.rows(whole):
                 wrong.append("another table")
-            wrong += [f"left {file.name}" for file in place.root.rglob("*.tmp")]
-            tally.note(str(i), wrong)
-        return [tally.done()]
+            tally.add(str(i), *wrong, *leftovers(place))
+        return [tally]
 
     def study(self, place: Place) -> Callable[[], None]:
         def work() -> None:
@@ -465,194 +480,171 @@ class Suite:
         return work
 
     @staticmethod
-    def rows(place: Place) -> list[str]:
+    def rows(place: Place) -> list[dict[str, str]]:
         """The table of the study, but for the time that each run took."""
-        lines = (place.root / "f" / "ablation" / "tiny.csv").read_text().splitlines()
-        header = lines[0].split(",").index("seconds") - len(lines[0].split(","))
-        return [",".join(c for i, c in enumerate(x.split(","), -len(x.split(","))) if i != header)
-                for x in lines]  # fmt: skip
+        file = place.root / "f" / utils.ABLATIONS / "tiny.csv"
+        with open(file, newline="", encoding="utf-8") as lines:
+            return [untimed(row) for row in csv.DictReader(lines)]
 
     # ----------------------------------------------------------------------------------- signals
 
     def signals(self, n: int) -> list[Outcome]:
         """Asked to stop anywhere, the evaluation too; twice by Ctrl-C in the middle of saving."""
-        tally = Tally("SIGTERM, SIGINT, SIGUSR1")
+        tally = Outcome("SIGTERM, SIGINT, SIGUSR1")
         numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
         for i in range(n):
-            place, number, flags = self.place(), numbers[i % 3], (EVERY_STEP, ())[i % 2]
-            event = self.random.randrange(self.events[flags])
+            mode, number = MODES[i // 3 % len(MODES)], numbers[i % 3]
+            place, event = self.place(mode), self.random.randrange(self.events[mode])
             times = 2 if i % 4 == 1 and number == signal.SIGINT else 1
-            code = complete(pretraining(place, *flags, hook=sender(event, number, times)), place)
-            wrong = [] if code == 128 + number else [f"exit code {code}: {place.said()[-300:]}"]
-            wrong += ["a traceback"] if "Traceback" in place.said() else []
-            wrong += [f"left {file.name}" for file in place.root.rglob("*.tmp")]
-            wrong += [text] if (text := lost(place)) else []
-            code = complete(pretraining(place, *flags), place)
-            wrong += [f"then exit code {code}"] if code else departures(place, self.expected)
-            tally.note(f"{number.name} at event {event}", wrong)
-            shutil.rmtree(place.root)
-        return [tally.done()]
+            hook = at_event(event, functools.partial(send, number, times))
+            code = pretrain(place, hook=hook)
+            wrong = [] if code == 128 + number else [f"exit code {code}: {place.printed()[-300:]}"]
+            wrong += ["a traceback"] if "Traceback" in place.printed() else []
+            wrong += leftovers(place) + lost(place) + self.continued(place)
+            tally.add(f"{times} × {number.name} at event {event} of {mode}", *wrong)
+        return [tally]
 
     def locks(self, n: int) -> list[Outcome]:
         """A second process on a run that another one trains, which then is killed."""
-        tally = Tally("a second process on a run")
+        tally = Outcome("a second process on a run")
         for i in range(n):
-            place, reached = self.place(), self.random.randrange(1, 4)
-            first = start(pretraining(place, hook=sleeper("replaced", reached)), place.root / "1")
+            place, note = self.place(EACH_EPOCH), self.folder / f"asleep {i}"
+            hook = at_event(self.random.randrange(3), lambda f=note: sleep(f), "replaced")
+            first = start(pretraining(place, hook=hook), self.folder / "output of the first")
             deadline = time.monotonic() + PATIENCE
-            while not (place.root / "f" / "asleep").exists() and time.monotonic() < deadline:
+            while not note.exists() and time.monotonic() < deadline:
                 time.sleep(0.01)
-            before = contents(place.root)
-            code = complete(pretraining(place, *(["--overwrite"] * (i % 2))), place)
-            said = place.said()
+            before = contents(place)
+            code = pretrain(place, *(["--overwrite"] * (i % 2)))
+            printed = place.printed()
             wrong = [] if code == 2 else [f"exit code {code}"]
-            errors = [line for line in said.splitlines() if "error: another process" in line]
-            wrong += [] if len(errors) == 1 else [f"it says {said[-200:]!r}"]
-            wrong += [] if contents(place.root) == before else ["files were changed"]
+            one_error = printed.count("error: another process") == 1
+            wrong += [] if one_error else [f"it says {printed[-200:]!r}"]
+            wrong += [] if contents(place) == before else ["files were changed"]
             os.kill(first, signal.SIGKILL)
             wait(first)
-            code = complete(pretraining(place), place)
-            wrong += [f"then exit code {code}"] if code else departures(place, self.expected)
-            tally.note(str(i), wrong)
-            shutil.rmtree(place.root)
-        return [tally.done()]
+            tally.add(str(i), *wrong, *self.continued(place))
+        return [tally]
 
     # ----------------------------------------------------------------------------------- storage
 
     def storage(self, n: int) -> list[Outcome]:
         """Writes that fail: at one place for a while, or from some moment to the end."""
-        passing, lasting = Tally("writes fail for a while"), Tally("writes fail to the end")
+        passing, lasting = Outcome("writes fail for a while"), Outcome("writes fail to the end")
         reasons = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
-        files = (simclr.CHECKPOINT, "log.jsonl", "config.json", simclr.FIGURE, "epoch0002.pt", "")
+        files = (utils.CHECKPOINT, utils.LOG, "config.json", simclr.FIGURE, "epoch0002.pt", "")
         kinds = ("open", "write", "write on", "sync", "replace")
         for i in range(n):
             reason, file = reasons[i % len(reasons)], files[i // 2 % len(files)]
-            kind = self.random.choice(kinds)
-            what = f"{errno.errorcode[reason]} in {kind} of {file or 'all files'}"
+            mode, kind = self.random.choice(MODES), self.random.choice(kinds)
+            what = f"{errno.errorcode[reason]} in {kind} of {file or 'all files'}, {mode}"
             if i % 2:
                 first = self.random.randrange(0, 6)
-                self.failing(lasting, what, Failing(reason, kind, file, first, 10**9))
+                self.fail(lasting, what, mode, Failing(reason, kind, file, first, 10**9))
             else:
-                hook = Failing(reason, kind, file, 1, self.random.randrange(1, 4))
-                self.failing(passing, what, hook)
-        size = Tally("a limit on the size of files")
+                count = self.random.randrange(1, 4)
+                self.fail(passing, what, mode, Failing(reason, kind, file, 1, count))
+        size = Outcome("a limit on the size of files")
         for number in range(max(1, n // 10)):
-            self.limited(size, number % 3)
-        return [passing.done(), lasting.done(), size.done()]
+            self.limit(size, number % 3)
+        return [passing, lasting, size]
 
-    def failing(self, tally: Tally, what: str, hook: Failing) -> None:
-        """A run with failing writes warns once and goes on, or ends with a line; then continues."""
-        place = self.place()
-        code = complete(pretraining(place, hook=hook), place)
-        wrong = self.after_failure(place, code)
-        code = complete(pretraining(place), place)
-        wrong += [f"then exit code {code}"] if code else departures(place, self.expected)
-        if hook.file in ("epoch0002.pt", ""):  # which is not made up for
+    def fail(self, tally: Outcome, what: str, mode: Mode, hook: Failing) -> None:
+        """A run with failing writes warns and goes on, or ends with a line; then it continues."""
+        place = self.place(mode)
+        code = pretrain(place, hook=hook)
+        wrong = self.after_failure(place, code) + self.continued(place)
+        if hook.file in ("epoch0002.pt", ""):  # a run does not go back to write it
             wrong = [text for text in wrong if text != "another kept"]
-        tally.note(what, wrong)
-        shutil.rmtree(place.root)
+        tally.add(what, *wrong)
 
     @staticmethod
     def after_failure(place: Place, code: int) -> list[str]:
         """What is wrong with how a run with failing writes ended."""
-        said = place.said()
-        warnings = [line for line in said.splitlines() if line.startswith("warning: ")]
-        errors = [line for line in said.splitlines() if line.startswith("simclr.py: error: ")]
-        wrong = [] if code in (0, 2) else [f"exit code {code}"]
-        wrong += ["a traceback"] if "Traceback" in said else []
-        wrong += [f"{len(warnings)} warnings"] if len(warnings) > 1 else []
+        lines = place.printed().splitlines()
+        warnings = [line for line in lines if line.startswith("warning: ")]
+        errors = [line for line in lines if line.startswith("simclr.py: error: ")]
+        wrong = [] if code in (0, 2) else [f"exit code {code}: {place.printed()[-300:]}"]
+        wrong += ["a traceback"] if "Traceback" in place.printed() else []
+        wrong += [] if len(warnings) == len(set(warnings)) else ["the same warning twice"]
         wrong += [f"{len(errors)} errors"] if len(errors) != (code == 2) else []
-        wrong += ["no word"] if code == 0 and not warnings and "Errno" in said else []
-        wrong += [text] if (text := lost(place)) else []
-        if (place.run / simclr.CHECKPOINT).exists():
+        if place.last.exists():
             try:
-                utils.load_checkpoint(place.run / simclr.CHECKPOINT)
+                utils.load_checkpoint(place.last)
             except InputError as error:
                 wrong.append(str(error))
-        return wrong + [f"left {file.name}" for file in place.root.rglob("*.tmp")]
+        return wrong + lost(place) + leftovers(place)
 
-    def limited(self, tally: Tally, saves: int) -> None:
+    def limit(self, tally: Outcome, saves: int) -> None:
         """After so many checkpoints the system lets no file be larger than a part of one."""
-        place, seen = self.place(), []
-
-        def hook(kind: str, file: Path) -> None:
-            seen.append(kind == "replaced" and file.name == simclr.CHECKPOINT)
-            if sum(seen) == saves:
-                limit = 20_000 if saves else 5_000  # bytes
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-
-        code = complete(pretraining(place, hook=hook), place)
+        place, bytes_ = self.place(EACH_EPOCH), 20_000 if saves else 5_000
+        limits = resource.RLIMIT_FSIZE, (bytes_, resource.RLIM_INFINITY)
+        hook = at_event(
+            max(0, saves - 1), lambda: resource.setrlimit(*limits), "replaced" if saves else ""
+        )
+        code = pretrain(place, hook=hook)
         wrong = self.after_failure(place, code) + ([] if code == 2 else [f"exit code {code}"])
-        code = complete(pretraining(place), place)
-        wrong += [f"then exit code {code}"] if code else departures(place, self.expected)
-        tally.note(f"after {saves} checkpoints", wrong)
-        shutil.rmtree(place.root)
+        tally.add(f"after {saves} checkpoints", *wrong, *self.continued(place))
 
     # -------------------------------------------------------------------------------- corruption
 
     def corruptions(self, n: int) -> list[Outcome]:
         """One bit or byte of a checkpoint, or all from some byte on, spread over the file."""
-        place = self.place()
-        code = complete(pretraining(place, hook=killer(3, "replaced")), place)
-        if code != -signal.SIGKILL:
-            raise RuntimeError(place.said())
-        good = (place.run / simclr.CHECKPOINT).read_bytes()
-        tally = Tally("one byte flipped, or cut off")
-        file = place.root / "damaged.pt"
+        place = self.place(EACH_EPOCH)
+        if pretrain(place, hook=killer(3, "replaced")) != -signal.SIGKILL:
+            raise RuntimeError(place.printed())
+        good, file = place.last.read_bytes(), self.folder / "damaged.pt"
+        content = canonical(utils.load_checkpoint(place.last))
+        tally, unchanged = Outcome("one byte flipped, or cut off"), 0
         for i in range(n):
-            position = int((i + self.random.random()) * len(good) / n)
-            what, content = self.damaged(good, position)
-            file.write_bytes(content)
-            tally.note(f"{what} of {len(good)}", self.undetected(file))
-        fallback = Tally("damaged, and continued from previous.pt")
+            what, damaged = self.damage(good, int((i + self.random.random()) * len(good) / n))
+            file.write_bytes(damaged)
+            error, wrong = judge_damage(file, content)
+            unchanged += not error
+            tally.add(what, *wrong)
+        tally.note = f"{unchanged:,} do not change the content"
+        fallback = Outcome("damaged, and continued from previous.pt")
         for _ in range(max(1, n // 100)):
-            other = self.place()
+            other = self.place(EACH_EPOCH)
             shutil.copytree(place.root, other.root, dirs_exist_ok=True)
-            what, content = self.damaged(good, self.random.randrange(len(good)))
-            (other.run / simclr.CHECKPOINT).write_bytes(content)
-            code = complete(pretraining(other), other)
-            wrong = [f"exit code {code}: {other.said()[-300:]}"] if code else []
-            wrong += [] if "using the one before" in other.said() else ["no word of it"]
-            fallback.note(what, wrong or departures(other, self.expected))
-            shutil.rmtree(other.root)
-        return [tally.done(), fallback.done()]
+            what, damaged = self.damage(good, self.random.randrange(len(good)))
+            other.last.write_bytes(damaged)
+            error, wrong = judge_damage(other.last, content)
+            code = pretrain(other)
+            wrong += [f"exit code {code}"] if code else []
+            warned = "using the checkpoint before it" in other.printed()
+            wrong += [] if warned == bool(error) else [f"it says {other.printed()[-300:]}"]
+            fallback.add(what, *wrong, *self.continued(other))
+        return [tally, fallback]
 
-    def damaged(self, content: bytes, position: int) -> tuple[str, bytes]:
+    def damage(self, content: bytes, position: int) -> tuple[str, bytes]:
         kind = self.random.choice(("bit", "bit", "byte", "cut"))
         if kind == "cut":
-            return f"cut at {position}", content[:position]
+            return f"cut at {position} of {len(content)}", content[:position]
         change = 1 << self.random.randrange(8) if kind == "bit" else self.random.randrange(1, 256)
-        changed = bytearray(content)
-        changed[position] ^= change
-        return f"byte {position} xor {change}", bytes(changed)
-
-    @staticmethod
-    def undetected(file: Path) -> str:
-        try:
-            utils.load_checkpoint(file)
-        except InputError:
-            return ""
-        return "it was loaded"
+        return f"byte {position} of {len(content)} xor {change}", flipped(content, position, change)
 
     def each_byte(self) -> list[Outcome]:
-        """Every byte of a small file, by one bit each; every length that it can be cut to."""
-        tally, file = Tally("each byte of a small file, each cut"), self.folder / "small.pt"
-        utils.save_checkpoint(file, {"format": 2, "weight": torch.zeros(3, 4), "rows": ["a", 1]})
-        good = file.read_bytes()
+        """Every bit of a small file; every length that it can be cut to."""
+        tally, file = Outcome("each bit of a small file, each cut"), self.folder / "small.pt"
+        state = {"format": simclr.CHECKPOINT_FORMAT, "weight": torch.zeros(3, 4), "rows": ["a", 1]}
+        utils.save_checkpoint(file, state)
+        good, unchanged = file.read_bytes(), 0
         for i in range(len(good)):
-            changed = bytearray(good)
-            changed[i] ^= 1 << i % 8
-            for content in (changed, good[:i]):
+            changes = [(f"bit {b} of byte {i}", flipped(good, i, 1 << b)) for b in range(8)]
+            for what, content in [*changes, (f"cut at {i}", good[:i])]:
                 file.write_bytes(content)
-                tally.note(f"{'cut at' * (len(content) == i)} {i}", self.undetected(file))
-        return [tally.done()]
+                error, wrong = judge_damage(file, canonical(state))
+                unchanged += not error
+                tally.add(what, *wrong)
+        tally.note = f"{unchanged:,} do not change the content"
+        return [tally]
 
     # -------------------------------------------------------------------------------------- soak
 
     def soak(self, epochs: int) -> list[Outcome]:
         """A long run is watched from outside: its memory, open files and threads; its pace."""
-        place, tally = self.place(), Tally(f"{epochs:,} epochs")
-        place.draws = None
+        place, tally = self.place(USUAL), Outcome(f"{epochs:,} epochs")
         flags = ("--epochs", str(epochs), "--knn-every", "100", "--keep-every", "0",
                  "--batch-size", "24")  # fmt: skip
         process = start(pretraining(place, *flags), place.output)
@@ -662,10 +654,10 @@ class Suite:
             if ended:
                 break
             with contextlib.suppress(OSError, KeyError):  # not yet, or not any more
-                samples.append(sample(process, place.run / "log.jsonl"))
+                samples.append(sample(process, place.run / utils.LOG))
             time.sleep(0.25)
-        wrong = [] if os.waitstatus_to_exitcode(status) == 0 else [place.said()[-300:]]
-        log = utils.read_jsonl(place.run / "log.jsonl")
+        wrong = [] if os.waitstatus_to_exitcode(status) == 0 else [place.printed()[-300:]]
+        log = utils.read_jsonl(place.run / utils.LOG)
         wrong += [] if [r["epoch"] for r in log] == [*range(1, epochs + 1)] else ["the log"]
         with Image.open(place.root / "f" / place.run.name / simclr.FIGURE) as picture:
             picture.verify()
@@ -673,25 +665,28 @@ class Suite:
         late = [s for s in samples if 0.9 * epochs <= s.epoch < epochs]
         if not (early and late):
             raise RuntimeError(f"too few samples of {epochs} epochs: {len(samples)}")
-        memory = statistics.median(s.memory for s in late) / statistics.median(
-            s.memory for s in early
-        )
-        files, threads = (max(getattr(s, what) for s in late) - max(getattr(s, what) for s in early)
-                          for what in ("files", "threads"))  # fmt: skip
-        wrong += [f"memory grew by {memory - 1:.1%}"] if memory >= 1.01 else []
-        wrong += [f"{files:+d} files, {threads:+d} threads"] if files > 0 or threads > 0 else []
-        pace = [1000 * (s[-1].at - s[0].at) / max(1, s[-1].epoch - s[0].epoch)
-                for s in (early, late)]  # fmt: skip
-        tally.outcome.lost = (
-            f"memory {memory - 1:+.2%}, files {files:+d}, threads {threads:+d}, "
+        before, after = (statistics.median(s.memory for s in part) for part in (early, late))
+        files = max(s.files for s in late) - max(s.files for s in early)
+        threads = max(s.threads for s in late) - max(s.threads for s in early)
+        pace = [1000 * (part[-1].at - part[0].at) / max(1, part[-1].epoch - part[0].epoch)
+                for part in (early, late)]  # fmt: skip
+        tally.note = (
+            f"memory {after / before - 1:+.2%}, files {files:+d}, threads {threads:+d}, "
             f"{pace[0]:.0f} then {pace[1]:.0f} ms an epoch"
         )
-        tally.note("watched", wrong)
-        return [tally.done()]
+        if after >= 1.01 * before or files > 0 or threads > 0:
+            wrong.append(tally.note)
+        tally.add("watched", *wrong)
+        return [tally]
 
 
-@dataclasses.dataclass
-class Sample:
+def sleep(note: Path) -> None:
+    """Sleep until this process is killed; then the file `note` is there."""
+    note.touch()
+    time.sleep(PATIENCE)
+
+
+class Sample(NamedTuple):
     """Of a running process: seconds, epoch that is logged, bytes of memory, open files, threads."""
 
     at: float
@@ -704,95 +699,67 @@ class Sample:
 def sample(process: int, log: Path) -> Sample:
     status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
     fields = dict(line.split(":", 1) for line in status.splitlines())
-    return Sample(
-        time.monotonic(),
-        log.read_bytes().count(b"\n"),
-        1024 * int(fields["VmRSS"].split()[0]),
-        len(os.listdir(f"/proc/{process}/fd")),
-        int(fields["Threads"]),
-    )
+    memory, threads = 1024 * int(fields["VmRSS"].split()[0]), int(fields["Threads"])
+    files = len(os.listdir(f"/proc/{process}/fd"))
+    return Sample(time.monotonic(), log.read_bytes().count(b"\n"), memory, files, threads)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of runs below a folder."""
-    return {str(f): f.read_bytes() for part in ("c", "f") for f in (folder / part).rglob("*")
+def contents(place: Place) -> dict[str, bytes]:
+    """Every file of the runs and figures of a place."""
+    return {str(f): f.read_bytes() for part in ("c", "f") for f in (place.root / part).rglob("*")
             if f.is_file()}  # fmt: skip
 
 
-def sender(n: int, number: int, times: int) -> Hook:
-    """Sends its process a signal at the n-th event, so many times."""
-    left = [n]
-
-    def hook(_kind: str, _file: Path) -> None:
-        left[0] -= 1
-        if left[0] == -1:
-            for _ in range(times):
-                os.kill(os.getpid(), number)
-
-    return hook
+def flipped(content: bytes, position: int, change: int) -> bytes:
+    return content[:position] + bytes([content[position] ^ change]) + content[position + 1 :]
 
 
-def sleeper(kind: str, n: int) -> Hook:
-    """Lets its process sleep, for good, after the n-th checkpoint, and leave a note of it."""
-    left = [n]
+def judge_damage(file: Path, content: str) -> tuple[str, list[str]]:
+    """The error of reading a damaged file, "" if it is read, and what is wrong with that.
 
-    def hook(what: str, file: Path) -> None:
-        left[0] -= what == kind and file.name == simclr.CHECKPOINT
-        if left[0] == 0:
-            (file.parents[2] / "f" / "asleep").touch()
-            time.sleep(PATIENCE)
-
-    return hook
-
-
-@dataclasses.dataclass
-class Failing:
-    """Events of a kind fail, from the first-th on, so many of them. file: "" for any file."""
-
-    reason: int
-    kind: str
-    file: str
-    first: int
-    count: int
-
-    def __call__(self, kind: str, file: Path) -> None:
-        if kind != self.kind or (self.file and owner(file) != self.file):
-            return
-        self.first -= 1
-        if self.first < 0 < self.count:
-            self.count -= 1
-            raise OSError(self.reason, os.strerror(self.reason))
+    It must be an InputError, unless the content, as canonical() gives it, is what was saved.
+    """
+    try:
+        state = utils.load_checkpoint(file)
+    except InputError as error:
+        return str(error), []
+    except Exception as error:
+        return repr(error), [f"not one line: {error!r}"]
+    return "", [] if canonical(state) == content else ["it was read, with another content"]
 
 
 # -------------------------------------------------------------------------------------- the table
 
 
 def groups(suite: Suite, options: argparse.Namespace) -> dict[str, Callable[[], list[Outcome]]]:
-    """Every group of faults, by name; those on hostile files and input are of hostile.py."""
-    quick = options.quick
-    found = {
-        "kills": lambda: suite.kills(options.kills),
-        "grids": lambda: suite.grids(max(1, options.kills // 10)),
-        "signals": lambda: suite.signals(2 if quick else 30),
-        "locks": lambda: suite.locks(1 if quick else 6),
-        "storage": lambda: suite.storage(2 if quick else 72),
-        "corruptions": lambda: suite.corruptions(options.corruptions),
-        "bytes": lambda: [] if quick else suite.each_byte(),
-        "soak": lambda: suite.soak(options.soak) if options.soak else [],
-    }
-    tries = 100 if quick else 2000
-    found |= {  # last, as they compute in this process, which is not to be copied after that
-        "checkpoints": lambda: hostile.checkpoints(tries, options.seed),
+    """Every group of faults by name; the last ones, on hostile files and input, are hostile.py's.
+
+    Those compute in this process, which must not be forked after that.
+    """
+
+    def n(usual: int, few: int) -> int:
+        return options.times * (few if options.quick else usual)
+
+    return {
+        "kills": lambda: suite.kills(n(100, 4)),
+        "grids": lambda: suite.grids(n(10, 1)),
+        "signals": lambda: suite.signals(n(36, 3)),
+        "locks": lambda: suite.locks(n(6, 1)),
+        "storage": lambda: suite.storage(n(72, 2)),
+        "corruptions": lambda: suite.corruptions(n(1000, 100)),
+        "bytes": lambda: [] if options.quick else suite.each_byte(),
+        "soak": lambda: [] if options.quick else suite.soak(n(2000, 0)),
+        "checkpoints": hostile.checkpoints,
         "images": hostile.images,
         "data_sets": hostile.data_sets,
-        "commands": lambda: hostile.commands(tries, options.seed),
+        "commands": lambda: hostile.commands(n(2000, 100), options.seed),
         "numbers": hostile.numbers,
     }
-    return found
 
 
 def row(o: Outcome) -> str:
-    return f"| {o.name} | {o.tried:,} | {o.survived:,} | {o.lost} | {o.seconds:.0f} |"
+    note = "see below" if o.failures else o.note or "nothing"
+    return f"| {o.name} | {o.tried:,} | {o.survived:,} | {note} | {o.seconds:.0f} |"
 
 
 def table(outcomes: list[Outcome]) -> str:
@@ -801,42 +768,27 @@ def table(outcomes: list[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def parse_command_line() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
-    add("--quick", action="store_true", help="a few of each, in half a minute")
-    add("--kills", type=int, metavar="N", help="runs that are killed [100; quick: 5]")
-    add("--corruptions", type=int, metavar="N", help="damaged files [1000; quick: 100]")
-    add("--soak", type=int, metavar="N", help="epochs of the long run [2000; quick: none]")
-    add("--seed", type=int, default=0, metavar="N", help="of everything random [0]")
-    add("--only", nargs="+", metavar="GROUP", help="some groups: kills, grids, signals, locks, "
-        "storage, corruptions, bytes, soak, checkpoints, images, data_sets, commands, "
-        "numbers")  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="a few of each, in a few minutes")
+    parser.add_argument("--times", type=int, default=1, metavar="N", help="N times as many")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random [0]")
+    parser.add_argument("--only", nargs="+", metavar="GROUP", help="kills, signals, …")
     options = parser.parse_args()
-    usual = dict(kills=5, corruptions=100, soak=0) if options.quick else (
-        dict(kills=100, corruptions=1000, soak=2000))  # fmt: skip
-    for name, value in usual.items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    return options
-
-
-def main() -> None:
-    options = parse_command_line()
     torch.set_num_threads(1)
     gc.freeze()  # else a collection in a fork writes to, and so copies, all that it shares
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as folder:
         suite = Suite(Path(folder), options.seed)
-        found = groups(suite, options)
-        unknown = set(options.only or ()) - set(found)
+        all_groups = groups(suite, options)
+        unknown = set(options.only or ()) - set(all_groups)
         if unknown:
-            raise SystemExit(f"unknown groups {unknown}; there are {', '.join(found)}")
-        for name in [name for name in found if name in (options.only or found)]:
+            raise SystemExit(f"unknown groups {unknown}; there are {', '.join(all_groups)}")
+        for name in [name for name in all_groups if name in (options.only or all_groups)]:
             print(f"{name} …", file=sys.stderr, flush=True)
-            done = found[name]()
+            done = all_groups[name]()
             for outcome in done:
                 print(*outcome.failures, row(outcome), sep="\n", file=sys.stderr, flush=True)
             outcomes += done

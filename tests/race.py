@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
@@ -97,9 +96,11 @@ PARTS = 100_000  # of a race: the schedule counts steps
 
 def rate(config: simclr.Config, progress: float) -> float:
     """The learning rate; the warm-up is the same share of a race as of the run's epochs."""
-    warmup = round(PARTS * config.warmup_epochs / config.epochs)
-    peak = simclr.peak_learning_rate(config, config.batch_size)
-    return simclr.learning_rate(min(PARTS - 1, int(PARTS * progress)), PARTS, warmup, peak)
+    parts = dataclasses.replace(
+        config, epochs=PARTS, warmup_epochs=PARTS * config.warmup_epochs / config.epochs
+    )
+    step = min(PARTS - 1, int(PARTS * progress))
+    return simclr.learning_rate(parts, step, config.batch_size, steps=1)
 
 
 @dataclass
@@ -126,16 +127,25 @@ class Race:
 
     def ours(self) -> tuple[Clock, nn.Module]:
         """Epochs as in a run of simclr.py."""
-        run = simclr.Pretraining(self.config, self.data, self.device)
-        network, clock = run.network(), self.clock(run.model.encoder)
+        config, data, device = self.config, self.data, self.device
+        model = utils.on_device(simclr.make_model(config), device)
+        optimizer = simclr.make_optimizer(config, model)
+        clock = self.clock(model.encoder)  # compiling counts
+        size, steps = simclr.batch_count(config, len(data.pretrain))
+        now = simclr.TrainState(steps, torch.zeros(3, device=device))
+        network = simclr.compiled(model, optimizer, config, size, now)
         for epoch in itertools.count():
-            run.position = simclr.Position(epoch)
-            simclr.train_epoch(
-                network, run.optimizer, run.batches(), lambda _: rate(self.config, clock.progress),
-                run.loss, self.config.precision, run.position, clock.after_step, run.pieces,
-            )  # fmt: skip
+            network.train()
+            for views in simclr.view_batches(config, data.pretrain, device, epoch, 0):
+                simclr.set_rate(optimizer, rate(config, clock.progress))
+                loss, z = simclr.training_step(network, views, simclr.nt_xent, config)
+                optimizer.step()
+                optimizer.zero_grad()
+                now.add(loss, simclr.contrastive_accuracy(*z.chunk(2)), simclr.mean_cosine(z))
+                if clock.after_step():
+                    break
             if clock.part >= self.options.points:
-                return clock, run.model.encoder
+                return clock, model.encoder
 
     def usual(self) -> tuple[Clock, nn.Module]:
         """As public single-file implementations train."""
@@ -156,7 +166,7 @@ class Race:
             for views in loader:
                 model.train()
                 z1, z2 = (model(x.to(device, non_blocking=True))[1] for x in views)
-                loss = F.cross_entropy(*simclr.contrastive_logits(z1, z2, config.temperature))
+                loss = benchmark.plain_nt_xent(z1, z2, config.temperature)
                 for group in optimizer.param_groups:
                     group["lr"] = rate(config, clock.progress)
                 optimizer.zero_grad()
@@ -170,10 +180,10 @@ def linear_accuracy(
     encoder: nn.Module, data: simclr.Data, config: simclr.Config, device: torch.device
 ) -> float:
     """Of logistic regression on all labels: linear_all of simclr.evaluate()."""
-    h, h_test = (simclr.features(encoder, x, config, device) for x in (data.train, data.test))
-    h, h_test = utils.standardize(h, h_test)
-    y, y_test = data.train.labels_read, data.test.labels_read
-    return utils.linear_accuracy(h, y, h_test, y_test, len(data.train.classes))
+    h, y = simclr.labelled_features(encoder, data.train, config, device)
+    h_test, y_test = simclr.labelled_features(encoder, data.test, config, device)
+    classifier = utils.fit_linear_classifier(h, y, len(data.train.classes))
+    return utils.accuracy(classifier(h_test).argmax(1), y_test)
 
 
 def hold(options: Options, given: dict[str, Any]) -> dict[str, Any]:

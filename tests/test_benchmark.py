@@ -41,12 +41,11 @@ def test_every_group_is_measured(tmp_path, capsys, device, monkeypatch):
     assert values["whole step ÷ the usual loop"] == pytest.approx(ours / usual, rel=0.5)
 
 
-def test_the_loss_needs_one_matrix_of_similarities(capsys):
-    """In blocks even less: of 2N = 12,288 views it would have 576 MiB."""
+def test_the_loss_needs_a_block_of_similarities(capsys):
+    """The matrix of 2N = 12,288 views would have 576 MiB."""
     options = benchmark.Options(device="cpu", nt_xent=12_288, seconds=0.01)
     found = benchmark.in_a_process(options, "--nt-xent", str(options.nt_xent))
-    assert found["bytes"] < 1.7 * benchmark.simclr.BLOCK_BYTES
-    assert found["bytes"] > 0.5 * benchmark.simclr.BLOCK_BYTES
+    assert 2**22 < found["bytes"] < 2**27
 
 
 @pytest.mark.parametrize("flags", [["--loop", "none"], ["--batch-size", "1"], ["--arch", "vgg"]])

@@ -74,6 +74,25 @@ def test_logistic_regression_with_fewer_rows_than_features(device):
     assert np.abs(weight.T.cpu().numpy() - theirs.coef_).max() < 1e-4 * np.abs(theirs.coef_).max()
 
 
+@pytest.mark.parametrize("rows", [30, 100])
+def test_principal_axes(device, monkeypatch, rows):
+    """Of fewer and of more rows than features, decomposed on the CPU: other devices may lack it."""
+    x = torch.randn(rows, 40, generator=torch.Generator().manual_seed(0)).double().to(device)
+    x -= x.mean(0)
+    for name in ("eigh", "svd"):
+        real = getattr(torch.linalg, name)
+
+        def on_cpu(matrix, real=real, **options):
+            assert (matrix.device.type, matrix.dtype) == ("cpu", x.dtype)
+            return real(matrix, **options)
+
+        monkeypatch.setattr(torch.linalg, name, on_cpu)
+    variances, axes = utils.principal_axes(x)
+    assert (variances.device, axes.device) == (x.device, x.device)
+    assert torch.allclose(axes.mT @ axes, torch.eye(min(rows, 40), dtype=x.dtype, device=device))
+    assert torch.allclose((x @ axes).square().mean(0), variances)
+
+
 def test_standardize_equals_scikit_learn(clusters):
     x, _, x_test, _ = clusters
     x, x_test = x.clone(), x_test.clone()

@@ -38,31 +38,38 @@ def fails(capsys, tmp_path, *argv):
         ("--arch vgg", "invalid choice: 'vgg'"),
         ("--batch-size 1", "--batch-size must be at least 2"),
         ("--batch-size many", "invalid int value: 'many'"),
-        ("--temperature 0", "--temperature must be positive, 1e-6 or more, got 0.0"),
-        ("--temperature nan", "--temperature must be a finite number, got nan"),
-        ("--lr inf", "--lr must be a finite number"),
-        ("--lr -1", "--lr must be positive"),
+        ("--temperature 0", "--temperature must be at least 1e-06, got 0.0"),
+        ("--temperature nan", "--temperature must be at least 1e-06, got nan"),
+        ("--range 5 1", "--range must be two numbers, the smaller one first, got (5.0, 1.0)"),
+        ("--range 0 nan", "--range must be two numbers"),
+        ("--range 0 255", "--range is for folders of pictures, not for digits"),
+        ("--lr inf", "--lr must be 1e-12 to 1e+30, got inf"),
+        ("--contrast inf", "--contrast must be 0 to 9.22337e+18, got inf"),
+        ("--lr -1", "--lr must be 1e-12 to 1e+30, got -1"),
         ("--epochs 0", "--epochs must be at least 1"),
-        ("--image-size 7", "--image-size must be 0 or 8 to 4096"),
-        ("--view-size 5000", "--view-size must be 0 or 8 to 4096, got 5000"),
-        ("--width 0", "--width must be in (0, 16]"),
-        ("--crop-min 0", "--crop-min must be in (0, 1]"),
-        ("--crop-min 1.5", "--crop-min must be in (0, 1]"),
-        ("--flip 2", "--flip must be a probability"),
-        ("--hue 0.9 --color-strength 1", "--hue must be 0 to 0.5"),
-        ("--rotation -1", "--rotation must be in [0, 180]"),
-        ("--momentum 1", "--momentum must be in [0, 1)"),
-        ("--weight-decay -1", "--weight-decay must be 0 or more"),
+        ("--image-size 7", "images of 7 px and views of 7 px: both need at least 8"),
+        ("--view-size 5000", "--view-size must be 0 to 4096, got 5000"),
+        ("--width 0", "--width must be 0.015625 to 16"),
+        ("--crop-min 0", "--crop-min must be 1e-06 to 1"),
+        ("--crop-min 1.5", "--crop-min must be 1e-06 to 1"),
+        ("--flip 2", "--flip must be 0 to 1"),
+        ("--hue 0.9 --color-strength 1", "--hue 0.9 times s must be at most 0.5 turns"),
+        ("--rotation -1", "--rotation must be 0 to 180"),
+        ("--momentum 1", "--momentum must be 0 to 0.9999"),
+        ("--weight-decay -1", "--weight-decay must be at least 0"),
         ("--warmup-epochs 100", "--warmup-epochs must be at most epochs=90"),
         ("--head-dim 0", "--head-dim must be 1 to 65536"),
         ("--head-dim 100000000000", "--head-dim must be 1 to 65536"),
         ("--head-hidden 70000", "--head-hidden must be 0 to 65536"),
-        ("--seed -1", "--seed must be 0 or more"),
-        ("--workers -2", "--workers must be -1 or more"),
-        ("--save-every 0", "--save-every must be at least 1"),
-        ("--run ../../etc", "--run must be a plain name"),
-        ("--run /tmp/x", "--run must be a plain name"),
-        (f"--run {300 * 'a'}", "--run must be a name of at most 255 bytes"),
+        ("--seed -1", "--seed must be at least 0"),
+        ("--workers -2", "--workers must be at least -1"),
+        ("--run ../../etc", "must be a plain name"),
+        ("--run /tmp/x", "must be a plain name"),
+        ("--stop-at-knn 90", "--stop-at-knn must be 0 to 1"),
+        ("--stop-at-knn 0.9 --knn-every 0", "--knn-every must be at least 1"),
+        ("--micro-batch 7", "--micro-batch 7 does not divide the batch of 256 images"),
+        ("--micro-batch 512", "--micro-batch 512 does not divide the batch of 256 images"),
+        ("--micro-batch -1", "--micro-batch must be at least 0"),
         ("--epoch 3", "unrecognized arguments: --epoch 3"),
         ("surplus", "unrecognized arguments: surplus"),
         ("--device warp", "--device warp is not available here"),
@@ -88,18 +95,18 @@ def test_folders_that_cannot_be_learned_from(capsys, tmp_path, write_image):
     assert "need at least 2 images to contrast, got 1" in fails(capsys, tmp_path, *folder)
     write_image(photos / "b.png", size=(5, 5))
     write_image(photos / "a.png", size=(5, 5))
-    assert "the images are only 5 px" in fails(capsys, tmp_path, *folder)
+    assert "images of 5 px" in fails(capsys, tmp_path, *folder)
     (photos / "b.png").write_text("text")
-    assert "b.png" in fails(capsys, tmp_path, *folder)
+    with pytest.raises(SystemExit, match="2"):
+        simclr.main([*folder, "--checkpoints", str(tmp_path / "c")])
+    warning, error = capsys.readouterr().err.splitlines()
+    assert "b.png" in warning
+    assert error.startswith("simclr.py: error: ")
 
 
 def content(folder):
-    """Every file below a folder, with what is in it; an empty folder has None."""
-    return {
-        path: path.read_bytes() if path.is_file() else None
-        for path in folder.rglob("*")
-        if path.is_file() or not any(path.iterdir())
-    }
+    """Every file below a folder, with its content."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]], ids=["new", "overwrite"])
@@ -115,8 +122,9 @@ def test_output_that_cannot_be_written(capsys, tmp_path, monkeypatch, blocked, h
     if how == "a file":
         places[blocked].write_text("a file where the folder should be")
     else:
-        places[blocked].mkdir()
-        monkeypatch.setattr(utils.os, "access", lambda path, _: path != places[blocked])
+        monkeypatch.setattr(
+            utils.os, "access", lambda path, _: not path.is_relative_to(places[blocked])
+        )  # root may write anywhere
     before = content(tmp_path)
     argv = [*TINY_FLAGS, *overwrite, *(str(x) for pair in places.items() for x in pair)]
     with pytest.raises(SystemExit) as left:
@@ -161,31 +169,12 @@ def test_help_teaches_every_flag_and_recipe(capsys):
         assert simclr.flag(field.name) in text
     for recipe in simclr.RECIPES:
         assert f"  {recipe}:" in text
-    assert "cut to 10% of the epochs" in text
+    assert "at most 10% of it" in text
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "",
-        "--dataset cifar10 --recipe cifar10-paper --epochs 30",
-        "--dataset svhn --epochs 5 --warmup-epochs 2.0 --no-decay-all --head-bn --run a/b",
-        "--dataset folder --data-dir photos --seed 3 --checkpoints there",
-    ],
-)
-def test_flags_of_a_configuration_give_it_again(flags):
-    config, _, _ = simclr.parse_command_line(flags.split())
-    again = simclr.flags_of(config)
-    assert simclr.parse_command_line(again) == (config, False, "")
-    assert len(again) <= len(flags.split()) + 2  # nothing but what differs
-
-
-def test_next_steps_are_those_of_this_run():
-    config = simclr.make_config(dataset="cifar100", temperature=0.3, seed=1, run="mine_seed1")
-    text = simclr.next_steps(config)
-    assert "--dataset cifar100 --temperature 0.3 --seed 2 --run mine_seed2\n" in text
-    assert utils.from_here(sys.executable) in text
-    assert "load_simCLR.py checkpoints/mine_seed1\n" in text
+def test_next_steps_are_those_of_this_run(finished):
+    assert f"load_simCLR.py {finished.folder}\n" in finished.said
+    assert utils.from_here(sys.executable) in finished.said
 
 
 def test_flags_override_the_recipe_and_the_recipe_the_defaults():
@@ -228,7 +217,7 @@ def command(tmp_path, *argv):
 
 def test_the_command_runs_from_anywhere(finished):
     assert "raw pixels" in finished.said
-    assert "temperature=0.3" in finished.said  # the resolved configuration
+    assert "recipe digits: resnet10, 300 images a step, 4 epochs of 4 steps; each" in finished.said
     summary = json.loads((finished.folder / "summary.json").read_text())
     assert summary["knn"]["simclr"] > 0.5
     assert not list(finished.where.iterdir())

@@ -1,15 +1,13 @@
 """Data sets: the embedded one, torchvision's file formats, and folders of any kind of image."""
 
-import functools
 import gzip
 import hashlib
-import http.server
 import io
+import math
 import os
 import pickle
+import shutil
 import struct
-import tarfile
-import threading
 
 import numpy as np
 import pytest
@@ -40,12 +38,10 @@ def test_digits():
 def test_digits_splits_are_disjoint_and_complete():
     """Every scan is in one split: the mean brightness of the whole set adds up."""
     train, test = load_images("digits", "train"), load_images("digits", "test")
-    whole = torch.from_numpy(load_digits().images).float().mean() / 16
-    both = torch.cat([train.images, test.images]).float().mean() / 255
-    assert len(train) + len(test) == 1797
-    assert both.item() == pytest.approx(whole.item(), abs=1e-3)
-    known = {image.numpy().tobytes() for image in train.images}
-    assert sum(image.numpy().tobytes() in known for image in test.images) == 0
+    both = torch.cat([train.images, test.images])
+    brightness = both.float().mean().item() / 255
+    assert brightness == pytest.approx(load_digits().images.mean() / 16, abs=1e-3)
+    assert len({image.numpy().tobytes() for image in both}) == 1797
 
 
 # ------------------------------------------------------------------------- torchvision's formats
@@ -94,51 +90,21 @@ def test_cifar(tmp_path, monkeypatch, kind):
     assert train.classes[3] == "class 3"
 
 
-@pytest.fixture
-def server(tmp_path):
-    """Serves tmp_path/server on this machine; yields its URL."""
-    (tmp_path / "server").mkdir()
-    handler = functools.partial(QuietHandler, directory=tmp_path / "server")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{httpd.server_port}"
-        httpd.shutdown()
-
-
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-
-def test_cifar_is_downloaded_checked_and_unpacked(tmp_path, monkeypatch, server):
-    source, folder = make_cifar(tmp_path / "server", monkeypatch, "cifar10")
-    archive = tmp_path / "server" / source.filename
-    with tarfile.open(archive, "w:gz") as tar:
-        tar.add(folder, source.base_folder)
-    monkeypatch.setattr(source, "url", f"{server}/{source.filename}")
-    monkeypatch.setattr(source, "tgz_md5", md5(archive))
-    train = load_images("cifar10", "train", tmp_path / "data")
-    assert len(train) == 5
-    assert (tmp_path / "data" / source.filename).exists()
-
-    monkeypatch.setattr(source, "tgz_md5", "0" * 32)
-    with pytest.raises(InputError, match="cifar10 could not be read from or downloaded to"):
-        load_images("cifar10", "train", tmp_path / "elsewhere")
-
-
-def test_damaged_cifar_is_refused(tmp_path, monkeypatch, server):
+def test_damaged_cifar_is_refused(tmp_path, monkeypatch):
     source, folder = make_cifar(tmp_path, monkeypatch, "cifar10")
-    monkeypatch.setattr(source, "url", f"{server}/nowhere.tar.gz")
+    monkeypatch.setattr(source, "url", "http://127.0.0.1:9/nowhere.tar.gz")  # no one listens
     with open(folder / "data_batch_2", "ab") as file:
         file.write(b"!")
-    with pytest.raises(InputError, match=r"put cifar-10-python\.tar\.gz"):
+    with pytest.raises(InputError, match=r"^cifar10 could not .*put cifar-10-python\.tar\.gz"):
         load_images("cifar10", "train", tmp_path)
     assert folder.exists()
-    for kind in ("cifar10", "fashion-mnist"):
-        monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", [f"{server}/"])
-        with pytest.raises(InputError, match="could not be read"):
-            load_images(kind, "train", tmp_path / "new")
-        assert not (tmp_path / "new").exists()  # no empty folder stays behind
+
+
+def test_a_folder_that_is_only_read_needs_no_lock(tmp_path, monkeypatch):
+    make_cifar(tmp_path, monkeypatch, "cifar10")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert len(load_images("cifar10", "test", tmp_path)) == 2
+    assert not (tmp_path / ".lock").exists()
 
 
 def test_svhn(tmp_path, monkeypatch):
@@ -233,63 +199,56 @@ def test_folder_with_an_unknown_class_in_test(tmp_path, write_image):
         load_images("folder", "test", tmp_path)
 
 
-def found(root):
-    """What a run on the folder says that it found."""
+def found(root, write_image, names):
+    """Data of a folder with these images, and what a run says of it, without the folder's name."""
+    for i, name in enumerate(names):
+        write_image(root / name, seed=i)
     data = simclr.load_data(simclr.Config(dataset="folder", data_dir=root), torch.device("cpu"))
-    return data, simclr.describe_data(data)
-
-
-def test_a_class_may_be_called_train(tmp_path, write_image):
-    for name in ("boat", "plane", "train"):
-        for i in range(5):
-            write_image(tmp_path / name / f"{i}.png", seed=i)
-    data, text = found(tmp_path)
-    assert data.train.classes == ("boat", "plane", "train")
-    assert text == "3 classes, 12 images to learn from, 3 held out for the evaluation"
-
-
-def test_train_with_class_folders_is_a_split_without_test(tmp_path, write_image):
-    for name in ("a", "b"):
-        write_image(tmp_path / "train" / name / "x.png")
-    data, text = found(tmp_path)
-    assert data.train.classes == ("a", "b")
-    assert text == "2 classes, 2 images to learn from, none held out for the evaluation"
-
-
-def test_of_test_and_val_the_first_with_images_is_taken(tmp_path, write_image):
-    (tmp_path / "test" / "a").mkdir(parents=True)
-    for place in ("train/a", "train/b", "val/b"):  # one class in val/, numbered as in train/
-        write_image(tmp_path / place / "x.png")
-    data, text = found(tmp_path)
-    assert data.test.labels.tolist() == [1]
-    assert data.test.classes == ("a", "b")
-    assert data.labelled
-    assert text == "2 classes, 2 images to learn from, 1 held out for the evaluation"
+    return data, utils.describe_data(data).replace(f" in {root}", " in ROOT")
 
 
 @pytest.mark.parametrize(
     ("names", "text"),
     [
-        (["cover.png", "a/1.png", "b/2.png"], "cover.png lies outside the class folders"),
-        (["b/c/3.png", "a/1.png", "d.png"], "b/c/3.png lies outside the class folders, and 1 more"),
+        (["c.png", "a/1.png", "b/2.png"], "c.png lies outside the class folders"),
+        (["a/1.png", "d.png", "e.png"], "d.png lies outside the class folders, and 1 more"),
         (["1.png", "2.png"], "the images do not lie in class folders"),
         (["a/1.png", "a/2.png"], "there is only one folder of images"),
+        (["x/1/a.png", "x/b.PNG"], "there is only one folder of images"),
     ],
 )
 def test_why_there_are_no_labels(tmp_path, write_image, names, text):
-    for name in names:
-        write_image(tmp_path / name)
-    data, said = found(tmp_path)
+    data, said = found(tmp_path, write_image, names)
     assert not data.labelled
-    assert said == f"{len(names)} images to learn from; no labels: {text}"
+    assert said == f"{len(names)} images to learn from in ROOT; no labels: {text}"
+    assert len(data.test) == 0
 
 
-def test_why_there_are_no_labels_for_the_evaluation(tmp_path, write_image):
-    for name in ("train/a/1.png", "train/b/1.png", "test/a/1.png", "test/2.png"):
-        write_image(tmp_path / name)
-    data, text = found(tmp_path)
-    assert not data.labelled
-    assert text.endswith("no labels for the evaluation: 2.png lies outside the class folders")
+@pytest.mark.parametrize(
+    ("names", "classes", "test_labels", "text"),
+    [
+        (["a/1.png", "a/2.png", "train/1.png"], "a train", [], "in ROOT, none held out"),
+        (["train/a/1.png", "train/b/1.png"], "a b", [], "in ROOT/train, none held out"),
+        (["train/a/1.png", "train/b/1.png", "test/a/1.png", "test/2.png"], "a b", None,
+         "no labels for the evaluation in ROOT/test: 2.png lies outside the class folders"),
+        # Tiny ImageNet, whose classes of val/ are in a text file
+        (["train/a/images/1.png", "train/b/images/1.png", "val/images/1.png"], "a b", None,
+         "no labels for the evaluation in ROOT/val: there is only one folder of images"),
+        # a labelled folder before a flat one; one class of two, numbered as in train/
+        (["train/a/1.png", "train/b/1.png", "test/1.png", "val/b/1.png"], "a b", [1], "ROOT/val"),
+        (["Train/a/1.png", "Train/b/1.png", "Test/b/1.png"], "a b", [1], "in ROOT/Test"),
+        (["training/a/1.png", "training/b/1.png", "testing/b/2020/1.png"], "a b", [1], "/testing"),
+        (["train/a/p/q/1.png", "train/b/1.png", "VALID/b/1.png"], "a b", [1], "in ROOT/VALID"),
+        (["train/a/1.png", "train/b/1.png", "validation/a/1.png"], "a b", [0], "/validation"),
+    ],
+)  # fmt: skip
+def test_layouts_that_people_use(tmp_path, write_image, names, classes, test_labels, text):
+    data, said = found(tmp_path, write_image, names)
+    assert data.train.classes == data.test.classes == tuple(classes.split())
+    assert text in said
+    assert data.labelled == bool(test_labels)
+    if data.test.labels is not None:
+        assert data.test.labels.tolist() == test_labels
 
 
 def test_folder_of_classes_holds_out_a_fifth(tmp_path, write_image):
@@ -304,14 +263,57 @@ def test_folder_of_classes_holds_out_a_fifth(tmp_path, write_image):
     assert not any(image.numpy().tobytes() in known for image in test.images)
 
 
-@pytest.mark.parametrize("names", [["a.png", "b.PNG"], ["x/1/a.png", "x/b.png"], ["only/a.png"]])
-def test_unlabelled_folders(tmp_path, write_image, names):
-    for name in names:
-        write_image(tmp_path / name)
-    data = load_images("folder", "pretrain", tmp_path)
-    assert len(data) == len(names)
-    assert data.labels is None
-    assert len(load_images("folder", "test", tmp_path)) == 0
+def test_class_names_that_look_alike(tmp_path, write_image):
+    for name in ("train/caf\N{LATIN SMALL LETTER E WITH ACUTE}", "train/b b", "test/b b"):
+        write_image(tmp_path / name / "1.png")
+    as_macos_writes_it = "cafe\N{COMBINING ACUTE ACCENT}"
+    write_image(tmp_path / "test" / as_macos_writes_it / "1.png")
+    assert load_images("folder", "test", tmp_path).labels.tolist() == [0, 1]
+    for other in ("b  b", "b\N{NO-BREAK SPACE}b", "b b\r", "b\N{ZERO WIDTH SPACE} b"):
+        (tmp_path / "test" / "b b").rename(tmp_path / "test" / other)
+        with pytest.raises(InputError) as info:
+            load_images("folder", "test", tmp_path)
+        assert f"test has the class {other!a}, but the images to learn from have 'b b'" in str(
+            info.value
+        )
+        (tmp_path / "test" / other).rename(tmp_path / "test" / "b b")
+
+
+def test_images_are_known_by_any_ending_that_pil_knows(tmp_path, write_image, capsys):
+    for name in ("a.jpg", "b.JFIF", "c.jpe", "d.Webp", "e.tga"):
+        write_image(tmp_path / "x.png").rename(tmp_path / name)
+    write_image(tmp_path / "x.png").rename(tmp_path / "without")
+    for name in ("LICENSE", "labels.csv", "more.csv", "film.mp4", ".DS_Store", "data.h5"):
+        (tmp_path / name).write_bytes(b"no image")
+    assert utils.list_images(tmp_path) == ["a.jpg", "b.JFIF", "c.jpe", "d.Webp", "e.tga", "without"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"left out of {tmp_path}, as no images by their endings: .csv (2), ")
+    assert all(kind in line for kind in (".h5 (1)", ".mp4 (1)", "no ending (1)"))
+
+
+@pytest.mark.parametrize("content", [b"", b"not found", None])
+def test_a_small_set_is_used_without_its_unreadable_images(tmp_path, write_image, content, capsys):
+    for i in range(10):
+        for name in ("a", "b"):
+            write_image(tmp_path / name / f"{i}.png", seed=i)
+    bad = tmp_path / "a" / "3.png"
+    bad.write_bytes(bad.read_bytes()[:200] if content is None else content)
+    with pytest.raises(InputError, match=r"a/3\.png.* more than --max-bad 0 allows"):
+        load_images("folder", "pretrain", tmp_path)
+    assert "a/3.png" in capsys.readouterr().err
+    data = load_images("folder", "pretrain", tmp_path, max_bad=0.1)
+    assert isinstance(data, ImageSet)
+    assert len(data) == len(data.labels) == len(data.paths) == 15
+    assert b"a/3.png" not in data.paths
+    assert data.labels.bincount().tolist() == [7, 8]
+    shutil.copytree(tmp_path / "a", tmp_path / "train" / "a")
+    shutil.copytree(tmp_path / "b", tmp_path / "train" / "b")
+    shutil.copytree(tmp_path / "train", tmp_path / "test")
+    for i in range(4, 10):
+        (tmp_path / "test" / "a" / f"{i}.png").write_bytes(b"")
+    assert len(load_images("folder", "test", tmp_path, max_bad=0.1)) == 13  # of those for testing
+    with pytest.raises(InputError, match=r"test/a/3\.png"):
+        load_images("folder", "test", tmp_path)
 
 
 def test_mixed_and_large_sizes_are_streamed(tmp_path, write_image):
@@ -330,14 +332,53 @@ def test_mixed_and_large_sizes_are_streamed(tmp_path, write_image):
     assert (batch[0] - expected.float() / 255).abs().max() <= 1.01 / 255
 
 
-def test_streaming_with_workers_gives_the_same(tmp_path, write_image):
-    for i in range(7):
-        write_image(tmp_path / f"{i}.png", size=(20 + i, 30), seed=i)
-    data = load_images("folder", "pretrain", tmp_path)
-    alone, two = (
-        torch.cat(list(data.batches(16, 3, torch.device("cpu"), workers))) for workers in (0, 2)
-    )
-    assert torch.equal(alone, two)
+def deep_picture(kind, size=(40, 40)):
+    """A grey ramp of more than 8 bits, and the values that should be black and white."""
+    ramp = np.linspace(0, 1, math.prod(size)).reshape(size)
+    values, low, high = {
+        "float": (ramp.astype("f4"), 0, 1), "float with NaN": (ramp.astype("f4"), 0, 1),
+        "float to 255": ((255 * ramp).astype("f4"), 0, 255),
+        "signed": ((3000 * ramp - 1000).astype("i4"), -1000, 2000),
+        "8 bits in 32": ((255 * ramp).astype("i4"), 0, 255),
+        "12 bits in 16": ((4095 * ramp).astype("u2"), 0, 4095),
+        "16 bits": ((65535 * ramp).astype("u2"), 0, 65535),
+    }[kind]  # fmt: skip
+    if kind == "float with NaN":
+        values[0, :2] = np.nan, np.inf
+    return Image.fromarray(values), (low, high)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("float", ""), ("float with NaN", ""), ("16 bits", ""), ("float to 255", "more than"),
+        ("signed", "under a tenth"), ("8 bits in 32", "under a tenth"),
+        ("12 bits in 16", "under a tenth"),
+    ],
+)  # fmt: skip
+def test_grey_pictures_of_any_depth_use_all_levels(tmp_path, capsys, kind, said):
+    for i, size in enumerate([(40, 40), (40, 40), (44, 40)]):
+        image, ends = deep_picture(kind, size)
+        for folder in ("memory", "disk")[i > 1 :]:
+            (tmp_path / folder).mkdir(exist_ok=True)
+            image.save(tmp_path / folder / f"{i}.tif")
+    memory, disk = (load_images("folder", "pretrain", tmp_path / x) for x in ("memory", "disk"))
+    assert memory.grey_range == disk.grey_range == ends
+    assert isinstance(disk, ImageFiles)
+    streamed = torch.cat([*disk.batches(40, 2, torch.device("cpu"))])[:2]
+    assert torch.equal(utils.to_uint8(streamed), memory.images)
+    levels = memory.images[0, 0].flatten()
+    assert levels.unique().tolist() == [*range(256)]
+    assert levels[-1] == 255
+    line = capsys.readouterr().err.splitlines()[0]
+    assert line.startswith("warning: ") == bool(said)
+    assert said in line
+    assert f"{ends[0]:g} is taken as black, {ends[1]:g} as white" in line
+    assert "--range LOW HIGH" in line
+
+    narrow = load_images("folder", "pretrain", tmp_path / "memory", grey_range=(ends[0], 9e9))
+    assert not narrow.images[:, :, 1:].any()
+    assert "under a tenth of this range" in capsys.readouterr().err
 
 
 def test_modes_and_formats(tmp_path):
@@ -362,16 +403,6 @@ def test_modes_and_formats(tmp_path):
     first = read(frames[0], "two.gif", save_all=True, append_images=frames[1:])
     assert first[:, 0, 0].tolist() == [255, 0, 0]
     assert read(Image.new("1", (2, 2), 1), "bits.png").unique().tolist() == [255]
-
-
-def test_exif_orientation_is_applied(tmp_path):
-    image = Image.fromarray(pixels(4, 6, 3))
-    exif = image.getexif()
-    exif[0x0112] = 6  # the camera was turned by 90 degrees
-    image.save(tmp_path / "turned.png", exif=exif)
-    assert utils.image_size(tmp_path / "turned.png") == (6, 4)
-    upright = utils.read_image(tmp_path / "turned.png")
-    assert np.array_equal(upright.permute(1, 2, 0).numpy(), np.rot90(np.asarray(image), -1))
 
 
 def exif(*entries):
@@ -445,6 +476,19 @@ def test_center_view_of_a_strip_is_its_middle_and_stays_small(shape, monkeypatch
     view = utils.center_view(strip, 32)
     assert (view - 0.5).abs().max() < 0.01
     assert max(largest[0].shape) <= (utils.LONGEST_ASPECT + 1) * 32
+
+
+def test_panoramas_are_read_and_small_files_that_claim_a_size_are_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "SAFE_PIXELS", 1_000)
+    monkeypatch.setattr(utils, "MOST_PIXELS", 10_000)
+    Image.fromarray(pixels(50, 150, 3)).save(tmp_path / "panorama.png")
+    assert utils.read_image(tmp_path / "panorama.png").shape == (3, 50, 150)
+    Image.fromarray(pixels(50, 250, 3)).save(tmp_path / "larger.png")
+    Image.new("1", (50, 150)).save(tmp_path / "claims.png")
+    monkeypatch.setattr(utils, "PIXELS_A_BYTE", 10)
+    for name in ("larger", "claims"):
+        with pytest.raises(InputError, match=rf"{name}\.png \(.* pixels in .* are too many\)"):
+            utils.read_image(tmp_path / f"{name}.png")
 
 
 @pytest.mark.parametrize("content", [b"", b"no image at all", None])

@@ -3,8 +3,10 @@
 faults.py does the same to whole processes, in numbers; here is a small part of it.
 """
 
+import contextlib
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,20 +15,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 
+import faults
 import load_simCLR
 import simclr
 import utils
+from conftest import flags_of
 from utils import InputError
 
 HERE = Path(__file__).parent
 
 
 @pytest.fixture
-def run_folder(tmp_path, write_image, tiny_config, monkeypatch):
-    """Makes the configuration of a run on eight tiny images, which takes no time; so its figure."""
-    monkeypatch.setattr(simclr, "draw_training", lambda *_: Figure(figsize=(1, 1)))
+def run_folder(tmp_path, write_image, tiny_config, no_figure, monkeypatch):
+    """Makes the configuration of a run on eight tiny images, which saves after each epoch."""
+    monkeypatch.setattr(utils.Throttle, "due", lambda _: True)
+    utils.warn_once.cache_clear()
     for i in range(8):
         write_image(tmp_path / "photos" / f"{i}.png", seed=i)
 
@@ -39,8 +43,8 @@ def run_folder(tmp_path, write_image, tiny_config, monkeypatch):
 
 
 def position(config, name="last.pt"):
-    found = utils.load_checkpoint(config.folder / name)["position"]
-    return found["epoch"], found["step"]
+    state = utils.load_checkpoint(config.folder / name)
+    return state["position"]["epoch"], state["position"]["step"]
 
 
 def failing(monkeypatch, name, reason=errno.ENOSPC):
@@ -55,14 +59,53 @@ def failing(monkeypatch, name, reason=errno.ENOSPC):
     monkeypatch.setattr(os, "fsync", fsync)
 
 
+def failing_later(monkeypatch, name):
+    """After the first epoch no file of this name can be written."""
+    real = simclr.epoch_row
+
+    def epoch_row(config, data, now, size):
+        if now.epoch == 1:
+            failing(monkeypatch, name)
+        return real(config, data, now, size)
+
+    monkeypatch.setattr(simclr, "epoch_row", epoch_row)
+
+
+def record_saves(monkeypatch, seconds=0.0, clock=None):
+    """A list that gets the position of each last.pt. seconds: that saving takes by the clock."""
+    saved, real = [], utils.save_checkpoint
+
+    def save(path, state, **options):
+        real(path, state, **options)
+        saved.append((state["position"]["epoch"], state["position"]["step"]))
+        if clock:
+            clock[0] += seconds
+
+    monkeypatch.setattr(utils, "save_checkpoint", save)
+    return saved
+
+
+def step_clock(monkeypatch, seconds):
+    """A clock, [seconds], that advances by a step's time after each step."""
+    clock, advance = [0.0], utils.Progress.advance
+
+    def advance_clock(self):
+        advance(self)
+        clock[0] += seconds
+
+    monkeypatch.setattr(utils.Progress, "advance", advance_clock)
+    monkeypatch.setattr(utils.time, "monotonic", lambda: clock[0])
+    return clock
+
+
 # ------------------------------------------------------------------------- real processes, in small
 
 
 def test_real_runs_survive_a_few_of_each_fault():
     """Kills, signals, a second process, failing writes and damage: see faults.py."""
     done = subprocess.run(
-        [sys.executable, str(HERE / "faults.py"), "--quick", "--kills", "5", "--corruptions", "100",
-         "--only", "kills", "signals", "locks", "storage", "corruptions"],
+        [sys.executable, str(HERE / "faults.py"), "--quick", "--only", "kills", "signals", "locks",
+         "storage", "corruptions"],
         capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -75,35 +118,31 @@ def test_real_runs_survive_a_few_of_each_fault():
 
 
 def test_a_checkpoint_is_saved_by_the_clock(run_folder, monkeypatch):
-    """Four steps an epoch, three minutes each: after every fourth step, whatever the epoch."""
-    clock, saved = [0.0], []
-    real_advance, real_save = utils.Progress.advance, simclr.Pretraining.save
+    """Four steps an epoch, three minutes each."""
+    step_clock(monkeypatch, 180)
+    saved = record_saves(monkeypatch)
+    simclr.run(run_folder(checkpoint_minutes=8, epochs=2))
+    assert saved == [(0, 0), (0, 3), (1, 0), (1, 3), (2, 0)]
 
-    def advance(self):
-        real_advance(self)
-        clock[0] += 180
 
-    def save(self):
-        saved.append((self.position.epoch, self.position.step))
-        real_save(self)
-
-    monkeypatch.setattr(simclr.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(utils.Progress, "advance", advance)
-    monkeypatch.setattr(simclr.Pretraining, "save", save)
-    simclr.run(run_folder(save_every=2, run="a", epochs=4))
-    # the first epoch ends without a checkpoint before it, so it is saved; then 12 minutes, …
-    assert saved == [(1, 0), (2, 0), (3, 0), (4, 0)]
-    saved.clear()
-    simclr.run(run_folder(save_every=3, checkpoint_minutes=8, run="b", epochs=2))
-    assert saved == [(0, 3), (1, 2), (2, 0)]
-    saved.clear()
-    simclr.run(run_folder(save_every=2, checkpoint_minutes=0, run="c", epochs=4))
-    assert saved == [(1, 0), (2, 0), (4, 0)]
+def test_saving_takes_a_small_share_of_the_time(run_folder, monkeypatch):
+    """Epochs of 20 s, and a second for a checkpoint, of which one every 50 s is allowed."""
+    monkeypatch.undo()
+    clock = step_clock(monkeypatch, 5)
+    saved = record_saves(monkeypatch, 1.0, clock)
+    monkeypatch.setattr(simclr, "redraw", lambda *_: None)
+    monkeypatch.setattr(utils, "save_figure", lambda *_: None)
+    config = run_folder(checkpoint_minutes=0, epochs=10)
+    simclr.run(config)
+    assert saved == [(0, 0), (3, 0), (6, 0), (9, 0), (10, 0)]
+    assert [row["epoch"] for row in utils.read_jsonl(config.folder / "log.jsonl")] == [
+        *range(1, 11)
+    ]
 
 
 def test_the_second_ctrl_c_ends_at_once():
     for first in (signal.SIGINT, signal.SIGTERM):
-        with utils.StopSignals() as stop:
+        with contextlib.suppress(utils.Stopped), utils.StopSignals() as stop:
             os.kill(os.getpid(), first)
             assert stop.signal == first
             with pytest.raises(KeyboardInterrupt):
@@ -111,22 +150,18 @@ def test_the_second_ctrl_c_ends_at_once():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_outside_training_cleans_up_and_gives_its_code(
-    run_folder, monkeypatch, capsys, number
-):
+def test_a_signal_outside_training_gives_its_code(run_folder, monkeypatch, capsys, number):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a job of "&"
-    config = run_folder(epochs=1)
-    argv = [*simclr.flags_of(config), "--checkpoints", config.checkpoints]
 
-    def stopped(*_):
+    def stopped(*_, **__):
         os.kill(os.getpid(), number)
         time.sleep(1)
 
-    monkeypatch.setattr(simclr, "train_and_evaluate", stopped)
-    with pytest.raises(SystemExit) as left:
-        simclr.main(argv)
+    monkeypatch.setattr(simclr, "train", stopped)
+    with pytest.raises(SystemExit) as end:
+        simclr.main(flags_of(run_folder(epochs=1)))
     signal.signal(signal.SIGINT, before)
-    assert left.value.code == 128 + number
+    assert end.value.code == 128 + number
     assert "stopped; what had been saved before is kept" in capsys.readouterr().err
 
 
@@ -150,61 +185,65 @@ def test_a_lock_is_exclusive_and_dies_with_its_holder(tmp_path):
         os.waitpid(worker, 0)
 
 
-@pytest.mark.parametrize("overwrite", [True, False])
-def test_a_run_that_another_process_has_is_refused_and_not_touched(run_folder, overwrite):
+def test_a_finished_run_can_be_read_while_another_process_has_it(run_folder):
     config = run_folder(epochs=1)
     simclr.run(config)
-    if not overwrite:
-        (config.folder / "summary.json").unlink()
-    before = {file: file.read_bytes() for file in config.folder.iterdir()}
-    with utils.file_lock(config.folder / simclr.LOCK):
+    with utils.run_lock(config.folder):
         with pytest.raises(InputError, match="another process is working on"):
-            simclr.run(config, overwrite=overwrite)
-    assert {file: file.read_bytes() for file in config.folder.iterdir()} == before
-    with utils.file_lock(config.folder / simclr.LOCK):
-        if overwrite:  # what is finished is only read
-            assert simclr.run(config)["loss"] > 0
+            simclr.run(config, overwrite=True)
+        assert simclr.run(config)["loss"] > 0
 
 
 def test_what_killed_processes_left_is_removed(run_folder):
     config = run_folder(epochs=1)
     config.folder.mkdir(parents=True)
-    config.figure_folder.mkdir(parents=True)
-    names = (".last.pt.12.tmp", ".epoch0003.pt.12.tmp", ".log.jsonl.12.tmp", ".trial.pt.12.tmp")
-    left = [config.folder / name for name in (*names, "trial.pt")]
-    left.append(config.figure_folder / ".loss_plot.png.12.tmp")
-    others = config.folder / ".evaluation.json.12.tmp"  # load_simCLR.py may be writing it
-    for file in (*left, others):
-        file.touch()
+    for name in (".last.pt.12.tmp", ".epoch0003.pt.12.tmp", ".log.jsonl.12.tmp"):
+        (config.folder / name).touch()
     simclr.run(config)
-    assert not any(file.exists() for file in left)
-    assert others.exists()
+    assert not list(config.folder.glob("*.tmp"))
 
 
 # ---------------------------------------------------------------------------------------- storage
 
 
 def test_any_damage_to_a_small_checkpoint_is_found(tmp_path):
-    """In headers and padding too, which the zip's checksums leave out; at the end in each byte."""
-    file = tmp_path / "a.pt"
-    utils.save_checkpoint(file, {"weight": torch.zeros(3)})
+    """It is an error, or it leaves the content as it is, as in most fields of a zip's headers."""
+    file, state = tmp_path / "a.pt", {"format": simclr.CHECKPOINT_FORMAT, "weight": torch.zeros(3)}
+    utils.save_checkpoint(file, state)
+    good, same = file.read_bytes(), faults.canonical(state)
+    assert set(torch.load(file, weights_only=True)) == {"format", "weight"}  # torch's own format
+    damaged = [good[:i] for i in range(0, len(good), 5)]
+    damaged += [faults.flipped(good, i, 1 << i % 8) for i in range(len(good))]
+    damaged += [good + rest for rest in (b"\0", b"0" * 64, good)]
+    for content in damaged:
+        file.write_bytes(content)
+        assert faults.judge_damage(file, same)[1] == []
+
+
+def test_a_part_that_is_marked_as_a_folder_is_found(tmp_path):
+    """torch would leave the memory of such a tensor as it is."""
+    file, entry = tmp_path / "a.pt", 0
+    utils.save_checkpoint(file, {"format": simclr.CHECKPOINT_FORMAT, "weight": torch.zeros(3)})
     good = file.read_bytes()
-    assert set(torch.load(file, weights_only=True)) == {"weight"}  # still torch's own format
-    for i in (*range(0, len(good) - 200, 5), *range(len(good) - 200, len(good))):
-        for content in (good[:i], good[:i] + bytes([good[i] ^ 1 << i % 8]) + good[i + 1 :]):
-            file.write_bytes(content)
-            with pytest.raises(InputError):
-                utils.load_checkpoint(file)
-    for more in (b"\0", b"0" * 64, good):
-        file.write_bytes(good + more)
+    while (entry := good.find(b"PK\1\2", entry + 1)) >= 0:  # of the zip's directory
+        file.write_bytes(faults.flipped(good, entry + 38, 0x10))
         with pytest.raises(InputError):
             utils.load_checkpoint(file)
 
 
 def test_files_without_a_digest_are_read(tmp_path):
+    """Of other programs; both formats of torch, with all that it saves of tensors."""
+    state = {
+        "tensors": [torch.zeros(2, dtype=kind) for kind in (torch.half, torch.int8, torch.bool)],
+        "view": torch.arange(9.0).view(3, 3).T, "parameter": torch.nn.Parameter(torch.ones(2)),
+        "plain": (1, 2.5, None, True, "text", {"a": [torch.Size([1]), torch.float32]}),
+        "optimizer": torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1).state_dict(),
+    }  # fmt: skip
     for zipped in (True, False):
-        torch.save({"a": 1}, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
-        assert utils.load_checkpoint(tmp_path / "a.pt") == {"a": 1}
+        torch.save(state, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+        again = utils.load_checkpoint(tmp_path / "a.pt")
+        assert again["plain"] == state["plain"]
+        assert torch.equal(again["view"], state["view"])
 
 
 @pytest.mark.parametrize("how", ["damaged", "cut", "gone"])
@@ -220,47 +259,21 @@ def test_the_checkpoint_before_is_used(run_folder, monkeypatch, capsys, how):
     if how == "gone":
         last.unlink()
     capsys.readouterr()
-    assert simclr.find_checkpoint("", config.checkpoints) == last
-    assert simclr.load_run(simclr.find_checkpoint(config.run, config.checkpoints)).epoch == 2
+    assert utils.find_checkpoint("", config.checkpoints) == last
+    assert simclr.load_run(utils.find_checkpoint(config.run, config.checkpoints)).epoch == 2
     assert load_simCLR.load_source(last).description.count("epoch 2")
     warnings = capsys.readouterr().err
-    assert warnings.count("\n") == warnings.count("using the one before") == 2
-    replaced, real = [], os.replace
-
-    def replace(source, target):
-        if Path(target).name in ("last.pt", "previous.pt"):
-            replaced.append(Path(target).name)
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", replace)
+    assert warnings.count("\n") == warnings.count("using the checkpoint before it") == 2
     simclr.run(config)
-    assert "using the one before" in capsys.readouterr().err
-    assert replaced == ["last.pt"]  # what is damaged does not become the one before
+    assert "using the checkpoint before it" in capsys.readouterr().err
     now = utils.load_checkpoint(last)["model"]
     assert all(torch.equal(now[name], value) for name, value in whole.items())
 
 
-def test_two_damaged_checkpoints_are_both_named(run_folder):
-    config = run_folder()
-    simclr.run(config)
-    (config.folder / "summary.json").unlink()
-    for name in ("last.pt", "previous.pt"):
-        file = config.folder / name
-        file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(InputError, match=r"last\.pt is damaged .* and .*previous\.pt is damaged"):
-        simclr.run(config)
-
-
 def test_a_full_disk_is_a_warning_until_the_end(run_folder, monkeypatch, capsys):
-    config, real = run_folder(epochs=4), simclr.Pretraining.finish_epoch
+    config = run_folder(epochs=4)
     with monkeypatch.context() as patch:
-
-        def finish_epoch(self):
-            if self.position.epoch == 1:
-                failing(patch, str(config.folder))
-            return real(self)
-
-        patch.setattr(simclr.Pretraining, "finish_epoch", finish_epoch)
+        failing_later(patch, str(config.folder))
         with pytest.raises(InputError, match=r"last\.pt: No space left.*previous version is in"):
             simclr.run(config)
     err = capsys.readouterr().err
@@ -275,7 +288,7 @@ def test_a_full_disk_is_a_warning_until_the_end(run_folder, monkeypatch, capsys)
 def test_a_record_that_cannot_be_written_stops_no_training(run_folder, monkeypatch, capsys, name):
     config = run_folder()
     with monkeypatch.context() as patch:
-        failing(patch, name)
+        failing_later(patch, name)
         with pytest.raises(InputError, match=name):  # at the end, which needs it
             simclr.run(config)
     assert position(config) == (3, 0)
@@ -284,105 +297,50 @@ def test_a_record_that_cannot_be_written_stops_no_training(run_folder, monkeypat
     assert len(utils.read_jsonl(config.folder / "log.jsonl")) == 3
 
 
+def test_a_log_that_cannot_be_opened_is_a_warning(tmp_path, capsys):
+    """Between checkpoints, rows are appended to it."""
+    run = utils.RunFolder(tmp_path / "gone")
+    assert not utils.warn_on_failure(run._append_to_log, [{"epoch": 1}])
+    assert re.search(r"log\.jsonl .*No such file", capsys.readouterr().err)
+
+
 def test_a_figure_that_cannot_be_written_costs_nothing_else(run_folder, monkeypatch, capsys):
     config = run_folder()
     failing(monkeypatch, "loss_plot.png", errno.EIO)
-    with pytest.raises(InputError, match=r"loss_plot\.png"):
-        simclr.run(config)
+    simclr.run(config)
     assert (config.folder / "summary.json").exists()
     assert capsys.readouterr().err.count("warning: ") == 1
-
-
-def test_a_run_is_finished_when_its_figure_is_drawn(run_folder, monkeypatch):
-    """Else a kill between the two would leave an older figure for good."""
-    config, there = run_folder(epochs=1), []
-    real = simclr.FigureKeeper.draw
-
-    def draw(self, *arguments):
-        there.append((config.folder / "summary.json").exists())
-        real(self, *arguments)
-
-    monkeypatch.setattr(simclr.FigureKeeper, "draw", draw)
-    simclr.run(config)
-    assert there == [False, False]
 
 
 def test_where_nothing_can_be_saved_nothing_is_trained(run_folder, monkeypatch):
     config = run_folder()
     failing(monkeypatch, ".pt", errno.EDQUOT)
-    monkeypatch.setattr(simclr, "train_epoch", None)
+    monkeypatch.setattr(simclr, "training_step", None)
     with pytest.raises(InputError, match=r"cannot write .*quota"):
         simclr.run(config)
     assert not list(config.folder.glob("*pt*"))
 
 
-def test_a_warning_is_said_once_for_each_reason(capsys):
-    forgiving, reasons = utils.WarnOnFailure(), []
-
-    def write(_name):
-        if reasons:
-            raise InputError(f"cannot write: {reasons[0]}") from OSError(1, reasons[0])
-
-    def other(name):
-        write(name)
-
-    for reason in ("full", "full", "broken", None, "full"):
-        reasons[:] = [reason] if reason else []
-        for each in (write, other):
-            assert forgiving(each, "a") == (reason is None)
-    said = capsys.readouterr().err.splitlines()
-    assert [line.split(": ")[2].split(";")[0] for line in said] == ["full", "broken", "full"]
-
-
-@pytest.mark.parametrize("number", simclr.READABLE_FORMATS)
-def test_checkpoints_of_each_format_load_and_continue(tiny_config, monkeypatch, number):
-    """Each written by the code of its time: SIGTERM after six steps of
-
-    simclr.py --width 0.02 --head-dim 8 --head-hidden 8 --batch-size 300 --epochs 3 --knn-every 2
-    --optimizer sgd --lr 0.1 --precision float32 --device cpu --run small
-    """
-    monkeypatch.setattr(simclr, "evaluate", lambda *_: {})
-    file = HERE / "data" / f"format{number}.pt"
-    state = utils.load_checkpoint(file)
-    assert state["format"] == number
-    assert simclr.load_run(file).epoch == 1
-    config = tiny_config(
-        width=0.02, head_dim=8, head_hidden=8, batch_size=300, epochs=3, knn_every=2,
-        optimizer="sgd", lr=0.1, precision="float32", run="small", warmup_epochs=0.1 * 3,
-    )  # fmt: skip
-    config.folder.mkdir(parents=True)
-    (config.folder / "last.pt").write_bytes(file.read_bytes())
-    simclr.run(config)
-    log = utils.read_jsonl(config.folder / "log.jsonl")
-    assert [row["epoch"] for row in log] == [1, 2, 3]
-    assert log[0] == state["log"][0]
-
-
-def test_a_newer_format_is_refused(tmp_path):
-    utils.save_checkpoint(tmp_path / "a.pt", {"format": 4})
-    with pytest.raises(InputError, match=r"of format 4; this version reads formats 1 to 3"):
+@pytest.mark.parametrize("number", [1, 2, 3, simclr.CHECKPOINT_FORMAT + 1])
+def test_another_format_is_refused(tmp_path, number):
+    utils.save_checkpoint(tmp_path / "a.pt", {"format": number})
+    with pytest.raises(InputError, match=rf"of format {number}; this version reads format \d"):
         simclr.load_run(tmp_path / "a.pt")
 
 
 # --------------------------------------------------------------------------------------- long runs
 
 
-def test_drawing_takes_a_small_share_of_the_time_however_long_the_log(run_folder, monkeypatch):
+def test_drawing_takes_a_small_share_of_the_time_however_long_the_log(monkeypatch):
     """An epoch a second; a figure takes longer, the longer the log."""
     clock, drawn = [0.0], []
-
-    def draw(log, *_):
-        seconds = 0.2 + len(log) / 1000
-        clock[0] += seconds
-        drawn.append(seconds)
-
-    monkeypatch.setattr(simclr.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(simclr, "draw_training", draw)
-    monkeypatch.setattr(utils, "save_figure", lambda *_: None)
-    figure = simclr.FigureKeeper(run_folder(), 2)
+    monkeypatch.setattr(utils.time, "monotonic", lambda: clock[0])
+    throttle = utils.Throttle(simclr.FIGURE_SHARE)
     for epoch in range(1, 5001):
         clock[0] += 1
-        if figure.due:
-            figure.draw([{}] * epoch)
+        if throttle.due():
+            with throttle:
+                drawn.append(0.2 + epoch / 1000)
+                clock[0] += drawn[-1]
     assert len(drawn) > 10
     assert sum(drawn) < 0.0125 * clock[0]

@@ -88,7 +88,8 @@ def test_biases_and_batchnorm_are_not_decayed(optimizer, decay_all):
 
 
 def test_schedule_at_its_corners():
-    rates = [learning_rate(step, 100, 10, 2.0) for step in range(100)]
+    config = make_config(epochs=10, warmup_epochs=1, lr=2.0, lr_scaling="none")
+    rates = [learning_rate(config, step, 256, steps=10) for step in range(100)]
     assert rates[0] == pytest.approx(0.2)  # a tenth: not zero, the first step counts
     assert rates[9] == pytest.approx(2.0)
     assert rates[10] == pytest.approx(2.0)
@@ -101,8 +102,9 @@ def test_schedule_at_its_corners():
 def test_cosine_equals_torchs_scheduler():
     solver = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.7)
     theirs = torch.optim.lr_scheduler.CosineAnnealingLR(solver, T_max=50)
+    config = make_config(epochs=5, warmup_epochs=0, lr=0.7, lr_scaling="none")
     for step in range(50):
-        assert learning_rate(step, 50, 0, 0.7) == pytest.approx(theirs.get_last_lr()[0])
+        assert learning_rate(config, step, 256, steps=10) == pytest.approx(theirs.get_last_lr()[0])
         solver.step()
         theirs.step()
 

@@ -71,7 +71,7 @@ def test_the_rate_follows_the_race():
         ("--minutes 0", "--minutes must be positive"),
         ("--points 0", "--points 1 or more"),
         ("--loop best", "invalid choice: 'best'"),
-        ("--temperature 0", "--temperature must be positive"),
+        ("--temperature 0", "--temperature must be at least 1e-06"),
         ("--loop usual --steps 1", "no blur and no rotation"),  # the digits' recipe rotates
         ("--draw x.png --results nowhere.jsonl", "no race in nowhere.jsonl yet"),
     ],
