@@ -40,6 +40,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
 import torchvision
@@ -581,7 +582,7 @@ def draw_confusion(axis: Any, counts: np.ndarray, classes: Sequence[str]) -> Non
     axis.set(xlabel="predicted class", ylabel="true class")
     if len(classes) > MANY_CLASSES:
         return
-    short = [drawable(name, 14) for name in classes]
+    short = [utils.printable(name, 14) for name in classes]
     rotation = 0 if max(len(name) for name in short) <= 2 else 60
     alignment = dict(ha="right", rotation_mode="anchor") if rotation else {}
     axis.set_xticks(range(len(short)), short, rotation=rotation, fontsize=8, **alignment)
@@ -592,14 +593,11 @@ def draw_confusion(axis: Any, counts: np.ndarray, classes: Sequence[str]) -> Non
             axis.text(j, i, str(count), ha="center", va="center", fontsize=7, color=color)
 
 
-def drawable(name: str, length: int) -> str:
-    """A class's name for a figure: short, valid Unicode, and without mathematics."""
-    name = name.encode("utf-8", "backslashreplace").decode()
-    return (name if len(name) <= length else name[: length - 1] + "…").replace("$", r"\$")
+def mistake_tiles(evaluation: Evaluation, classes: Sequence[str]) -> list[tuple[np.ndarray, str]]:
+    """The most confident mistakes on the test split: uint8 (S, S, 3), "true → predicted, 99 %".
 
-
-def mistake_tiles(evaluation: Evaluation) -> list[tuple[np.ndarray, str]]:
-    """The most confident mistakes on the test split: uint8 (S, S, 3), "true → predicted, 99 %"."""
+    classes: their names in figures.
+    """
     data, predicted, confidence = evaluation.data.test, evaluation.predicted, evaluation.confidence
     wrong = (predicted != data.labels).nonzero()[:, 0]
     order = confidence[wrong].argsort(descending=True, stable=True)
@@ -607,7 +605,7 @@ def mistake_tiles(evaluation: Evaluation) -> list[tuple[np.ndarray, str]]:
     for index in wrong[order][:TILES].tolist():
         image = data.image(index)[None]
         view = utils.to_uint8(utils.center_view(image, evaluation.config.image_size))[0]
-        names = (drawable(data.classes[int(x[index])], 12) for x in (data.labels, predicted))
+        names = (utils.printable(classes[int(x[index])], 12) for x in (data.labels, predicted))
         title = f"{' → '.join(names)}\n{100 * confidence[index]:.0f} %"
         tiles.append((view.permute(1, 2, 0).cpu().numpy(), title))
     return tiles
@@ -796,7 +794,7 @@ def run_evaluation(source: Source, options: Options, device: torch.device) -> di
         f"{source.file}: {source.description}\nevaluated on {config.dataset}: "
         f"{len(data.train):,} training and {len(data.test):,} test images of "
         f"{len(data.train.classes)} classes, {config.image_size} px, on {device} in "
-        f"{config.precision}\n"
+        f"{utils.describe_precision(config.precision, device)}\n"
     )
     header = header_of(evaluation)
 
@@ -806,18 +804,20 @@ def run_evaluation(source: Source, options: Options, device: torch.device) -> di
         return results
 
     results = keep(evaluate(evaluation, keep))
-    tiles = None
+    tiles, (names, style) = None, utils.names_in_figures(data.train.classes)
     if evaluation.classifier is not None:
         truth, predicted = data.test.labels.tolist(), evaluation.predicted.tolist()
         labels = range(evaluation.classes)
         results["confusion"] = metrics.confusion_matrix(truth, predicted, labels=labels).tolist()
-        tiles = mistake_tiles(evaluation)
+        tiles = mistake_tiles(evaluation, names)
         if options.predictions:
             named = [[data.train.classes[i] for i in rows] for rows in (predicted, truth)]
             confidence, images = evaluation.confidence.tolist(), utils.image_names(data.test)
             write_predictions(Path(options.predictions), images, named[0], confidence, named[1])
     utils.write_json(result_file, results)
-    utils.save_figure(draw_evaluation(results, source.row_names, tiles), figure_file)
+    with matplotlib.rc_context(style):
+        drawn = {**results, "classes": names}
+        utils.save_figure(draw_evaluation(drawn, source.row_names, tiles), figure_file)
     print(f"\n{text_of(results, source.row_names)}")
     print(f"results       {result_file}\nfigure        {figure_file}")
     if options.predictions:

@@ -136,7 +136,9 @@ class Config:
     decay_all: bool = setting(False, "decay biases and BatchNorm as well")
     # the run
     seed: int = setting(0, "seed of everything random", low=0)
-    precision: str = setting("auto", "auto: bfloat16 where the hardware has it",
+    precision: str = setting("auto", "auto: bfloat16 where the hardware has it (GPUs from Ampere "
+                             "on: not T4, V100, RTX 20), else float32, whose convolutions are in "
+                             "TF32 on GPUs from Ampere on",
                              ("auto", "bfloat16", "float32"))
     compile: str = setting("auto", "torch.compile the network; auto: on CUDA, in runs long enough "
                            "to pay for it", ("auto", "on", "off"), identity=False)
@@ -318,8 +320,10 @@ def rotate(images: Tensor, degrees: Tensor) -> Tensor:
 class ColorJitter:
     """Brightness, contrast and saturation in random order, then hue, each by a random factor.
 
-    torchvision gives hue a random place in the order, too. Here it comes last, because it is the
-    most expensive of the four and a fixed place lets all images be shifted at once.
+    torchvision gives hue a random place in the order, too. Here it comes last, so that all images
+    are shifted at once: at four places without waiting for the device, the whole augmentation takes
+    1.3 to 1.9 times as long. The place moves a pixel by 0.004 on average at s = 0.5; at s = 1 by
+    0.011, where all of hue moves it by 0.021, and 6 % of the pixels by more than 0.05.
     """
 
     draws = 8  # coin, three factors, hue, three for the order
@@ -1910,8 +1914,8 @@ def describe_run(config: Config, data: Data, device: torch.device) -> str:
         f"{utils.describe_data(data)}\n"
         f"recipe {config.recipe}: {config.arch}, {batch}, {config.epochs} epochs of {steps} "
         f"steps{rest}\n"
-        f"on {where} in {config.precision}; files in {config.folder}, "
-        f"figure in {config.figure_folder}"
+        f"on {where} in {utils.describe_precision(config.precision, device)}; "
+        f"files in {config.folder}, figure in {config.figure_folder}"
     )
 
 
@@ -1987,7 +1991,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Interrupted as stop:
         info, words = utils.rank_info(), [word for word in sys.argv if word != "--overwrite"]
         single = argv is None and info.size == 1
-        command = utils.python_command(*words) if single else "the same command"
+        again = "the same command, without --overwrite"
+        command = utils.python_command(*words) if single else again
         if info.rank == 0:
             print(f"\nstopped and saved; continue with: {command}", file=sys.stderr)
         raise SystemExit(128 + stop.signal) from None

@@ -38,7 +38,6 @@ import os
 import signal
 import sys
 import time
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -49,7 +48,6 @@ import joblib
 import matplotlib
 import numpy as np
 import torch
-from matplotlib import font_manager
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -171,7 +169,7 @@ class Scene:
         self.classes = self.shown.classes if labelled else ()
         labels = self.shown.labels if labelled else torch.zeros(len(self.rows), dtype=torch.int64)
         self.labels = labels.cpu().numpy()
-        self.names, self.style = names_in_figures(self.classes)
+        self.names, self.style = utils.names_in_figures(self.classes)
         data = simclr.Data(self.train, self.train, self.shown)
         self.judged = self.split == "test" and data.labelled
         parts = [x.images if isinstance(x, utils.ImageSet) else x.paths for x in both]
@@ -430,7 +428,7 @@ class Embedding:
 
 # ----------------------------------------------------------------------------- names and colours
 
-NAME_WIDTH, TILE_NAME_WIDTH = 24, 10  # characters; the latter in neighbours.png
+TILE_NAME_WIDTH = 10  # characters, in neighbours.png
 MARKERS = "os^DX"  # matplotlib's; the page draws the same, in this order
 RIGHT, WRONG, GREY = "#0072b2", "#d55e00", "0.3"  # Okabe and Ito's blue and vermillion
 
@@ -448,48 +446,6 @@ def class_styles(classes: int) -> list[tuple[str, int]]:
         palette = matplotlib.colormaps["turbo"](hues)
     count = len(palette)
     return [(to_hex(palette[c % count]), c // count) for c in range(max(1, classes))]
-
-
-def text_width(name: str) -> int:
-    """In Latin characters; those of Chinese, Japanese and Korean are twice as wide."""
-    return sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in name)
-
-
-def printable(name: str, width: int = NAME_WIDTH) -> str:
-    """A class's name, which may be any folder's, on one line and short."""
-    name = "".join(c if c.isprintable() else "?" for c in name)
-    while text_width(name) > width:
-        name = name.removesuffix("…")[:-1] + "…"
-    return name
-
-
-def names_in_figures(classes: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """The names of classes as figures show them, and matplotlib's settings to draw them.
-
-    Installed fonts add what the default font lacks. A name that none can draw becomes "class 3",
-    and a warning says so.
-    """
-    names, families = [printable(name) for name in classes], ["sans-serif"]
-    lacking = set("".join(names))
-    default = font_manager.findfont(font_manager.FontProperties())
-    known = {font.fname for font in font_manager.fontManager.ttflist}
-    for file in (default, *sorted(known.union(font_manager.findSystemFonts()))):
-        if not lacking:
-            break
-        # RuntimeError, NotImplementedError: a damaged font, or one of bitmaps, as for emoji
-        with contextlib.suppress(RuntimeError, OSError):
-            font = font_manager.get_font(file)
-            useful = lacking.intersection(map(chr, font.get_charmap()))
-            if useful and not font.family_name.startswith("Last Resort"):  # which draws boxes
-                font_manager.fontManager.addfont(file)
-                families.append(font.family_name)
-                lacking -= useful
-    numbers = {i: f"class {i}" for i, name in enumerate(names) if lacking.intersection(name)}
-    if numbers:
-        shown = utils.shown(", ".join(f"{number} is {names[i]}" for i, number in numbers.items()))
-        utils.log_warning(f"warning: no installed font has all class names; in figures {shown}")
-    names = [numbers.get(i, name) for i, name in enumerate(names)]
-    return names, {"font.family": families, "text.parse_math": False}
 
 
 # --------------------------------------------------------------------------------------- figures
@@ -537,7 +493,7 @@ def name_places(xy: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> lis
         if not (images := counts[label]).any():
             continue
         row, column = map(int, np.unravel_index(score[label].argmax(), images.shape))
-        half = min(CHARACTER_CELLS * text_width(names[label]), last) / 2
+        half = min(CHARACTER_CELLS * utils.text_width(names[label]), last) / 2
         column = min(max(column, half), last - half)  # the name stays inside the map
         hidden = images[max(0, row - 1) : row + 2, int(column - half) : int(column + half) + 2]
         if hidden.sum() > images.sum() / 2:  # stand beside a cluster that is smaller than the name
@@ -553,7 +509,7 @@ def figure_with_legend(
 ) -> Figure:
     """A matplotlib Figure of that size in inches; below come the caption and the classes."""
     names = scene.names if len(scene.names) <= MOST_LEGEND else []
-    entry = 0.35 + 0.068 * max(map(text_width, names), default=1)  # inches
+    entry = 0.35 + 0.068 * max(map(utils.text_width, names), default=1)  # inches
     columns = max(1, min(len(names), int(width / entry)))
     height += 0.25 + LEGEND_ROW_INCHES * math.ceil(len(names) / columns)
     figure = Figure(figsize=(width, height), layout=layout)
@@ -667,7 +623,7 @@ def tile_labels(scene: Scene, features: Arrays, query: int) -> list[tuple[str, s
     """Text and colour of a drawn image and of its nearest training images, in this order."""
     if not scene.classes:
         return [("", GREY), *((f"{x:.2f}", GREY) for x in features["train_similarity"][query])]
-    names = [printable(name, TILE_NAME_WIDTH) for name in scene.names]
+    names = [utils.printable(name, TILE_NAME_WIDTH) for name in scene.names]
     own, theirs = scene.labels[query], scene.train.labels[features["train_near"][query]].tolist()
     labels = [(names[own], GREY)]
     for x in theirs:

@@ -784,6 +784,15 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return False
 
 
+def describe_precision(precision: str, device: torch.device) -> str:
+    """What a network computes in, in words."""
+    if precision != "float32" or device.type != "cuda":
+        return precision
+    if has_fast_bfloat16(device):  # Ampere on
+        return "float32 (convolutions in TF32)"  # torch's default: three digits
+    return "float32 (this GPU has no bfloat16)"
+
+
 @contextlib.contextmanager
 def keep_running_statistics(module: nn.Module) -> Iterator[None]:
     """Context manager that keeps BatchNorm in train mode from moving its running statistics."""
@@ -2935,6 +2944,53 @@ def mosaic(tiles: Tensor, gap: int = 0) -> np.ndarray:
     before, after = gap // 2, gap - gap // 2
     padded = F.pad(tiles, (before, after, before, after), value=255)  # (R, C, 3, S+gap, S+gap)
     return padded.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).cpu().numpy()
+
+
+NAME_WIDTH = 24  # characters of a class's name in figures
+
+
+def text_width(name: str) -> int:
+    """In Latin characters; those of Chinese, Japanese and Korean are twice as wide."""
+    return sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in name)
+
+
+def printable(name: str, width: int = NAME_WIDTH) -> str:
+    """A class's name, which may be any folder's, on one line and short."""
+    name = "".join(c if c.isprintable() else "?" for c in name)
+    while text_width(name) > width:
+        name = name.removesuffix("…")[:-1] + "…"
+    return name
+
+
+def names_in_figures(classes: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The names of classes as figures show them, and matplotlib's settings to draw them.
+
+    Installed fonts add what the default font lacks. A name that none can draw becomes "class 3",
+    and a warning says so.
+    """
+    from matplotlib import font_manager
+
+    names, families = [printable(name) for name in classes], ["sans-serif"]
+    lacking = set("".join(names))
+    default = font_manager.findfont(font_manager.FontProperties())
+    known = {font.fname for font in font_manager.fontManager.ttflist}
+    for file in (default, *sorted(known.union(font_manager.findSystemFonts()))):
+        if not lacking:
+            break
+        # RuntimeError, NotImplementedError: a damaged font, or one of bitmaps, as for emoji
+        with contextlib.suppress(RuntimeError, OSError):
+            font = font_manager.get_font(file)
+            useful = lacking.intersection(map(chr, font.get_charmap()))
+            if useful and not font.family_name.startswith("Last Resort"):  # which draws boxes
+                font_manager.fontManager.addfont(file)
+                families.append(font.family_name)
+                lacking -= useful
+    numbers = {i: f"class {i}" for i, name in enumerate(names) if lacking.intersection(name)}
+    if numbers:
+        listing = shown(", ".join(f"{number} is {names[i]}" for i, number in numbers.items()))
+        log_warning(f"warning: no installed font has all class names; in figures {listing}")
+    names = [numbers.get(i, name) for i, name in enumerate(names)]
+    return names, {"font.family": families, "text.parse_math": False}
 
 
 def save_figure(figure: Any, path: Path, dpi: int = 150) -> None:

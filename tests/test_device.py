@@ -187,6 +187,20 @@ def test_the_gpu_that_is_chosen_is_the_current_one(monkeypatch):
     assert current == [torch.device("cuda:0")]
 
 
+@pytest.mark.parametrize(
+    ("fast", "device", "precision", "expected"),
+    [
+        (True, "cuda", "bfloat16", "bfloat16"),
+        (True, "cuda", "float32", "float32 (convolutions in TF32)"),
+        (False, "cuda", "float32", "float32 (this GPU has no bfloat16)"),  # T4, V100, RTX 20
+        (False, "cpu", "float32", "float32"),
+    ],
+)
+def test_precision_is_named_by_what_it_is(fast, device, precision, expected, monkeypatch):
+    monkeypatch.setattr(utils, "has_fast_bfloat16", lambda _: fast)
+    assert utils.describe_precision(precision, torch.device(device)) == expected
+
+
 def test_a_gpu_for_which_torch_has_no_kernels_is_refused(monkeypatch):
     class Old(TorchFunctionMode):
         def __torch_function__(self, function, types, args=(), kwargs=None):

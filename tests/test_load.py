@@ -8,6 +8,7 @@ import math
 import pickle
 import sys
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -374,13 +375,15 @@ def test_other_settings_are_named_and_not_mixed(places, few_digits, monkeypatch)
 def test_class_names_that_are_no_mathematics_and_no_text():
     classes = [r"$\frac$", "x\udcff", "a" * 40]
     columns = [{"title": "linear", "scores": {"simclr": [0.5]}}]
-    results = {"columns": columns, "confusion": np.eye(3, dtype=int), "classes": classes}
+    names, style = utils.names_in_figures(classes)
+    results = {"columns": columns, "confusion": np.eye(3, dtype=int), "classes": names}
     results["test_images"] = 3
-    tile = (np.zeros((4, 4, 3), np.uint8), load_simCLR.drawable(classes[0], 12))
-    figure = load_simCLR.draw_evaluation(results, simclr.REPRESENTATIONS, [tile])
-    figure.savefig(io.BytesIO(), format="png")
+    tile = (np.zeros((4, 4, 3), np.uint8), utils.printable(names[0], 12))
+    with matplotlib.rc_context(style):
+        figure = load_simCLR.draw_evaluation(results, simclr.REPRESENTATIONS, [tile])
+        figure.savefig(io.BytesIO(), format="png")
     ticks = [label.get_text() for label in figure.axes[1].get_yticklabels()]
-    assert ticks == [r"\$\frac\$", "x\\udcff", "a" * 13 + "…"]
+    assert ticks == [r"$\frac$", "x?", "a" * 13 + "…"]
 
 
 def test_transfer_to_a_folder_names_images_by_their_path(places, tmp_path, write_image):
@@ -410,7 +413,9 @@ def test_mistakes_are_ordered_by_confidence(trained):
     for row, confidence in ((3, 0.5), (5, 0.9), (8, 0.7)):
         evaluation.predicted[row] = (test.labels[row] + 1) % 10
         evaluation.confidence[row] = confidence
-    titles = [title for _, title in load_simCLR.mistake_tiles(evaluation)]
+    titles = [
+        title for _, title in load_simCLR.mistake_tiles(evaluation, evaluation.data.train.classes)
+    ]
     expected = [f"{test.labels[row]} → {(test.labels[row] + 1) % 10}" for row in (5, 8, 3)]
     assert [title.split("\n")[0] for title in titles] == expected
     assert titles[0].endswith("90 %")

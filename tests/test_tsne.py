@@ -20,6 +20,7 @@ import pytest
 import scipy.linalg
 import scipy.spatial
 import torch
+from matplotlib import font_manager
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -382,7 +383,7 @@ def odd_scene(classes=HARMLESS, count=40):
     data = utils.ImageSet(images, labels, tuple(classes))
     scene = tSNE.Scene(data, torch.arange(count), "test", data, "odd")
     config = simclr.make_config(image_size=8)
-    source = simclr.Source(Path("x.pt"), None, utils.flat_pixels, "none", "")
+    source = simclr.Source(Path("x.pt"), None, None, "none", "", config)
     network = tSNE.Network(source, config, {"simclr": utils.flat_pixels}, "")
     features = tSNE.features_of(network, "simclr", scene, CPU)
     return scene, features, tSNE.Panel("simclr", "SimCLR h", features["components"][:, :2], 0.5)
@@ -407,16 +408,16 @@ def draw_all(scene, features, panel, folder):
 @pytest.mark.parametrize("classes", [HARMLESS, [f"class {i}" for i in range(37)], ["a"], []])
 def test_figures_take_any_names_and_numbers_of_classes(classes, tmp_path):
     legend, neighbours = draw_all(*odd_scene(classes), tmp_path)
-    assert legend == [tSNE.printable(name) for name in classes]
+    assert legend == [utils.printable(name) for name in classes]
     header = "nearest training images" + ", cosine similarity" * (not classes)
     assert {"query", header, "Random images"} <= neighbours
 
 
 def test_names_that_the_font_lacks_are_drawn_by_another_or_numbered(tmp_path, monkeypatch, capsys):
-    manager = tSNE.font_manager.fontManager
+    manager = font_manager.fontManager
     own = [font for font in manager.ttflist if matplotlib.get_data_path() in font.fname]
     monkeypatch.setattr(manager, "ttflist", own)  # those that matplotlib brings
-    monkeypatch.setattr(tSNE.font_manager, "findSystemFonts", list)
+    monkeypatch.setattr(font_manager, "findSystemFonts", list)
     manager._findfont_cached.cache_clear()
     legend, neighbours = draw_all(*odd_scene(["cat", "𝒜", "猫", "犬"]), tmp_path)
     assert legend == ["cat", "𝒜", "class 2", "class 3"]
