@@ -165,6 +165,12 @@ def test_a_signal_outside_training_gives_its_code(run_folder, monkeypatch, capsy
     assert "stopped; what had been saved before is kept" in capsys.readouterr().err
 
 
+def test_an_error_of_the_locked_work_is_not_the_locks(tmp_path):
+    """A reader that ends, as in `simclr.py | head -1`, says nothing about the lock's file."""
+    with pytest.raises(BrokenPipeError), utils.run_lock(tmp_path):
+        raise BrokenPipeError
+
+
 def test_a_lock_is_exclusive_and_dies_with_its_holder(tmp_path):
     with utils.file_lock(tmp_path / "lock") as free:
         assert free
