@@ -1230,19 +1230,6 @@ def write_csv(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     utils.write_atomically(file, text.getvalue().encode())
 
 
-def read_csv(file: Path) -> list[dict[str, Any]]:
-    """The rows of a CSV. Raises InputError if there are none, or it is damaged."""
-    rows = []
-    if file.exists():
-        with utils.errors_as_input_error(f"{file} is not a study's results"):
-            lines = file.read_text(encoding="utf-8").splitlines()
-            for row in csv.DictReader(lines):
-                rows.append({**row, "seed": int(row["seed"]), "base": row["base"]})
-    if not rows:
-        raise InputError(f"there are no results in {file} yet")
-    return rows
-
-
 # ------------------------------------------------------------------------------------------ a study
 
 
@@ -1316,13 +1303,6 @@ class Grid:
         print(markdown(study, results))
         print(f"\n{verdict(study, results)}\n\ntable   {self.csv}\nfigure  {self.png}")
 
-    def redraw(self) -> None:
-        """report() from the CSV alone. Raises InputError if it is of another base."""
-        rows = read_csv(self.csv)
-        if others := {row["base"] for row in rows} - {self.described}:
-            raise InputError(f"{self.csv} holds results of {others.pop()}, not of {self.described}")
-        self.report(rows)
-
 
 # -------------------------------------------------------------------------------- the time it takes
 
@@ -1372,7 +1352,6 @@ class Options:
     seeds: int = setting(3, "runs of each setting, with seeds from --seed on", low=1)
     shard: str = setting("1/1", "i/n: do every n-th run, beginning with the i-th")
     dry_run: bool = setting(False, "list the runs and do none")
-    redraw: bool = setting(False, "draw again from the CSV, without training")
 
 
 def parse_command_line(argv: Sequence[str] | None) -> tuple[list[str], Options, dict[str, Any]]:
@@ -1395,8 +1374,6 @@ def parse_command_line(argv: Sequence[str] | None) -> tuple[list[str], Options, 
         raise InputError(f"--shard must be i/n with i from 1 to n, got {options.shard}")
     if study not in ("", "all", *STUDIES):
         raise InputError(f"unknown study {study!r}; there are {', '.join(STUDIES)}, and all")
-    if options.redraw and not study:
-        raise InputError("--redraw goes with a study or all")
     return list(STUDIES) if study == "all" else [study] * bool(study), options, given
 
 
@@ -1429,11 +1406,6 @@ def run(names: Sequence[str], options: Options, given: dict[str, Any]) -> bool:
         list_studies(given, options.seeds)
         return True
     grids = [Grid(name, given, options.seeds) for name in names]
-    if options.redraw:
-        for each in grids:
-            if len(grids) == 1 or each.csv.exists():
-                each.redraw()
-        return True
     if options.dry_run:
         for job in itertools.chain(*(each.jobs for each in grids)):
             state = "to do" if job.result() is None else "done"
@@ -1444,7 +1416,6 @@ def run(names: Sequence[str], options: Options, given: dict[str, Any]) -> bool:
     data = simclr.load_data(base, device)
     if not data.labelled:
         raise InputError(f"{base.dataset} in {base.data_dir} has no labels to measure by")
-    utils.cache_pixels(data.pretrain, base.cache)
     data = simclr.only_readable(data, base)
     for folder in (grids[0].csv.parent, Path(base.checkpoints, utils.ABLATIONS)):
         utils.make_folder(folder)

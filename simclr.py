@@ -151,11 +151,6 @@ class Config:
                            identity=False, low=-1)
     max_bad: float = setting(0.01, "stop if more than this share of the streamed images cannot be "
                              "read; up to it, others replace them", identity=False, low=0, high=1)
-    cache: str = setting("none", "decode each streamed training image once and keep it, in "
-                         "/dev/shm or a temporary file; large JPEGs are then decoded in full, so "
-                         "views differ a little", utils.CACHES)
-    changed_files: bool = setting(False, "continue a run although files were added, removed or "
-                                  "renamed", identity=False)
     checkpoint_minutes: float = setting(10.0, "minutes after the last checkpoint that one is "
                                         "saved inside an epoch; 0: never", identity=False, low=0)
     keep_every: int = setting(0, "epochs between checkpoints that are kept, as epoch0010.pt, "
@@ -1041,17 +1036,16 @@ def restore(
         if state is None or (state["position"]["epoch"], state["position"]["step"]) == (0, 0):
             run.save(snapshot(config, data, model, optimizer, now), must=True)
             return now
-        changed = check_same_run(state, config, data)
+        check_same_run(state, config, data)
         utils.load_weights(model, state["model"], str(file))
         groups = optimizer.state_dict()["param_groups"]  # their settings follow from the config
         optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         position = state["position"]
         now.epoch, now.log = position["epoch"], state["log"]
         clock.parts.update(state.get("times", {}))  # of earlier processes, until their last save
-        if not changed:  # else the epoch has another order now, and all of it is done again
-            now.step, now.seconds = position["step"], position["seconds"]
-            now.sums += torch.tensor(position["sums"], device=device)
-            utils.try_unreadable_again(data.pretrain, state["unreadable"])
+        now.step, now.seconds = position["step"], position["seconds"]
+        now.sums += torch.tensor(position["sums"], device=device)
+        utils.try_unreadable_again(data.pretrain, state["unreadable"])
     if error := utils.unreadable_error(data.pretrain, config.max_bad):
         raise error
     run.write_records(state)
@@ -1383,16 +1377,14 @@ def check_format(state: dict, file: Path) -> None:
         )
 
 
-def check_same_run(record: dict, config: Config, data: Data) -> bool:
+def check_same_run(record: dict, config: Config, data: Data) -> None:
     """Raise InputError if a run's recorded settings or files are not the given ones.
 
-    record: has "config", "images" (their number) and "files" (see Data.files). Returns whether
-    the files changed, as config.changed_files allows.
+    record: has "config", "images" (their number) and "files" (see Data.files).
     """
-    differ, changed = utils.differences(record["config"], config), record["files"] != data.files
-    if changed and not config.changed_files:
-        numbers = f"{record['images']} there, {len(data.pretrain)} now"
-        differ.append(f"files of images ({numbers}); --changed-files continues with these")
+    differ = utils.differences(record["config"], config)
+    if record["files"] != data.files:
+        differ.append(f"files of images ({record['images']} there, {len(data.pretrain)} now)")
     if differ:
         epochs, hint = record["config"]["epochs"], "Choose another name with --run"
         if epochs < config.epochs:
@@ -1404,7 +1396,6 @@ def check_same_run(record: dict, config: Config, data: Data) -> bool:
             f"{config.folder} holds a run with other settings: {', '.join(differ)}. {hint}, or "
             "--overwrite it"
         )
-    return changed
 
 
 @dataclass
@@ -1861,7 +1852,6 @@ def run(config: Config, overwrite: bool = False) -> dict:
     with utils.process_group(device):
         data = load_data(config, device)
         config = resolve(config, data.pretrain, device)
-        check_same_on_all_ranks(config, data)
         print(describe_run(config, data, device))
         if config.stop_at_knn and not data.labelled:
             raise InputError("--stop-at-knn: there are no labels to measure it by")
@@ -1872,7 +1862,6 @@ def run(config: Config, overwrite: bool = False) -> dict:
             print(f"{config.folder} is finished; --overwrite trains it again")
             print_summary(summary, config, data)
             return summary
-        utils.cache_pixels(data.pretrain, config.cache)
         utils.make_folder(config.figure_folder)
         with utils.run_lock(config.folder):
             if overwrite:
@@ -1891,16 +1880,6 @@ def run(config: Config, overwrite: bool = False) -> dict:
             summary = utils.broadcast_from_rank0(write_summary, config, data, model, results, clock)
         print_summary(summary, config, data)
         return summary
-
-
-def check_same_on_all_ranks(config: Config, data: Data) -> None:
-    """Raise InputError if the ranks have other settings or images than rank 0."""
-    facts = {flag(name): value for name, value in dataclasses.asdict(config).items()}
-    del facts[flag("data_dir")]  # each machine may keep the images in a place of its own
-    for split in utils.SPLITS:
-        part = getattr(data, split)
-        facts[f"images ({split})"] = (len(part), utils.files_digest(part))
-    utils.check_same_on_all_ranks(facts)
 
 
 def describe_run(config: Config, data: Data, device: torch.device) -> str:

@@ -27,11 +27,9 @@ import multiprocessing
 import os
 import re
 import shlex
-import shutil
 import signal
 import stat
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -754,14 +752,6 @@ def worker_count(asked: int) -> int:
     return cores if asked < 0 else min(asked, cores)
 
 
-def free_memory() -> float:
-    """Bytes of memory that programs can still allocate; infinite where the system does not say."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        return 1024 * int(dict(line.split()[:2] for line in lines)["MemAvailable:"])
-    return math.inf
-
-
 def gib(count: float) -> str:
     """A number of bytes as text."""
     return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
@@ -893,14 +883,6 @@ def process_group(device: torch.device) -> Iterator[None]:
             "reached (see the message of that rank); torchrun --max-restarts continues by itself"
         ) from error
     dist.destroy_process_group()  # not after an error: it would wait for the other ranks
-
-
-def check_same_on_all_ranks(facts: dict[str, Any]) -> None:
-    """Raise InputError in all ranks if a rank has other facts than rank 0."""
-    every = all_gather_dicts({rank(): facts})
-    for other, theirs in every.items():
-        if differ := [name for name, value in theirs.items() if value != every[0][name]]:
-            raise InputError(f"rank {other} has other {', '.join(differ)} than rank 0")
 
 
 def all_reduce_max(*numbers: int) -> list[int]:
@@ -1415,8 +1397,8 @@ class ImageFiles:
 
     root: the folder. paths: bytes array (N,) of file names below it, one flat block. labels: int64
     (N,) or None. classes: name of each label. max_bad: share of the files in [0, 1] that may be
-    unreadable. unreadable: those known so far, index -> reason. cache: see cache_pixels().
-    grey_range: see choose_range().
+    unreadable. unreadable: those known so far, index -> reason. grey_range: see
+    choose_range().
     """
 
     root: Path
@@ -1425,7 +1407,6 @@ class ImageFiles:
     classes: tuple[str, ...] = ()
     max_bad: float = 0.0
     unreadable: dict[int, str] = dataclasses.field(default_factory=dict)
-    cache: PixelCache | None = None
     grey_range: tuple[float, ...] = ()
 
     def __len__(self) -> int:
@@ -1481,9 +1462,7 @@ def subset(data: Images, rows: Tensor) -> Images:
         paths = None if paths is None else paths[index]
         return dataclasses.replace(data, images=images, labels=labels, paths=paths)
     bad = {i: data.unreadable[row] for i, row in enumerate(index) if row in data.unreadable}
-    cache = data.cache and data.cache.part(index)
-    paths = data.paths[index]
-    return dataclasses.replace(data, paths=paths, labels=labels, unreadable=bad, cache=cache)
+    return dataclasses.replace(data, paths=data.paths[index], labels=labels, unreadable=bad)
 
 
 def agree_on_unreadable(data: Images) -> None:
@@ -2113,8 +2092,7 @@ class Photo:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.image:
-            self.image.close()
+        self.image.close()
 
     def pixels(self, least: float = 1) -> Tensor:
         """Decodes it, once: uint8 RGB (3, H, W), with the channels last in memory.
@@ -2184,125 +2162,6 @@ def read_image(path: Path, grey_range: tuple[float, ...] = ()) -> Tensor:
         return photo.pixels().contiguous()
 
 
-# ------------------------------------------------------------------- data sets: decoding only once
-
-CACHES = ("none", "memory", "file")
-SHARED_MEMORY = Path("/dev/shm")  # a folder in memory (Linux)
-MEMORY_SHARE = 0.8  # of the memory that is free: a run needs some itself
-_mapped_files: list[Tensor] = []  # uint8 (bytes,): of the caches; forked workers inherit them
-
-
-@dataclass
-class PixelCache:
-    """Decoded images in a file that all processes of a machine map into their memory.
-
-    The file has no name: it vanishes with the last process, however that ends. number: its index
-    in _mapped_files. sizes: int64 (N, 2), height and width in pixels as displayed, 0 of files that
-    cannot be read. starts: int64 (N,), where in the file a byte lies that is 1 when the image's
-    (H, W, 3) bytes behind it are there.
-    """
-
-    number: int
-    sizes: np.ndarray
-    starts: np.ndarray
-
-    def part(self, rows: np.ndarray) -> PixelCache:
-        """The same for some of the images."""
-        return PixelCache(self.number, self.sizes[rows], self.starts[rows])
-
-    def place(self, index: int) -> tuple[Tensor, Tensor]:
-        """The byte, uint8 (1,), and the pixels, uint8 (3, H, W) with the channels last."""
-        start, (height, width) = int(self.starts[index]), self.sizes[index].tolist()
-        length = 1 + 3 * height * width
-        if self.number < len(_mapped_files):
-            flat = _mapped_files[self.number][start : start + length]
-        else:  # this process was spawned, not forked: it decodes each image every time
-            flat = torch.zeros(length, dtype=torch.uint8)
-        return flat[:1], flat[1:].view(height, width, 3).permute(2, 0, 1)
-
-
-class CachedPhoto(Photo):
-    """A Photo that is decoded in whole, and the next time is found in a place of the cache.
-
-    The first time gives the same views as the next: they do not depend on what is there already.
-    """
-
-    def __init__(
-        self, path: str | Path, place: tuple[Tensor, Tensor], grey_range: tuple[float, ...] = ()
-    ) -> None:
-        self.path, self.image, (self.is_there, self.kept) = path, None, place
-        self.height, self.width = self.kept.shape[1:]
-        if not self.is_there:
-            super().__init__(path, grey_range)
-
-    def pixels(self, least: float = 1) -> Tensor:
-        if self.is_there:
-            return self.kept
-        pixels = super().pixels()  # whatever is enough: other boxes need more
-        if pixels.shape == self.kept.shape:  # else the file has changed since it was measured
-            self.kept.copy_(pixels)
-            self.is_there.fill_(1)  # last: a process may be killed before
-        return pixels
-
-
-def cache_pixels(data: Images, kind: str) -> None:
-    """From now on decodes each file of `data` once, and keeps the whole image. Not of an ImageSet.
-
-    kind: one of CACHES, "memory" for SHARED_MEMORY, "file" for the system's folder for temporary
-    files. The ranks of a machine share one file. Raises InputError where there is no room for all.
-    """
-    if kind == "none" or isinstance(data, ImageSet) or data.cache:
-        return
-    sizes = _measured(data)
-    lengths = 1 + 3 * sizes.prod(1)
-    with errors_as_input_error(f"--cache {kind}: cannot keep decoded images", (InputError,)):
-        _mapped_files.append(_map_new_file(kind, int(lengths.sum())))
-    data.cache = PixelCache(len(_mapped_files) - 1, sizes, lengths.cumsum() - lengths)
-    end_workers()  # those that are forked next have the file
-
-
-def _measured(files: ImageFiles) -> np.ndarray:
-    """The size of each image, from its header: int64 (N, 2) height and width, 0 if unreadable."""
-
-    def measure(row: int) -> tuple[int, int]:
-        with contextlib.suppress(UnreadableImage):  # decoding it will say so
-            return image_size(files.path(row))
-        return 0, 0
-
-    rows = shard_indices(len(files)).tolist()
-    with ThreadPoolExecutor() as pool:  # they wait for the disk
-        sizes = [*progress_bar(pool.map(measure, rows), "measuring", len(rows))]
-    return all_gather_rows(torch.tensor(sizes), len(files)).numpy()
-
-
-def _map_new_file(kind: str, size: int) -> Tensor:
-    """Zeros, uint8 (size,), in a file that the ranks of this machine share and that has no name."""
-    local_rank, path = rank_info().local_rank if world_size() > 1 else 0, ""
-    try:
-        if local_rank == 0:
-            place = SHARED_MEMORY if kind == "memory" else Path(tempfile.gettempdir())
-            free = shutil.disk_usage(place).free
-            if kind == "memory":
-                free = min(free, MEMORY_SHARE * free_memory())
-            if size > free:
-                raise InputError(
-                    f"--cache {kind}: the decoded images take {gib(size)}, but {place} has room "
-                    f"for {gib(free)}; --cache file keeps them where TMPDIR says"
-                )
-            log_warning(f"keeping {gib(size)} of decoded images in {place}")
-            descriptor, path = tempfile.mkstemp(prefix="pixels-", dir=place)
-            with open(descriptor, "r+b") as file:
-                if hasattr(os, "posix_fallocate"):  # a mapped file must find all its room now
-                    os.posix_fallocate(file.fileno(), 0, size)
-        name = all_gather_dicts({rank(): path})[rank() - local_rank]
-        content = torch.from_file(name, shared=True, size=size, dtype=torch.uint8)
-        all_reduce_max(0)  # all ranks have mapped it
-    finally:
-        if path:
-            os.unlink(path)
-    return content
-
-
 # ------------------------------------------------------------------ data sets: decoding in parallel
 
 REQUEST_IMAGES = 64  # files a worker decodes at a time: all workers share a large batch
@@ -2323,7 +2182,6 @@ class DecodeRequest:
     size: int
     boxes: Boxes | None = None
     u: np.ndarray | None = None  # (N, V, draws) for boxes
-    cache: PixelCache | None = None
     grey_range: tuple[float, ...] = ()
 
     def views_in(self, memory: Tensor) -> Tensor:
@@ -2354,10 +2212,7 @@ class DecodeRequest:
         return views, bad
 
     def photo(self, i: int) -> Photo:
-        path = self.root / os.fsdecode(self.paths[i])
-        if self.cache:
-            return CachedPhoto(path, self.cache.place(i), self.grey_range)
-        return Photo(path, self.grey_range)
+        return Photo(self.root / os.fsdecode(self.paths[i]), self.grey_range)
 
 
 def _answer_requests(pipe: Connection, slots: Tensor, inherited: list[Connection]) -> None:
@@ -2500,9 +2355,7 @@ def _split(
     for start in range(0, len(rows), count):
         index = rows[start : start + count].numpy()
         numbers = None if u is None else u[start : start + count].numpy()
-        cache = files.cache and files.cache.part(index)
-        paths, grey_range = files.paths[index], files.grey_range
-        yield DecodeRequest(root, paths, size, boxes, numbers, cache, grey_range)
+        yield DecodeRequest(root, files.paths[index], size, boxes, numbers, files.grey_range)
 
 
 def decoded_batches(

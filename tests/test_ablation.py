@@ -384,11 +384,6 @@ def test_another_configuration_is_another_run(fast, places, capsys, tmp_path):
     ablation.main(["one", "--seeds", "1", "--epochs", "5", "--run", "short", *places])
     assert len(fast) == len(list((tmp_path / "c/ablation").iterdir())) == 4
     assert (tmp_path / "f/ablation/short/one.csv").exists()
-    assert exit_code(["one", "--redraw", "--lr", "0.5", *places]) == 2
-    message = (
-        "holds results of --dataset digits --epochs 30, not of --dataset digits --epochs 30 --lr"
-    )
-    assert message in capsys.readouterr().err
 
 
 def test_fewer_seeds_lose_no_results(fast, places, tmp_path):
@@ -456,17 +451,6 @@ def test_a_run_that_another_process_does_is_left_to_it(fast, places, capsys, tmp
     assert len(fast) == 2
 
 
-def test_redraw_needs_nothing_but_the_csv(fast, places, capsys, tmp_path):
-    ablation.main(["one", *places])
-    table = capsys.readouterr().out.split("\n\n")[-3:]
-    (tmp_path / "f/ablation/one.png").unlink()
-    (tmp_path / "c").rename(tmp_path / "elsewhere")
-    ablation.main(["one", "--redraw", *places])
-    assert capsys.readouterr().out.split("\n\n")[-3:] == table
-    assert (tmp_path / "f/ablation/one.png").exists()
-    assert len(fast) == 6
-
-
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -479,9 +463,7 @@ def test_redraw_needs_nothing_but_the_csv(fast, places, capsys, tmp_path):
         ("temperature --seeds 0", "--seeds must be at least 1"),
         ("temperature --epochs 0", "--epochs must be at least 1"),
         ("temperature --epoch 3", "unrecognized arguments"),
-        ("temperature --redraw", "there are no results in"),
         ("temperature --run ../x", "must be a plain name"),
-        ("--redraw", "--redraw goes with a study"),
     ],
 )
 def test_bad_input_is_one_line(capsys, tmp_path, places, argv, message):
@@ -491,15 +473,6 @@ def test_bad_input_is_one_line(capsys, tmp_path, places, argv, message):
     assert err.startswith("ablation_SimCLR.py: error: ")
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("content", ["", "nonsense\n1\n", "setting,seed,base\na,b,c\n", "\x00"])
-def test_a_damaged_csv_is_one_line(fast, places, capsys, tmp_path, content):
-    file = tmp_path / "f/ablation/one.csv"
-    file.parent.mkdir(parents=True)
-    file.write_text(content)
-    assert exit_code(["one", "--redraw", *places]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_damaged_result_is_one_line(fast, places, capsys, tmp_path):

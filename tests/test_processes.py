@@ -442,33 +442,6 @@ def test_the_others_end_when_one_does(fails, group, tiny_config):
     assert "Traceback" not in several.said()
 
 
-def other_settings(config):
-    a_run(dataclasses.replace(config, seed=int(os.environ["RANK"])))
-
-
-def other_images(config):
-    real = utils.load_splits
-    last = slice(None, -1) if os.environ["RANK"] == "1" else slice(None)
-
-    def load_splits(*arguments, **options):
-        train, test = real(*arguments, **options)
-        return train, utils.subset(test, torch.arange(len(test))[last])
-
-    utils.load_splits = load_splits
-    a_run(config)
-
-
-@pytest.mark.parametrize(
-    ("differs", "message"), [(other_settings, "--seed"), (other_images, "images (test)")]
-)
-def test_processes_must_be_given_the_same(differs, message, group, tiny_config):
-    several = group(2, differs, tiny_config(**RUN))
-    assert several.codes() == [2, 2]
-    assert set(several.said().splitlines()) == {
-        f"simclr.py: error: rank 1 has other {message} than rank 0"
-    }
-
-
 def overwriting(config, killed):
     """As torchrun starts a run again after a kill."""
     if killed:

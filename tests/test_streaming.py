@@ -3,12 +3,10 @@
 import errno
 import multiprocessing
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -516,195 +514,53 @@ def test_more_than_max_bad_ends_a_run_saved(own_photos, streamed_config, unjudge
     assert sorted(state["unreadable"]) == [0, 1]
 
 
-# ------------------------------------------------------------------------------ decoded only once
-
-
-@pytest.fixture
-def cached(tmp_path, monkeypatch):
-    """Makes the streamed images of a folder, and a new cache for them in one of two places."""
-    place = tmp_path / "cache"
-    place.mkdir()
-    monkeypatch.setattr(utils, "SHARED_MEMORY", place)
-    monkeypatch.setattr(tempfile, "tempdir", str(place))
-
-    def make(root, kind, **options):
-        data = streamed(root, **options)
-        utils.cache_pixels(data, kind)
-        assert not [*place.iterdir()]  # the file has no name
-        return data
-
-    return make
-
-
-def is_kept(data):
-    """For each image whether its pixels are in the cache."""
-    return [bool(data.cache.place(i)[0]) for i in range(len(data))]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("kind", ["memory", "file"])
-def test_decoded_once_views_are_those_of_a_full_decoding(
-    own_photos, streamed_config, cached, kind, workers, monkeypatch
-):
-    config = streamed_config(own_photos, workers=workers)
-    with monkeypatch.context() as patch:  # no cache at all, and nothing reduced
-        real = utils.Photo.pixels
-        patch.setattr(utils.Photo, "pixels", lambda self, least=1: real(self))
-        plain = [views_of(config, streamed(own_photos), epoch) for epoch in (0, 1)]
-        utils.end_workers()
-    data = cached(own_photos, kind)
-    kept = [views_of(config, data, epoch) for epoch in (0, 1)]
-    assert all(same_views(a, b) for a, b in zip(kept, plain, strict=True))
-    again = cached(own_photos, kind)
-    assert not any(is_kept(again))
-    assert same_views(views_of(config, again, 1), kept[1])  # resumed: this epoch is its first
-    for name in utils.list_images(own_photos):
-        (own_photos / name).unlink()
-    assert same_views(views_of(config, data, 1), kept[1])
-    assert all(is_kept(data))
-    part = utils.subset(data, torch.tensor([19, 3]))
-    (both,) = part.batches(SIDE, 2, CPU, workers)
-    assert len(both) == 2
-
-
-def test_cached_pixels_are_read_images(own_photos, cached):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(smooth(150, 99)).save(own_photos / "a" / "turned.jpg", exif=exif)
-    Image.fromarray(smooth(31, 47)[..., 0]).save(own_photos / "a" / "grey.png")
-    data = cached(own_photos, "memory")
-    (centres,) = data.batches(SIDE, 50, CPU)
-    for i in range(len(data)):
-        whole = data.image(i)
-        assert torch.equal(data.cache.place(i)[1], whole)
-        wanted = utils.to_uint8(utils.center_view(whole[None], SIDE)[0])
-        assert torch.equal(utils.to_uint8(centres[i]), wanted)
-
-
-def test_unreadable_and_changed_files_beside_a_cache(own_photos, streamed_config, cached, capsys):
-    break_files(own_photos, "a/02.jpg")
-    (own_photos / "a" / "04.jpg").write_bytes(b"no image")
-    config = streamed_config(own_photos, batch_size=20)
-    data = cached(own_photos, "memory")
-    assert data.cache.sizes.tolist()[2] == [0, 0]
-    Image.fromarray(smooth(33, 44)).save(own_photos / "b" / "19.jpg")  # after it was measured
-    (views,) = views_of(config, data)
-    plain = streamed(own_photos)
-    assert len(views_of(config, plain)[0]) == len(views)
-    assert sorted(data.unreadable) == sorted(plain.unreadable) == [1, 2]
-    assert [i for i, kept in enumerate(is_kept(data)) if not kept] == [1, 2, 19]
-    assert same_views(views_of(config, data), [views])
-
-
-def test_a_process_that_has_not_mapped_the_cache_decodes(own_photos, streamed_config, cached):
-    config = streamed_config(own_photos)
-    data = cached(own_photos, "memory")
-    before = views_of(config, data)
-    data.cache.number = len(utils._mapped_files)
-    assert not any(is_kept(data))
-    assert same_views(views_of(config, data), before)
-
-
-def test_both_kinds_of_cache_give_the_same_run(own_photos, streamed_config, cached, unjudged):
-    one, two = (
-        streamed_config(own_photos, run=kind, cache=kind, batch_size=4)
-        for kind in ("memory", "file")
-    )
-    simclr.run(one)
-    simclr.run(two)
-    assert log(one) == log(two)
-    assert len(log(one)) == 2
+# ---------------------------------------------------------------------------------- several ranks
 
 
 RANKS = """
 import sys
 import torch, test_streaming, utils
 from pathlib import Path
-utils.SHARED_MEMORY = Path(sys.argv[2])
 with utils.process_group(CPU := torch.device("cpu")):
     data = test_streaming.streamed(Path(sys.argv[1]), max_bad=1.0)
-    utils.cache_pixels(data, "memory")
-    utils.all_reduce_max(0)  # the file has lost its name now
-    assert not [*utils.SHARED_MEMORY.iterdir()]
-    assert not any(test_streaming.is_kept(data))
-    utils.all_reduce_max(0)
     rows = torch.arange(20)[utils.rank() :: 2]
     assert len(list(data.batches(16, 3, CPU, workers=utils.rank(), rows=rows))) == 4
     utils.agree_on_unreadable(data)
-    print([*data.unreadable], sum(test_streaming.is_kept(data)), flush=True)
+    print([*data.unreadable], flush=True)
     features = utils.embed(utils.flat_pixels, data, 16, CPU)
     print((~utils.rows_read(features)).nonzero().flatten().tolist(), flush=True)
 """
 
 
-def test_ranks_share_a_cache_and_what_cannot_be_read(own_photos, tmp_path):
+def test_ranks_agree_on_what_cannot_be_read(own_photos):
     break_files(own_photos, "a/04.jpg", "b/03.jpg")  # one is rank 0's, one rank 1's
-    (tmp_path / "memory").mkdir()
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     both = [
-        script(RANKS, own_photos, tmp_path / "memory", RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2",
+        script(RANKS, own_photos, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2",
                LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
         for rank in "01"
     ]  # fmt: skip
     said = [process.communicate(timeout=100) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
-    assert said[0][0] == "[2, 11] 18\n[2, 11]\n"
+    assert said[0][0] == "[2, 11]\n[2, 11]\n"
     assert said[0][1].count("warning: cannot read the image") == 2
-
-
-@pytest.mark.parametrize("kind", ["memory", "file"])
-def test_not_enough_room_is_one_line(own_photos, cached, monkeypatch, kind):
-    space = shutil.disk_usage("/")._replace(free=10**12 if kind == "memory" else 300_000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: space)
-    monkeypatch.setattr(utils, "free_memory", lambda: 300_000)
-    text = rf"^--cache {kind}: the decoded images take \d\.\d MiB, but .* room for 0\.[23] MiB"
-    with pytest.raises(InputError, match=text):
-        cached(own_photos, kind)
-    assert not [*utils.SHARED_MEMORY.iterdir()]
-
-
-def test_no_shared_memory_and_a_full_disk_are_errors(own_photos, cached, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "posix_fallocate", full, raising=False)
-        with pytest.raises(InputError, match=r"--cache file: cannot keep .*No space left"):
-            cached(own_photos, "file")
-        assert not [*utils.SHARED_MEMORY.iterdir()]
-    monkeypatch.setattr(utils, "SHARED_MEMORY", own_photos / "none")
-    with pytest.raises(InputError, match=r"--cache memory: cannot keep .*No such file"):
-        utils.cache_pixels(streamed(own_photos), "memory")
 
 
 # ----------------------------------------------------------------------------------- changed files
 
 
-def test_a_run_on_other_files_is_refused_unless_asked_for(own_photos, streamed_config, unjudged):
+def test_a_run_on_other_files_is_refused(own_photos, streamed_config, unjudged):
     config = streamed_config(own_photos, run="a", epochs=1)
     simclr.run(config)
-    state = utils.load_checkpoint(config.folder / "last.pt")
-    assert len(state["files"]) == 64
-    more = streamed_config(own_photos, run="a", epochs=1, changed_files=True)
     train = simclr.load_data(config, CPU).train.paths[0].decode()
     (own_photos / train).rename(own_photos / train.replace(".jpg", "x.jpg"))
-    for gone, count in ((False, 16), (True, 15)):
-        why = rf"files of images \(16 there, {count} now\)"
-        if gone:
-            (own_photos / train.replace(".jpg", "x.jpg")).unlink()
-        for kept in (True, False):  # with the summary of a finished run, and without
-            if not kept:
-                (config.folder / "summary.json").rename(config.folder / "summary")
-            with pytest.raises(InputError, match=f"{why}.*--changed-files continues"):
-                simclr.run(config)
-            if not kept:
-                (config.folder / "summary").rename(config.folder / "summary.json")
-    (config.folder / "summary.json").unlink()
-    summary = simclr.run(more)
-    assert summary["images"] == 15
-    assert summary["files"] != state["files"]
+    for finished in (True, False):  # with the summary of a finished run, and without
+        if not finished:
+            (config.folder / "summary.json").unlink()
+        with pytest.raises(InputError, match=r"files of images \(16 there, 16 now\)"):
+            simclr.run(config)
 
 
 def test_images_in_memory_have_a_digest_too(tmp_path, write_image, streamed_config):

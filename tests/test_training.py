@@ -496,7 +496,7 @@ def test_a_run_on_other_images_is_refused(photo_config, no_figure, tmp_path, wri
     config = photo_config(6, (12, 12))
     run(config) if finished else interrupt(config, 2)
     write_image(tmp_path / "photos" / "new.png")
-    with pytest.raises(InputError, match=r"images \(6 there, 7 now\); --changed-files continues"):
+    with pytest.raises(InputError, match=r"images \(6 there, 7 now\)"):
         run(config)
 
 
