@@ -133,8 +133,8 @@ def nt_xent_dot(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     return F.cross_entropy(logits, partner)
 
 
-LOSSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
-    "nt-xent": simclr.nt_xent,
+LOSSES: dict[str, simclr.Loss] = {
+    **simclr.LOSSES,
     "nt-xent-dot": nt_xent_dot,
     "nt-logistic": nt_logistic,
     "nt-logistic-semi-hard": functools.partial(nt_logistic, mined=True),
@@ -240,15 +240,15 @@ EXTRAS: dict[str, Callable[[Config], Step]] = {  # what Table 3 adds to both vie
 class Variant:
     """How a training differs from simclr.py's: in its loss, its views or its forward pass."""
 
-    loss_function: str = "nt-xent"  # one of LOSSES
+    loss_function: str = ""  # one of LOSSES; "": the configuration's
     margin: float = 0.0  # of the margin losses
     branch: tuple[str, ...] = ()  # of TRANSFORMATIONS: what one view gets, the other none (Fig. 5)
     extra: str = ""  # one of EXTRAS, which both views get as well
     passes: int = 1  # 2: each view has a forward pass, and so BatchNorm statistics, of its own
 
-    def loss(self) -> Callable[[Tensor, Tensor, float], Tensor]:
+    def loss(self, config: Config) -> simclr.Loss:
         """z1, z2 (N, D), temperature -> scalar."""
-        loss = LOSSES[self.loss_function]
+        loss = LOSSES[self.loss_function or config.loss]
         if self.loss_function.startswith("margin"):
             loss = functools.partial(loss, margin=self.margin)
         return loss
@@ -289,8 +289,9 @@ def make_augment(config: Config, extra: str) -> simclr.Augment:
 def extra_batches(
     config: Config, data: Images, device: torch.device, epoch: int, start: int, *, extra: str
 ) -> Iterator[Tensor]:
-    """simclr.view_batches() with one of EXTRAS on both views: float32 (2N, 3, S, S)."""
-    return simclr.view_batches(config, data, device, epoch, start, make_augment(config, extra))
+    """simclr.view_batches() with one of EXTRAS on all views: float32 (KN, 3, S, S)."""
+    augment = make_augment(config.at_epoch(epoch), extra)
+    return simclr.view_batches(config, data, device, epoch, start, augment)
 
 
 def one_branch_batches(
@@ -345,7 +346,7 @@ class Run:
     def pretrained(self) -> simclr.SimCLR:
         """The model after pre-training, which is done, continued or read from the checkpoint."""
         return simclr.train(
-            self.config, self.data, self.device, loss=self.variant.loss(),
+            self.config, self.data, self.device, loss=self.variant.loss(self.config),
             batches=self.variant.batches(), model=self.variant.model(self.config),
         )  # fmt: skip
 
@@ -400,7 +401,8 @@ def contrastive_task(model: simclr.SimCLR, run: Run) -> dict[str, float]:
     contrastive accuracy, the share of views whose partner is the likeliest of them. Both are the
     paper's (logits_ab in google-research/simclr). The views are of training images, but new.
     """
-    config, cosine = run.config, run.variant.loss_function != "nt-xent-dot"
+    config = dataclasses.replace(run.config, views=2)
+    cosine = run.variant.loss_function != "nt-xent-dot"
     batches = run.variant.batches()(config, run.data.pretrain, run.device, config.epochs, 0)
     entropies, accuracies = [], []
     for views in itertools.islice(batches, TASK_STEPS):
@@ -592,6 +594,7 @@ METRICS = {
 PARAMETERS = "parameters"  # as a setting's x: the number of parameters, which is measured
 SUPERVISED_TOO = (("SimCLR", representation), ("supervised", supervised))  # series, measure
 BATCHES = {"digits": (64, 128, 256, 512)}
+SIDES = {"digits": 16, "cifar10": 32, "fashion-mnist": 28, "stl10": 96, "folder": 224}  # px
 PAPER_BATCHES = (256, 512, 1024, 2048)  # for all other data sets
 
 
@@ -659,6 +662,7 @@ def loss_settings(base: Config) -> list[Setting]:
     titles = {
         "margin": "Margin", "nt-logistic": "NT-Logistic", "margin-semi-hard": "Margin (semi-hard)",
         "nt-logistic-semi-hard": "NT-Logistic (semi-hard)", "nt-xent": "NT-Xent",
+        "dcl": "decoupled (DCL)",
     }  # fmt: skip
     margins, temperatures = ("margin", "m", (0.4, 0.8, 1.6)), ("temperature", "τ", (0.1, 0.2, 0.5))
     rates = [float(f"{factor * base.lr:.3g}") for factor in (0.25, 1)]
@@ -687,6 +691,30 @@ def batch_settings(base: Config) -> list[Setting]:
         for scaling, (text, lr) in scalings.items()
         for batch in batches
     ]  # fmt: skip
+
+
+def view_settings(base: Config) -> list[Setting]:
+    """More views of fewer images: as many views a step, as many steps, the same rate."""
+    rate = dict(lr=simclr.peak_learning_rate(base, base.batch_size), lr_scaling="none")
+    return [
+        Setting(f"{k}-views", dict(
+            views=k, batch_size=2 * base.batch_size // k, epochs=max(1, 2 * base.epochs // k),
+            warmup_epochs=2 * base.warmup_epochs / k, **rate,
+        ), title=f"{k} views of {2 * base.batch_size // k} images")
+        for k in (2, 4, 8)
+    ]  # fmt: skip
+
+
+def resolution_settings(base: Config) -> list[Setting]:
+    """Views of the images' side, of three quarters of it, and growing from half of it."""
+    side = base.image_size or SIDES.get(base.dataset, SIDES["cifar10"])
+    half, most = max(simclr.MIN_SIZE, side // 2), max(simclr.MIN_SIZE, 3 * side // 4)
+    growing = (half, half, most, most, side)  # 40, 40 and 20 % of the epochs
+    return [
+        Setting("whole", dict(view_size=side), title=f"{side} px"),
+        Setting("smaller", dict(view_size=most), title=f"{most} px"),
+        Setting("growing", dict(view_sizes=growing), title=f"{half}, {most}, {side} px"),
+    ]
 
 
 def optimizer_settings(base: Config) -> list[Setting]:
@@ -775,7 +803,7 @@ STUDIES: dict[str, Study] = {
     ),
     "loss": Study(
         "Is NT-Xent better than other contrastive losses?", "Table 4, Appendix B.10",
-        loss_settings, metrics=("linear", "knn", "selection"), around=("lr",),
+        loss_settings, metrics=("linear", "knn", "selection"), around=("lr",), fixed=("loss",),
         paper={"linear": {
             "Margin": 50.9, "NT-Logistic": 51.6, "Margin (semi-hard)": 57.5,
             "NT-Logistic (semi-hard)": 57.9, "NT-Xent": 63.9,
@@ -849,6 +877,14 @@ STUDIES: dict[str, Study] = {
         "Must both views share a BatchNorm pass?", "not in the paper",
         lambda base: [Setting("one-pass", dict(passes=1)), Setting("two-passes", dict(passes=2))],
     ),
+    "views": Study(
+        "Are more views of fewer images better?", "not in the paper (arXiv 2403.05490)",
+        view_settings, metrics=("knn", "linear"), around=("batch_size", "epochs", "lr"),
+    ),
+    "resolution": Study(
+        "Do views that grow save time?", "not in the paper (arXiv 2212.05611)",
+        resolution_settings, metrics=("knn", "linear"),
+    ),
 }  # fmt: skip
 
 # ------------------------------------------------------------------------------ the runs of a study
@@ -907,6 +943,9 @@ def make_jobs(study_name: str, given: dict[str, Any], seeds: int) -> list[Job]:
         of_config, of_variant = ({k: v for k, v in chosen.fields.items() if k in n} for n in names)
         arguments = {k: v for k, v in chosen.fields.items() if k not in names[0] | names[1]}
         config, variant = make_base({**given, **of_config, "seed": seed}), Variant(**of_variant)
+        pairs = variant.loss_function not in ("", *simclr.LOSSES) or variant.passes == 2
+        if config.views > 2 and (pairs or variant.branch):
+            raise InputError(f"the study {study_name} is of two views: leave --views out")
         config.run = run_name(config, variant)
         name = f"{study_name}/{chosen.name}-seed{seed}"
         jobs.append(Job(name, chosen, config, variant, arguments))
@@ -1331,7 +1370,7 @@ def seconds_left(jobs: Sequence[Job], images: int, per_view: float) -> float:
         if job.setting.measure is supervised:
             views[file] = size * steps * job.config.epochs
         elif job.arguments.get("start") != "scratch":
-            views[job.config.folder] = 2 * size * steps * job.config.epochs
+            views[job.config.folder] = job.config.views * size * steps * job.config.epochs
     return per_view * sum(views.values()) + OVERHEAD * len(left)
 
 

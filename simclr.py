@@ -17,8 +17,8 @@ The idea, in the notation of the paper, which the formulas of the code use:
     tau    the temperature of NT-Xent. The loss asks of each view: which of the other 2N - 1
            is the second view of the same image? (Eq. 1)
 
-Shapes also use S, the side of a view in px; D, the width of z; and W, the number of processes
-(ranks) that torchrun starts. Each of them computes N / W images of a batch; alone, W = 1.
+Shapes also use K, the number of views of an image (2, or --views); S, the side of a view in px; D,
+the width of z; and W, the number of processes (ranks), each of which computes N / W images.
 
 Read from the top to the end of train(), in the paper's order: settings · augmentation (Section 3)
 · encoder and projection head (Section 4) · NT-Xent (Section 2.1) · optimiser and schedule
@@ -91,6 +91,10 @@ class Config:
     view_size: int = setting(0, "side in px of the views in pre-training; 0: image_size. Smaller "
                              "views are faster, and show objects closer to the size that they "
                              "have in test images (arXiv 1906.06423)", low=0, high=MAX_SIZE)
+    view_sizes: tuple[int, ...] = setting((), "sides in px of views that change over the run, in "
+                                          "equal parts of the epochs, such as 16 16 24 24 32; then "
+                                          "BatchNorm's statistics are estimated anew",
+                                          low=MIN_SIZE, high=MAX_SIZE)
     range: tuple[float, ...] = setting((), "values that are black and white in grey pictures of "
                                        "more than 8 bits (default: by their type and values)")
     # augmentation (Section 3 and Appendix A)
@@ -119,9 +123,12 @@ class Config:
     head_dim: int = setting(128, "width of z", low=1, high=MAX_HEAD)
     head_bn: bool = setting(False, "BatchNorm in the head's hidden layer")
     # loss and optimiser (Section 2)
+    loss: str = setting("nt-xent", "dcl: decoupled, without the positive pair in the denominator; "
+                        "that is not NT-Xent (arXiv 2110.06848)", ("nt-xent", "dcl"))
     temperature: float = setting(0.1, "tau of NT-Xent", low=1e-6)
-    batch_size: int = setting(256, "N, images a step over all processes; each gives two views",
-                              low=2)
+    batch_size: int = setting(256, "N, images a step over all processes", low=2)
+    views: int = setting(2, "K, views of each image; more than two are all each other's positives "
+                         "(arXiv 2403.05490)", low=2, high=64)
     micro_batch: int = setting(0, "split the batch into parts of so many images, to save memory "
                                "(gradient caching); BatchNorm works on each part; 0: off", low=0)
     epochs: int = setting(100, "passes over the data", low=1)
@@ -164,6 +171,13 @@ class Config:
     def view_side(self) -> int:
         """Side in px of the views in pre-training. For a resolved configuration."""
         return self.view_size or self.image_size
+
+    def at_epoch(self, epoch: int) -> Config:
+        """The configuration with the view_size of an epoch, counted from 0, in view_sizes."""
+        if not self.view_sizes:
+            return self
+        part = len(self.view_sizes) * min(epoch, self.epochs - 1) // self.epochs
+        return dataclasses.replace(self, view_size=self.view_sizes[part])
 
     @property
     def folder(self) -> Path:
@@ -599,34 +613,51 @@ BLOCK_BYTES = {"cpu": 2**22, "gpu": 2**28}
 HUGE = 1e15  # from here on the sum of squares could overflow float32
 
 
-def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+def nt_xent(
+    z1: Tensor, z2: Tensor, temperature: float, *others: Tensor, decoupled: bool = False
+) -> Tensor:
     """The normalised temperature-scaled cross entropy loss (Eq. 1), a scalar.
 
     z1, z2: float (N, D), the projections of the two views of N >= 2 images, of any length: they
-    are normalised here. The mean over all 2N views of -log softmax(cos / tau) at the other view of
-    the same image; the 2N - 2 views of other images are the negatives. Equal rows give ln(2N - 1).
-    Raises ValueError if the shapes differ or are not (N, D).
+    are normalised here. others: those of further views, if there are K > 2 of each image. The mean
+    over all pairs of a view and another view of its image of
+
+        -log(exp(cos / tau) / (exp(cos / tau) + the sum of exp(cos / tau) to all negatives)).
+
+    The negatives of a view are the K(N - 1) views of other images. If all rows are equal, it is
+    ln(1 + K(N - 1)). decoupled: without the pair in the denominator, which is no longer NT-Xent
+    (DCL, Yeh et al. 2021). Raises ValueError if the shapes differ or are not (N, D).
     """
-    if z1.ndim != 2 or z1.shape != z2.shape:
-        raise ValueError(f"need two (N, D) of one shape, got {(*z1.shape,)} and {(*z2.shape,)}")
+    views = [z1, z2, *others]
+    if z1.ndim != 2 or any(z.shape != z1.shape for z in views):
+        raise ValueError(f"need (N, D) of one shape, got {[(*z.shape,) for z in views]}")
+    loss = partial(block_loss, views=len(views), temperature=temperature, decoupled=decoupled)
     with full_precision(z1):
-        z = normalize_rows(torch.cat([z1, z2]))  # (2N, D)
+        z = normalize_rows(torch.cat(views))  # (KN, D)
         blocks = row_blocks(z)
-        if len(blocks) > 1:  # the matrix of 65,536 views would take 16 GiB
-            return SumOfBlocks.apply(z, temperature) / len(z)
-        return block_loss(z, blocks[0], temperature) / len(z)
+        total = loss(z, blocks[0]) if len(blocks) == 1 else SumOfBlocks.apply(z, loss)
+        return total / (len(z) * (len(views) - 1))
 
 
-def block_loss(z: Tensor, rows: Tensor, temperature: float) -> Tensor:
-    """Eq. 1, summed over some of the views. z: (2N, D) of length 1. rows: int64 (R,)."""
-    logits = z[rows] / temperature @ z.T  # (R, 2N): cos / tau to every view
-    logits.scatter_(1, rows[:, None], float("-inf"))  # k != i
-    partner = (rows + len(z) // 2) % len(z)  # (R,) the other view of the image
-    return F.cross_entropy(logits, partner, reduction="sum")
+LOSSES = {"nt-xent": nt_xent, "dcl": partial(nt_xent, decoupled=True)}
+
+
+def block_loss(z: Tensor, rows: Tensor, views: int, temperature: float, decoupled: bool) -> Tensor:
+    """Eq. 1, summed over the pairs of some of the views.
+
+    z: (KN, D) of length 1; rows i, N + i, 2N + i … are the views of one image. rows: int64 (R,).
+    """
+    n = len(z) // views
+    logits = z[rows] / temperature @ z.T  # (R, KN): cos / tau to every view
+    same = rows[:, None] % n + n * torch.arange(views, device=z.device)  # (R, K), itself too
+    positives = (z[rows, None] * z[same]).sum(2) / temperature  # (R, K)
+    negatives = logits.scatter_(1, same, float("-inf")).logsumexp(1, keepdim=True)  # (R, 1)
+    denominators = negatives if decoupled else torch.logaddexp(positives, negatives)
+    return (denominators - positives).masked_fill(same == rows[:, None], 0).sum()  # k != i
 
 
 def row_blocks(z: Tensor) -> tuple[Tensor, ...]:
-    """All row numbers of z (2N, D), int64, in blocks whose similarities fill BLOCK_BYTES."""
+    """All row numbers of z (KN, D), int64, in blocks whose similarities fill BLOCK_BYTES."""
     limit = BLOCK_BYTES["cpu" if z.device.type == "cpu" else "gpu"]
     rows = max(1, limit // (len(z) * z.element_size()))
     return torch.arange(len(z), device=z.device).split(rows)
@@ -645,21 +676,21 @@ def full_precision(z: Tensor) -> torch.autocast:
 
 
 @torch.no_grad()
-def contrastive_accuracy(z1: Tensor, z2: Tensor) -> Tensor:
-    """Share of the 2N views whose nearest other view is of the same image: scalar in [0, 1]."""
-    with full_precision(z1):
-        z = normalize_rows(torch.cat([z1, z2]))  # (2N, D)
+def contrastive_accuracy(*views: Tensor) -> Tensor:
+    """Share of views whose nearest other view is of the same image: K of (N, D) -> [0, 1]."""
+    n = len(views[0])
+    with full_precision(views[0]):
+        z = normalize_rows(torch.cat(views))  # (KN, D)
         nearest = [(z[rows] @ z.T).scatter_(1, rows[:, None], float("-inf")).argmax(1)
                    for rows in row_blocks(z)]  # fmt: skip
-    partner = torch.arange(len(z), device=z.device).roll(len(z1))
-    return (torch.cat(nearest) == partner).float().mean()
+    return (torch.cat(nearest) % n == torch.arange(len(z), device=z.device) % n).float().mean()
 
 
 @torch.no_grad()
 def mean_cosine(z: Tensor) -> Tensor:
-    """Mean cosine of all pairs of different rows of (2N, D): scalar in [-1, 1]; 1: collapsed.
+    """Mean cosine of all pairs of different rows of (n, D): scalar in [-1, 1]; 1: collapsed.
 
-    The squared length of the sum of all unit rows is the sum of the cosines of all pairs; in 2N of
+    The squared length of the sum of all unit rows is the sum of the cosines of all pairs; in n of
     these a row is paired with itself, and the cosine is 1.
     """
     n = len(z)
@@ -775,19 +806,19 @@ def view_batches(
     config: Config, data: Images, device: torch.device, epoch: int, start: int,
     augment: Augment | None = None,
 ) -> Iterator[Tensor]:  # fmt: skip
-    """The epoch's batches from step `start` on: two views of N images, float32 (2N, 3, S, S).
+    """The epoch's batches from step `start` on: K views of N images, float32 (KN, 3, S, S).
 
-    Row i and row N + i are the views of one image. Order and views follow from (seed, epoch, step)
-    alone. Each of W ranks gets N / W images of a batch, every W-th, with the same views that they
-    have in a single process: (2N / W, 3, S, S). augment: by default make_augment(config).
+    Rows i, N + i, 2N + i … are the views of one image. Order and views follow from (seed, epoch,
+    step) alone. Each of W ranks gets N / W images of a batch, every W-th, with the same views that
+    they have in a single process: (KN / W, 3, S, S). augment: by default that of the epoch.
     """
     size, steps = batch_count(config, len(data))
     order = torch.randperm(len(data), generator=utils.generator("cpu", config.seed, SHUFFLE, epoch))
     batches = order[: size * steps].view(steps, size)[start:]  # (steps left, N)
     keys = [(config.seed, VIEWS, epoch, step) for step in range(start, steps)]
     yield from augmented_batches(
-        data, batches, keys, augment or make_augment(config), 2, device,
-        utils.worker_count(config.workers), utils.rank(), utils.world_size(),
+        data, batches, keys, augment or make_augment(config.at_epoch(epoch)), config.views,
+        device, utils.worker_count(config.workers), utils.rank(), utils.world_size(),
     )  # fmt: skip
 
 
@@ -869,7 +900,7 @@ class Interrupted(utils.Stopped):
     """A signal asked the run to stop, and it has been saved."""
 
 
-Loss = Callable[[Tensor, Tensor, float], Tensor]  # (z1, z2, temperature) -> scalar
+Loss = Callable[..., Tensor]  # (z1, z2, temperature, *z of further views) -> scalar
 
 
 def training_step(
@@ -877,14 +908,15 @@ def training_step(
 ) -> tuple[Tensor, Tensor]:
     """One forward and backward pass; the gradients are added to those of the weights.
 
-    views: float32 (2N / W, 3, S, S), this rank's part of both views of N images. Returns the loss
-    of the whole batch and z (2N, D), both detached.
+    views: float32 (KN / W, 3, S, S), this rank's part of the K = 2 views of N images. Returns the
+    loss of the whole batch and z (KN, D), both detached.
     """
-    if 0 < config.micro_batch < utils.world_size() * len(views) // 2:
+    if 0 < config.micro_batch < utils.world_size() * len(views) // config.views:
         return cached_gradients(network, views, loss, config)
-    z = project(network, views, config.precision)  # one pass: BatchNorm sees all 2N views
-    z = gather_views(z)  # (2N, D), with gradient
-    value = loss(*z.chunk(2), config.temperature)  # Eq. 1
+    z = project(network, views, config.precision)  # one pass: BatchNorm sees all KN views
+    z = gather_views(z, config.views)  # (KN, D), with gradient
+    z1, z2, *others = z.chunk(config.views)
+    value = loss(z1, z2, config.temperature, *others)  # Eq. 1
     value.backward()
     return value.detach(), z.detach()
 
@@ -895,19 +927,19 @@ def project(network: nn.Module, views: Tensor, precision: str) -> Tensor:
         return network(views.contiguous(memory_format=torch.channels_last))[1]
 
 
-def gather_views(z: Tensor) -> Tensor:
-    """The whole batch's z from each rank's part, with gradient: (2N / W, D) -> (2N, D).
+def gather_views(z: Tensor, views: int) -> Tensor:
+    """The whole batch's z from each rank's part, with gradient: (KN / W, D) -> (KN, D).
 
     In the order of the batch, of which a rank has every W-th image (see view_batches).
     """
     if utils.world_size() == 1:
         return z
-    parts = utils.Gather.apply(utils.at_least_float32(z).unflatten(0, (2, -1)))  # (W, 2, N / W, D)
-    return parts.permute(1, 2, 0, 3).flatten(0, 2)
+    z = utils.at_least_float32(z).unflatten(0, (views, -1))  # (K, N / W, D)
+    return utils.Gather.apply(z).permute(1, 2, 0, 3).flatten(0, 2)  # from (W, K, N / W, D)
 
 
 def train(
-    config: Config, data: Data, device: torch.device, *, loss: Loss = nt_xent,
+    config: Config, data: Data, device: torch.device, *, loss: Loss | None = None,
     batches: Callable[..., Iterator[Tensor]] = view_batches, model: SimCLR | None = None,
     clock: utils.Clock | None = None,
 ) -> SimCLR:  # fmt: skip
@@ -919,6 +951,7 @@ def train(
     images or a full disk.
     """
     size, steps = batch_count(config, len(data.pretrain))  # N, steps an epoch
+    loss = loss or LOSSES[config.loss]
     model = utils.on_device(model or make_model(config), device)  # BatchNorm over all ranks
     optimizer = make_optimizer(config, model)
     run = utils.RunFolder(config.folder, config.checkpoint_minutes, config.keep_every)
@@ -931,12 +964,12 @@ def train(
             network.train()
             signal = save_due = 0
             stream = utils.UntilError(batches(config, data.pretrain, device, now.epoch, now.step))
-            for views in stream:  # float32 (2N / W, 3, S, S)
+            for views in stream:  # float32 (KN / W, 3, S, S)
                 set_rate(optimizer, learning_rate(config, now.done, size, steps))
                 value, z = training_step(network, views, loss, config)
                 optimizer.step()
                 optimizer.zero_grad()
-                now.add(value, contrastive_accuracy(*z.chunk(2)), mean_cosine(z))
+                now.add(value, contrastive_accuracy(*z.chunk(config.views)), mean_cosine(z))
                 progress.advance()
                 signal, save_due = utils.all_reduce_max(stop.signal or 0, run.save_due())
                 if signal or save_due:  # all ranks leave the epoch after the same step
@@ -945,15 +978,15 @@ def train(
             now.seconds += now.clock.lap("training")
             # raised when all that was done is saved
             stream.error = stream.error or utils.unreadable_error(data.pretrain, config.max_bad)
-
             if now.step == steps:
                 row = epoch_row(config, data, now, size)
+                if config.view_sizes and now.epoch + 1 == config.epochs:
+                    estimate_statistics(model, data.pretrain, config, device)
                 if data.labelled and knn_due(config, now.epoch + 1):
                     # first save what a killed or impatiently stopped measurement would lose
                     run.save(snapshot(config, data, model, optimizer, now), due=knn_is_slow(now))
                     now.clock.lap("saving")
-                    row |= measure_knn(model.encoder, data, config, device)
-                    now.clock.lap("monitoring")
+                    row |= measure_knn(model.encoder, data, config, device, now)
                 now.next_epoch(row)
                 progress.show(*describe(now.log, config), last=complete(config, now))
                 (signal,) = utils.all_reduce_max(stop.signal or 0)
@@ -961,7 +994,6 @@ def train(
             run.save(snapshot(config, data, model, optimizer, now), must=must, due=save_due)
             now.clock.lap("saving")
             redraw(figure, config, now, size)
-            now.clock.lap("drawing")
             stream.raise_error()
             if signal:
                 raise Interrupted(signal)
@@ -981,6 +1013,7 @@ TIMED = {  # parts of a run's wall time, in the log and the summary -> what they
     "evaluation": "evaluation",
     "other": "reading, compiling, the rest",
 }
+STATISTICS_IMAGES = 8192
 SLOW_KNN_S = 10.0  # seconds: torchrun and SLURM wait for half a minute after SIGTERM
 COLLAPSED = 0.9999  # mean cosine
 COMPILE = {"mode": "reduce-overhead"}  # of torch.compile: on CUDA with CUDA graphs
@@ -1066,8 +1099,8 @@ def compiled(
         return utils.distributed(model)
     torch.compiler.reset()  # else torch leaves a process's ninth network uncompiled
     weights, started = copy.deepcopy(model.state_dict()), time.perf_counter()
-    shape = (2 * (config.micro_batch or size), 3, config.view_side, config.view_side)
-    views = torch.zeros(shape, device=now.sums.device)
+    count, side = config.views * (config.micro_batch or size), config.at_epoch(now.epoch).view_side
+    views = torch.zeros((count, 3, side, side), device=now.sums.device)
     # CUDA graphs would overwrite the z of one micro-batch with those of the next
     network = torch.compile(model.train(), **({} if config.micro_batch else COMPILE))
     try:
@@ -1109,7 +1142,7 @@ def epoch_row(config: Config, data: Data, now: TrainState, size: int) -> dict:
         "loss": loss,
         "contrastive_accuracy": accuracy,
         "lr": learning_rate(config, now.done - 1, size, now.steps),
-        "views_per_second": round(2 * size * now.steps / now.seconds, 1),
+        "views_per_second": round(config.views * size * now.steps / now.seconds, 1),
         "seconds": round(now.seconds, 3),
     }
     if cosine > COLLAPSED:
@@ -1133,11 +1166,38 @@ def knn_is_slow(now: TrainState) -> bool:
     return any(row.get("knn_seconds", 0) > SLOW_KNN_S for row in now.log)
 
 
-def measure_knn(encoder: nn.Module, data: Data, config: Config, device: torch.device) -> dict:
+def measure_knn(
+    encoder: nn.Module, data: Data, config: Config, device: torch.device, now: TrainState
+) -> dict:
     """Test accuracy in [0, 1] of k nearest neighbours on h, and the time that it took."""
-    started = time.perf_counter()
     accuracy = knn_accuracy(encoder, data, config, device)
-    return {"knn": accuracy, "knn_seconds": round(time.perf_counter() - started, 3)}
+    return {"knn": accuracy, "knn_seconds": round(now.clock.lap("monitoring"), 3)}
+
+
+@torch.no_grad()
+def estimate_statistics(
+    model: SimCLR, images: Images, config: Config, device: torch.device
+) -> None:
+    """Estimates BatchNorm's running statistics anew, on images as they are when h is evaluated.
+
+    For a run whose views had other sizes: the statistics of features depend on the size. They are
+    those of up to STATISTICS_IMAGES images without augmentation.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momentum = [norm.momentum for norm in norms]
+    size, steps = batch_count(config, len(images))
+    random = utils.generator("cpu", config.seed, SHUFFLE)
+    rows = torch.randperm(len(images), generator=random)
+    rows = rows[: size * min(steps, max(1, STATISTICS_IMAGES // size))]
+    rows, size = rows[utils.rank() :: utils.world_size()], size // utils.world_size()
+    workers = utils.worker_count(config.workers)
+    model.train()
+    for i, x in enumerate(images.batches(config.image_size, size, device, workers, rows), 1):
+        for norm in norms:
+            norm.momentum = 1 / i  # so that all batches count the same
+        project(model, x, config.precision)
+    for norm, old in zip(norms, momentum, strict=True):
+        norm.momentum = old
 
 
 def describe(log: list[dict], config: Config) -> tuple[dict[str, str], str]:
@@ -1161,28 +1221,29 @@ def cached_gradients(
 
     The loss needs all z at once, but z is small (Gao et al. 2021, arXiv 2101.06983). The gradient
     is that of the whole batch, for a third more time, with one difference: BatchNorm's statistics
-    are those of a micro-batch, both views of M images.
+    are those of a micro-batch, all views of M images.
     """
     size = config.micro_batch // utils.world_size()  # images of this rank in a micro-batch
 
-    def project_both(part: Tensor) -> Tensor:  # (2, M / W, 3, S, S) -> (2, M / W, D)
+    def project_part(part: Tensor) -> Tensor:  # (K, M / W, 3, S, S) -> (K, M / W, D)
         z = project(network, part.flatten(0, 1), config.precision)
-        return utils.at_least_float32(z).unflatten(0, (2, -1))
+        return utils.at_least_float32(z).unflatten(0, (config.views, -1))
 
-    parts = views.unflatten(0, (2, -1)).split(size, dim=1)
+    parts = views.unflatten(0, (config.views, -1)).split(size, dim=1)
     # 1. z of all views, without activations; dropout draws the same numbers again in pass 3
     with torch.no_grad(), utils.keep_running_statistics(network), utils.fork_rng(views.device):
-        z = torch.cat([project_both(part) for part in parts], dim=1).flatten(0, 1)  # (2N / W, D)
+        z = torch.cat([project_part(part) for part in parts], dim=1).flatten(0, 1)  # (KN / W, D)
     # 2. the gradient of the loss by each z
     z.requires_grad_()
-    whole = gather_views(z)
-    value = loss(*whole.chunk(2), config.temperature)
+    whole = gather_views(z, config.views)
+    z1, z2, *others = whole.chunk(config.views)
+    value = loss(z1, z2, config.temperature, *others)
     value.backward()
     # 3. each micro-batch again, with activations; ranks exchange the sum of the gradients once
-    gradients = z.grad.unflatten(0, (2, -1)).split(size, dim=1)
+    gradients = z.grad.unflatten(0, (config.views, -1)).split(size, dim=1)
     for i, (part, gradient) in enumerate(zip(parts, gradients, strict=True), 1):
         with utils.exchange_gradients(network, now=i == len(parts)):
-            project_both(part).backward(gradient)
+            project_part(part).backward(gradient)
     return value.detach(), whole.detach()
 
 
@@ -1190,23 +1251,24 @@ def redraw(throttle: utils.Throttle, config: Config, now: TrainState, size: int)
     """Draw the training curves, if that has not taken too large a share of the time."""
     if now.log and utils.is_main_process() and (throttle.due() or complete(config, now)):
         with throttle:
-            figure = draw_training(now.log, size)
+            figure = draw_training(now.log, size, None, config.views, config.loss)
             utils.warn_on_failure(utils.save_figure, figure, config.figure_folder / FIGURE)
+    now.clock.lap("drawing")
 
 
 class SumOfBlocks(torch.autograd.Function):
-    """The sum of block_loss(z, rows, temperature) over all blocks of rows of z (2N, D).
+    """The sum of block_loss(z, rows) over all blocks of rows of z (KN, D).
 
-    Each block's gradient is computed with its loss, and then the block's memory is freed. The
-    result can be differentiated once.
+    Each block's gradient is computed with its loss, and then the block's memory is freed: the
+    matrix of 65,536 views would take 16 GiB. The result can be differentiated once.
     """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, temperature: float) -> Tensor:
+    def forward(ctx: Any, z: Tensor, block_loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         leaf, total = z.detach().requires_grad_(), z.new_zeros(())
         for rows in row_blocks(z):
             with torch.enable_grad():
-                block = block_loss(leaf, rows, temperature)
+                block = block_loss(leaf, rows)
             block.backward()  # adds to leaf.grad
             total += block.detach()
         ctx.save_for_backward(leaf.grad)
@@ -1279,7 +1341,7 @@ def make_config(**overrides: Any) -> Config:
     if recipe not in RECIPES:
         raise InputError(f"unknown recipe {recipe!r}; there are {', '.join(RECIPES)}")
     config = Config(**{**RECIPES[recipe], **overrides, "recipe": recipe})
-    config.range = tuple(config.range)
+    config.range, config.view_sizes = tuple(config.range), tuple(config.view_sizes)
     if "warmup_epochs" not in overrides:
         config.warmup_epochs = min(config.warmup_epochs, SHORT_WARMUP * config.epochs)
     config.run = config.run or f"{config.dataset}_{config.arch}"
@@ -1668,12 +1730,13 @@ def results_table(results: dict[str, dict], images: int) -> str:
 
 
 def draw_training(
-    log: Sequence[dict], size: int, baselines: dict[str, float] | None = None
-) -> Any:
+    log: Sequence[dict], size: int, baselines: dict[str, float] | None = None, views: int = 2,
+    loss_name: str = "nt-xent",
+) -> Any:  # fmt: skip
     """The training curves as a matplotlib Figure: loss, contrastive accuracy, kNN, learning rate.
 
     log: rows of log.jsonl. size: N, images a step. baselines: kNN accuracy in [0, 1] of "pixels"
-    and "untrained", when they have been measured.
+    and "untrained", when they have been measured. views: K. loss_name: one of LOSSES.
     """
     from matplotlib.figure import Figure  # late: half a second that not every import needs
     from matplotlib.ticker import MaxNLocator
@@ -1690,10 +1753,14 @@ def draw_training(
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     figure.supxlabel("epoch", fontsize="medium")
 
-    grey, chance = dict(color="0.4", linewidth=1), math.log(2 * size - 1)  # when all z are equal
-    loss.axhline(chance, **grey, linestyle="--", label=f"chance, ln(2N − 1) = {chance:.2f}")
+    grey = dict(color="0.4", linewidth=1)
+    chance = math.log(views * (size - 1) + (loss_name == "nt-xent"))  # when all z are equal
+    if loss_name != "nt-xent":
+        loss.set_title(f"Loss {loss_name}, not NT-Xent")
+    loss.axhline(chance, **grey, linestyle="--", label=f"chance, {chance:.2f}")
     loss.set_ylim(0, 1.05 * max([chance, *(row["loss"] for row in log)]))
-    guess.axhline(100 / (2 * size - 1), **grey, linestyle="--", label="chance, 1 / (2N − 1)")
+    found = (views - 1) / (views * size - 1)
+    guess.axhline(100 * found, **grey, linestyle="--", label=f"chance, {found:.2%}")
     guess.set_ylim(0, 100)
     for (key, value), style in zip((baselines or {}).items(), ("--", ":"), strict=False):
         knn.axhline(100 * value, **grey, linestyle=style, label=REPRESENTATIONS[key])
@@ -1915,7 +1982,7 @@ def write_summary(
     log = utils.read_jsonl(config.folder / utils.LOG)
     size, steps = batch_count(config, len(data.pretrain))
     baselines = {key: results["knn"][key] for key in ("pixels", "untrained")} if results else None
-    figure = draw_training(log, size, baselines)
+    figure = draw_training(log, size, baselines, config.views, config.loss)
     utils.warn_on_failure(utils.save_figure, figure, config.figure_folder / FIGURE)
     clock.lap("drawing")
     training = sum(row["seconds"] for row in log)
@@ -1927,7 +1994,7 @@ def write_summary(
         "loss": log[-1]["loss"],
         **results,
         "epochs": len(log),
-        "views_per_second": 2 * size * steps * len(log) / max(training, 1e-3),
+        "views_per_second": config.views * size * steps * len(log) / max(training, 1e-3),
         **clock.seconds(),
     }
     utils.write_json(config.folder / SUMMARY, summary)

@@ -223,9 +223,10 @@ def check_settings(options: Any) -> None:
         elif field.type == "tuple[float, ...]":
             valid = not value or -math.inf < value[0] < value[1] < math.inf  # False for nan
             rule = "two numbers, the smaller one first"
-        elif field.type in ("int", "float"):
-            valid = low <= value <= high  # False for nan
-            ends = high != LARGEST or value > high
+        elif field.type in ("int", "float", "tuple[int, ...]"):
+            several = value if isinstance(value, tuple) else (value,)
+            valid = all(low <= x <= high for x in several)  # False for nan
+            ends = high != LARGEST or max(several) > high
             rule = f"{low:g} to {high:g}" if ends else f"at least {low:g}"
         else:
             continue
@@ -286,6 +287,8 @@ def add_flags(parser: argparse.ArgumentParser, options: type, groups: dict[str, 
             details |= dict(type=kind, metavar=kind.__name__.upper())
         if field.type == "tuple[float, ...]":
             details |= dict(type=float, nargs=2, metavar=("LOW", "HIGH"))
+        elif field.type == "tuple[int, ...]":
+            details |= dict(type=int, nargs="+", metavar="INT")
         elif several:
             details["nargs"] = "+"
         group.add_argument(flag(field.name), **details)

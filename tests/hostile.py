@@ -1000,7 +1000,7 @@ def value_and_gradient(
 def losses(count: Count) -> None:
     """Value and gradient of each loss are finite, and those of float64."""
     for name in ablation_SimCLR.LOSSES:
-        loss = ablation_SimCLR.Variant(loss_function=name, margin=0.5).loss()
+        loss = ablation_SimCLR.Variant(loss_function=name, margin=0.5).loss(simclr.Config())
         for kind, z in embeddings().items():
             cosine = name != "nt-xent-dot"
             if not cosine and kind in ("huge", "of all sizes"):

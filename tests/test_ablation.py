@@ -66,7 +66,7 @@ def test_margin_triplet_is_the_double_loop(mined, margin):
 
     z1, z2 = two_views(seed=1)
     name = "margin-semi-hard" if mined else "margin"
-    loss = ablation.Variant(loss_function=name, margin=margin).loss()(z1, z2, 0.1)
+    loss = ablation.Variant(loss_function=name, margin=margin).loss(simclr.Config())(z1, z2, 0.1)
     assert loss.item() == pytest.approx(by_double_loop(z1, z2, term, mined), abs=1e-12)
 
 

@@ -113,7 +113,7 @@ def three_steps(config, block_bytes):
             loss, z = simclr.training_step(network, views.double(), simclr.nt_xent, config)
             gradients.append([p.grad.clone() for p in model.parameters()])
             losses.append(loss)
-            sums += [simclr.contrastive_accuracy(*z.chunk(2)), simclr.mean_cosine(z)]
+            sums += [simclr.contrastive_accuracy(*z.chunk(config.views)), simclr.mean_cosine(z)]
             simclr.set_rate(optimizer, config.lr)
             optimizer.step()
             optimizer.zero_grad()
@@ -131,13 +131,15 @@ PLAIN, BLOCKS = 2**22, 7 * 48 * 8  # bytes of the loss' matrix: the whole, or 7 
 
 
 @pytest.mark.parametrize(
-    ("world", "micro_batch", "block_bytes"),
-    [(2, 0, PLAIN), (3, 0, BLOCKS), (2, 12, BLOCKS), (3, 12, PLAIN)],
+    ("world", "micro_batch", "block_bytes", "views"),
+    [(2, 0, PLAIN, 2), (3, 0, BLOCKS, 4), (2, 12, BLOCKS, 4), (3, 12, PLAIN, 2)],
 )
-def test_processes_equal_one(world, micro_batch, block_bytes, group, tiny_config, monkeypatch):
+def test_processes_equal_one(
+    world, micro_batch, block_bytes, views, group, tiny_config, monkeypatch
+):
     """In float64, where what is left is no rounding of thousands of ReLUs at their kink."""
     monkeypatch.setattr(simclr, "BLOCK_BYTES", simclr.BLOCK_BYTES)  # is put back
-    arguments = tiny_config(**STEPS, micro_batch=micro_batch), block_bytes
+    arguments = tiny_config(**STEPS, micro_batch=micro_batch, views=views), block_bytes
     several = group(world, three_steps, *arguments)
     expected = three_steps(*arguments)
     for result in several.results():
