@@ -5,6 +5,7 @@ import io
 import json
 import math
 
+import gpu
 import pytest
 
 import benchmark
@@ -60,3 +61,22 @@ def test_the_spread_of_timings():
     assert benchmark.Timing([1.0, 2.0, 3.0]).median == 2.0
     assert benchmark.Timing([1.0, 2.0, 3.0]).spread == pytest.approx(0.5)
     assert math.isnan(benchmark.Timing([1.0]).spread)
+
+
+def test_a_section_of_the_gpu_checks_fails_alone(tmp_path, capsys, monkeypatch):
+    def broken():
+        raise AssertionError("not equal")
+
+    chosen = ("linear algebra", "save and resume", "kNN", "profile")
+    real = gpu.Checks.sections
+    monkeypatch.setattr(
+        gpu.Checks, "sections",
+        lambda self: {"broken": broken, **{name: real(self)[name] for name in chosen}},
+    )  # fmt: skip
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(["--tiny", "--device", "cpu", "--out", str(tmp_path)])
+    assert ended.value.code == 1
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    assert [name for name, found in results.items() if "FAILED" in found] == ["broken"]
+    assert set(results) == {"broken", *chosen}
+    assert "failed: broken; written to" in capsys.readouterr().out
