@@ -134,17 +134,24 @@ class Race:
         size, steps = simclr.batch_count(config, len(data.pretrain))
         now = simclr.TrainState(steps, torch.zeros(3, device=device))
         network = simclr.compiled(model, optimizer, config, size, now)
+        contrast = simclr.LOSSES[config.loss]
         for epoch in itertools.count():
             network.train()
-            for views in simclr.view_batches(config, data.pretrain, device, epoch, 0):
+            sized = config.at_epoch(int(clock.progress * config.epochs))  # views may grow
+            augment = simclr.make_augment(sized)
+            for views in simclr.view_batches(config, data.pretrain, device, epoch, 0, augment):
                 simclr.set_rate(optimizer, rate(config, clock.progress))
-                loss, z = simclr.training_step(network, views, simclr.nt_xent, config)
+                loss, z = simclr.training_step(network, views, contrast, config)
                 optimizer.step()
                 optimizer.zero_grad()
-                now.add(loss, simclr.contrastive_accuracy(*z.chunk(2)), simclr.mean_cosine(z))
+                accuracy = simclr.contrastive_accuracy(*z.chunk(config.views))
+                now.add(loss, accuracy, simclr.mean_cosine(z))
                 if clock.after_step():
                     break
             if clock.part >= self.options.points:
+                if config.view_sizes:  # not timed: a few seconds
+                    simclr.estimate_statistics(model, data.pretrain, config, device)
+                    clock.curve[-1] = clock.curve[-1][0], clock.accuracy()
                 return clock, model.encoder
 
     def usual(self) -> tuple[Clock, nn.Module]:
@@ -209,7 +216,7 @@ def hold(options: Options, given: dict[str, Any]) -> dict[str, Any]:
         "by_clock": not options.steps,
         "steps": clock.steps,
         "seconds": round(seconds, 1),
-        "views_per_second": round(2 * config.batch_size * clock.steps / seconds),
+        "views_per_second": round(config.views * config.batch_size * clock.steps / seconds),
         "knn": round(clock.curve[-1][1], 4),
         "linear": round(linear_accuracy(encoder, data, config, device), 4),
         "curve": [[round(x, 4) for x in point] for point in clock.curve],
