@@ -260,8 +260,8 @@ class Variant:
         return functools.partial(extra_batches, extra=self.extra)
 
     def model(self, config: Config) -> simclr.SimCLR:
-        """A fresh model, with the same weights whatever the number of passes."""
-        model = simclr.make_model(config)
+        """The model to start from, with the same weights whatever the number of passes."""
+        model = simclr.start_model(config)
         if self.passes == 2:
             weights, model = model.state_dict(), TwoPasses(config)
             model.load_state_dict(weights)
@@ -375,7 +375,7 @@ def representation(run: Run) -> dict[str, float]:
     they do not look at the test images.
     """
     model, data = run.pretrained(), run.data
-    classes, k, results = len(data.train.classes), simclr.KNN_NEIGHBOURS, {}
+    classes, results = len(data.train.classes), {}
     with utils.frozen(model):
         for suffix, network in (("_z", nn.Sequential(*model.children())), ("", model.encoder)):
             (x, y), (x_test, y_test) = (
@@ -385,9 +385,7 @@ def representation(run: Run) -> dict[str, float]:
             results["knn" + suffix] = simclr.knn_of(x, y, x_test, y_test, classes)
             classifier = utils.fit_linear_classifier(x, y, classes)
             results["linear" + suffix] = utils.accuracy(classifier(x_test).argmax(1), y_test)
-        fit, held_out = (torch.from_numpy(r) for r in utils.split_held_out(y.cpu().numpy()))
-        predicted = utils.knn_predict(x[fit], y[fit], x[held_out], classes, k)  # x: h
-        results["selection"] = utils.accuracy(predicted, y[held_out])
+        results["selection"], _ = simclr.held_out_knn(x, y, classes)  # x: h
         results |= contrastive_task(model, run)
     results["parameters"] = sum(p.numel() for p in model.encoder.parameters())
     return results
@@ -591,6 +589,7 @@ METRICS = {
     "parameters": Metric("parameters", ""),
     "selection": Metric("selection"),
 }
+OF_TEST_IMAGES = ("linear", "knn", "linear_z", "knn_z", "accuracy", "probe_h", "probe_z")
 PARAMETERS = "parameters"  # as a setting's x: the number of parameters, which is measured
 SUPERVISED_TOO = (("SimCLR", representation), ("supervised", supervised))  # series, measure
 BATCHES = {"digits": (64, 128, 256, 512)}
@@ -1011,6 +1010,11 @@ class Results:
     def seeds(self) -> int:
         return len({row["seed"] for row in self.rows})
 
+    @property
+    def images(self) -> int:
+        """Of the test split; 0 if a CSV does not say."""
+        return max(int(row.get("test_images") or 0) for row in self.rows)
+
     def best_of_groups(self) -> Results:
         """Of each group of settings, which are neighbours, the one of the best mean `selection`."""
 
@@ -1028,13 +1032,23 @@ def paper_numbers(study: Study, metric: str, settings: Sequence[Setting]) -> lis
 
 
 def markdown(study: Study, results: Results) -> str:
-    """The table of the study, a row per setting, mean ± standard deviation over seeds."""
+    """The table of the study, a row per setting: means over the seeds, and their error.
+
+    That is the standard deviation over the seeds, of accuracies with the sampling error of few test
+    images (utils.accuracy_error).
+    """
     columns = [["setting", *(s.label for s in results.settings)]]
     for metric in study.metrics:
         cells = [f"{METRICS[metric].title}, {METRICS[metric].unit}".rstrip(", ")]
         for mean, spread in zip(*results.columns(metric), strict=True):
-            cells.append("–" if math.isnan(mean) else f"{mean:.1f}")
-            cells[-1] += f" ± {spread:.1f}" * (results.seeds > 1 and cells[-1] != "–")
+            if math.isnan(mean):
+                cells.append("–")
+                continue
+            error, known = spread, results.seeds > 1
+            if metric in OF_TEST_IMAGES and 0 < results.images < utils.FEW_IMAGES:
+                error, known = utils.accuracy_error(mean / 100, results.images, spread / 100), True
+                error *= 100
+            cells.append(f"{mean:.1f}" + f" ± {error:.1f}" * known)
         columns.append(cells)
         if metric in study.paper:
             numbers = paper_numbers(study, metric, results.settings)
@@ -1060,8 +1074,7 @@ def compare(results: Results, left: tuple[str, str], right: tuple[str, str]) -> 
         return False, "not measured"
     mean, seeds = statistics.fmean(points), len(points)
     spread = statistics.stdev(points) if seeds > 1 else 0.0
-    images = max(int(row.get("test_images") or 0) for row in results.rows)
-    variance = spread**2 / seeds
+    images, variance = results.images, spread**2 / seeds
     text = f"{'better' if mean >= 0 else 'worse'} by {abs(mean):.1f}"
     text += f" ± {spread:.1f} points" if seeds > 1 else " points"
     if images:
@@ -1340,6 +1353,8 @@ class Grid:
         utils.save_figure(figure, self.png, dpi=120)
         print(f"\n{study.question} ({study.where}) on {self.base.dataset}\n")
         print(markdown(study, results))
+        if 0 < results.images < utils.FEW_IMAGES:
+            print(f"±: sampling error of {results.images:,} images, and spread over seeds if any")
         print(f"\n{verdict(study, results)}\n\ntable   {self.csv}\nfigure  {self.png}")
 
 

@@ -4,8 +4,10 @@
     python load_simCLR.py RUN --tasks knn linear linear-augmented semi supervised
     python load_simCLR.py RUN --dataset cifar10      # the same on another data set: transfer
     python load_simCLR.py RUN --embed PHOTOS         # h of any folder of images, as .npz
-    python load_simCLR.py RUN --classify PHOTOS      # and its classes, as .csv
+    python load_simCLR.py RUN --fine-tune            # a classifier of all labels, as classifier.pt
+    python load_simCLR.py RUN --classify PHOTOS      # the classes of any images, as .csv
     python load_simCLR.py RUN --export encoder.pt    # torchvision's names
+    python load_simCLR.py RUN --tasks detection      # as a detector's backbone; --data-dir BOXES
     python load_simCLR.py moco_v2.pth.tar --dataset cifar10    # somebody else's encoder
 
 RUN is the name of a run, its folder or a checkpoint file. From Python:
@@ -13,32 +15,40 @@ RUN is the name of a run, its folder or a checkpoint file. From Python:
     from load_simCLR import load_encoder
     encoder = load_encoder("checkpoints/cifar10_resnet18")  # frozen, in eval mode
     h = encoder(images)    # float (B, 3, S, S) in [0, 1] -> (B, encoder.feature_dim)
+    classifier = load_classifier("checkpoints/cifar10_resnet18")  # that --fine-tune has written
+    logits = classifier(images)    # (B, len(classifier.classes))
 
 What makes the numbers trustworthy: the encoder's parameters and buffers are compared byte for
 byte before and after every evaluation of it frozen; whatever is chosen (the l2 penalty) is chosen
-on a part of the training set; the test split is used once, for the number that is reported; a
-checkpoint is loaded strictly or not at all.
+on a part of the training set; the test split only gives the number that is reported (the kNN
+accuracy during training is of it, too: see --knn-split of simclr.py); a checkpoint is loaded
+strictly or not at all.
 
-Reading order: loading · export · evaluation · results · figure · new images · options · main. How
-other projects name their weights is in utils.py.
+Reading order: loading · export · evaluation · results · figure · classifiers · new images ·
+detection · options · main. How other projects name their weights is in utils.py.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import csv
 import dataclasses
-import hashlib
 import io
 import itertools
 import json
+import math
 import os
+import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
@@ -46,12 +56,18 @@ import torch
 import torchvision
 from sklearn import metrics
 from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.ops import MultiScaleRoIAlign
+from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 import simclr
 import utils
 from simclr import IMAGENET_STEM_SIZE, Config, Data, Source, check_size, load_source
-from utils import MEANS, ImageFiles, InputError, LabelTraining, flag, setting
+from utils import MEANS, ImageFiles, InputError, LabelTraining, flag, setting, shown
 
 # ----------------------------------------------------------------------------------------- loading
 
@@ -145,6 +161,7 @@ def export_encoder(source: Source, file: Path) -> str:
 
 # neighbours and the temperature of their weights; the second as most codes report (Wu et al. 2018)
 KNN = ((simclr.KNN_NEIGHBOURS, None), (200, 0.1))
+LABELS = ("1%", "10%", "100%")  # of 'semi'
 LINEAR_EPOCHS, LINEAR_BATCH = 90, 256  # of 'linear-augmented'; the paper's number of epochs
 MANY_LABELS, MANY_EPOCHS, FEW_EPOCHS = 0.1, 30, 60  # Appendix B.5: from 10 % on, and below
 SUPERVISED = LabelTraining(epochs=90, batch_size=256, lr=0.1, weight_decay=1e-4)  # He et al. 2016
@@ -189,7 +206,7 @@ class Evaluation:
         self._features: dict[str, tuple[Tensor, Tensor]] = {}
 
     def untrained(self, seed: int) -> nn.Module:
-        """The network at its random start; seed 0 is where the run itself began."""
+        """The network before pre-training; seed 0 is where the run itself began."""
         config = dataclasses.replace(self.config, seed=self.config.seed + seed)
         encoder = self.source.untrained(config)
         return encoder.to(self.device, memory_format=torch.channels_last)
@@ -289,21 +306,18 @@ class Evaluation:
 
     def semi(self) -> list[Column]:
         """A column for each label set; of sets of the same images only the first."""
-        sizes = [len(self.label_rows(amount, 0)) for amount in self.options.labels]
+        labels = self.options.labels or LABELS
+        sizes = [len(self.label_rows(amount, 0)) for amount in labels]
         first = [i for i, size in enumerate(sizes) if size not in sizes[:i]]
-        return [self.few_labels(self.options.labels[i], sizes[i]) for i in first]
+        return [self.few_labels(labels[i], sizes[i]) for i in first]
 
     def few_labels(self, amount: str, n: int) -> Column:
         """Fine-tuned with n labels: the encoder and, from scratch, the untrained one.
 
         Beside them logistic regression on raw pixels. The head is thrown away, as in the paper.
         """
-        wanted = parse_amount(amount)
-        share = wanted if isinstance(wanted, float) else n / len(self.data.train)
-        text = f"{wanted} a class" if isinstance(wanted, int) else f"{100 * wanted:g} %"
-        epochs = self.options.epochs or (MANY_EPOCHS if share >= MANY_LABELS else FEW_EPOCHS)
-        column = Column("semi", f"fine-tuned, {text} ({n:,}){self.note}")
-        training, augment = LabelTraining(epochs), simclr.geometric_augment(self.config)
+        column, training = self.label_training(amount, n)
+        augment = simclr.geometric_augment(self.config)
         x, x_test = utils.standardize(*self.features("pixels"))
         for seed in range(self.options.seeds):
             rows = self.label_rows(amount, seed)
@@ -313,6 +327,15 @@ class Evaluation:
             self.fine_tune(column, self.untrained(seed), rows, augment, training, seed)
             self.fine_tune(column, self.encoders["simclr"], rows, augment, training, seed)
         return column
+
+    def label_training(self, amount: str, n: int) -> tuple[Column, LabelTraining]:
+        """An empty column for a label set of n images, and how to train on it."""
+        wanted = parse_amount(amount)
+        share = wanted if isinstance(wanted, float) else n / len(self.data.train)
+        text = f"{wanted} a class" if isinstance(wanted, int) else f"{100 * wanted:g} %"
+        epochs = self.options.epochs or (MANY_EPOCHS if share >= MANY_LABELS else FEW_EPOCHS)
+        column = Column("semi", f"fine-tuned, {text} ({n:,}){self.note}")
+        return column, LabelTraining(epochs)
 
     def supervised(self) -> list[Column]:
         """All labels, crops, flips and colour, from scratch: what SimCLR does without."""
@@ -326,7 +349,7 @@ class Evaluation:
     def fine_tune(
         self, column: Column, start: nn.Module, rows: Tensor, augment: simclr.Augment,
         training: LabelTraining, seed: int,
-    ) -> None:  # fmt: skip
+    ) -> nn.Sequential:  # fmt: skip
         """Adds the scores of a copy of `start` that is trained on the labels of `rows`."""
         name = "simclr" if start is self.encoders["simclr"] else "untrained"
         title = f"{column.title}, {name}, seed {seed}"
@@ -337,6 +360,8 @@ class Evaluation:
             )  # fmt: skip
         logits = simclr.features(network, self.data.test, self.config, self.device)
         self.record(column, name, logits)
+        print(f"{title}: {percent(column.scores[name][-1:], len(logits))}", flush=True)
+        return network
 
     def label_rows(self, amount: str, seed: int) -> Tensor:
         """Which training images have a label, the same share or number of each class: int64 (M,).
@@ -417,7 +442,8 @@ def evaluation_setup(source: Source, options: Options, device: torch.device) -> 
     if not data.labelled:
         raise InputError(
             f"{config.dataset} in {config.data_dir} has no labels, or no labelled test images: "
-            "there is nothing to evaluate by (--embed works without)"
+            "there is nothing to evaluate by; give --data-dir LABELLED, a folder with "
+            "train/<class>/ and test/<class>/ (--embed works without)"
         )
     config = simclr.resolve(config, data.pretrain, device)
     check_size(source, config.image_size)
@@ -432,7 +458,11 @@ def choose_precision(source: Source, options: Options, device: torch.device) -> 
 
 # ----------------------------------------------------------------------------------------- results
 
-UNEVEN = 1.5  # ratio of the largest and the smallest class from which on accuracy misleads
+MEASURES = {  # of class_measures(), in the order in which they are printed
+    "mean_per_class": "Mean accuracy of the classes",
+    "macro_f1": "Macro F1",
+    "auroc": "Area under the ROC curve",
+}
 
 
 def table(
@@ -468,17 +498,19 @@ def mean_and_spread(scores: Sequence[float], images: int) -> tuple[float, int, f
 
 
 def text_of(results: dict, names: dict[str, str]) -> str:
-    """What is printed: accuracies, mean per-class accuracies if classes are uneven, comparisons."""
+    """What is printed: for uneven classes other measures, then accuracies, then comparisons."""
     columns, parts = results["columns"], []
     if results["uneven_classes"]:
-        mean_per_class = [
-            {**c, "scores": {name: m["mean_per_class"] for name, m in c["measures"].items()}}
-            for c in columns
-        ]
-        parts += [
-            f"Classes are uneven: the largest has {percent([results['majority']])} of the test "
-            f"images.\n\nMean accuracy of the classes:\n{table(mean_per_class, names)}\n\nAccuracy:"
-        ]
+        largest = percent([results["majority"]])
+        parts += [f"Classes are uneven: the largest has {largest} of the test images.\n"]
+        for key, title in MEASURES.items():
+            measured = [
+                {**c, "scores": {name: m[key] for name, m in c["measures"].items() if key in m}}
+                for c in columns
+            ]
+            if any(c["scores"] for c in measured):
+                parts += [f"{title}:\n{table(measured, names)}\n"]
+        parts += ["Accuracy:"]
     images = results["test_images"]
     parts += [table(columns, names, images)]
     if images < utils.FEW_IMAGES:
@@ -488,7 +520,9 @@ def text_of(results: dict, names: dict[str, str]) -> str:
             parts += [f"{title}: not with {results['train_images']} training images"]
         if title.startswith("fine-tuned"):
             gain = statistics.fmean(scores["simclr"]) - statistics.fmean(scores["untrained"])
-            better, worse = ("pre-training", "training from scratch")[:: 1 if gain > 0 else -1]
+            begun = names["untrained"] != simclr.REPRESENTATIONS["untrained"]  # with --init
+            other = "fine-tuning the weights before it" if begun else "training from scratch"
+            better, worse = ("pre-training", other)[:: 1 if gain > 0 else -1]
             parts += [f"{title}: {better} is {abs(100 * gain):.1f} points better than {worse}"]
     return "\n".join(parts)
 
@@ -546,7 +580,8 @@ def draw_evaluation(
 
 def draw_accuracies(axis: Any, results: dict, names: dict[str, str]) -> None:
     """A line a measurement, a mark a representation, with its error where there is one."""
-    columns, images = results["columns"], results["test_images"]
+    columns = [column for column in results["columns"] if column["scores"]]
+    images = results["test_images"]
     present = [key for key in names if any(key in c["scores"] for c in columns)]
     for i, key in enumerate(present):
         rows = [(y, c["scores"][key]) for y, c in enumerate(columns) if key in c["scores"]]
@@ -611,6 +646,136 @@ def mistake_tiles(evaluation: Evaluation, classes: Sequence[str]) -> list[tuple[
     return tiles
 
 
+# ------------------------------------------------------------------------------------- classifiers
+
+FINE_TUNED, LINEAR = "classifier.pt", "linear_classifier.pt"
+
+
+class Classifier(nn.Module):
+    """An encoder and a linear layer: float (B, 3, S, S) in [0, 1] -> logits (B, K).
+
+    facts: what its file holds: classes, image_size, range, accuracy, ….
+    """
+
+    def __init__(self, encoder: nn.Module, linear: nn.Linear, facts: dict[str, Any]) -> None:
+        super().__init__()
+        self.encoder, self.linear, self.facts = encoder, linear, facts
+        self.classes, self.image_size = tuple(facts["classes"]), facts["image_size"]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.linear(self.encoder(images))
+
+    def __str__(self) -> str:
+        accuracy = percent([self.facts["accuracy"]], self.facts["test_images"])
+        return (
+            f"{self.facts['network']['origin']}, {len(self.classes)} classes, right for {accuracy} "
+            f"of {self.facts['test_images']:,} test images"
+        )
+
+
+def load_classifier(where: str | Path = "", device: torch.device | str = "cpu") -> Classifier:
+    """A classifier that --fine-tune or --classify has written, frozen and in eval mode.
+
+    where: its file, or the folder or name of a run that has been fine-tuned. `classifier.classes`
+    are the names of the logits, `classifier.image_size` is the side in px that it was trained for.
+    Raises InputError if there is none, or the file is damaged or of another version.
+    """
+    file = utils.find_checkpoint(str(where))
+    if file.name == utils.CHECKPOINT:
+        file = file.with_name(FINE_TUNED)
+    source = load_source(file)
+    facts = source.classifier
+    if facts is None:
+        raise InputError(f"{file} is no classifier; --fine-tune makes one of a run")
+    with utils.errors_as_input_error(f"{file} is no classifier", (InputError,)):
+        linear = nn.Linear(source.resnet.feature_dim, len(facts["classes"]))
+        utils.load_weights(linear, facts["linear"], str(file))
+        classifier = Classifier(source.encoder, linear, facts).eval().requires_grad_(False)
+    classifier.register_forward_pre_hook(check_first_images)
+    return classifier.to(device)
+
+
+def save_classifier(
+    file: Path, evaluation: Evaluation, encoder: nn.Module, linear: nn.Linear, accuracy: float,
+    origin: str,
+) -> None:  # fmt: skip
+    """Writes the source's encoder, or a copy that was trained further, and a linear layer on it.
+
+    accuracy: in [0, 1], on the test images. origin: what was trained on what.
+    """
+    source, data, config = evaluation.source, evaluation.data, evaluation.config
+    shape = source.config or source.foreign
+    network = {name: getattr(shape, name) for name in ("arch", "width", "stem")}
+    network |= {"padding": source.resnet.conv1.padding[0], "normalize": source.normalize}
+    network |= {"stem_relu": not isinstance(source.resnet.relu, nn.Identity), "origin": origin}
+    state = {
+        utils.CLASSIFIER_KEY: utils.CLASSIFIER_FORMAT,
+        "network": network,
+        "classes": list(data.train.classes),
+        "image_size": config.image_size,
+        "range": list(config.range),
+        "accuracy": accuracy,
+        "test_images": len(data.test),
+        "checkpoint_sha256": utils.file_digest(source.file),
+        "encoder": utils.without_normalization(encoder).state_dict(),
+        "linear": linear.state_dict(),
+    }
+    utils.save_checkpoint(file, state)
+
+
+def save_linear_classifier(evaluation: Evaluation) -> None:
+    """Keeps the classifier that evaluation.linear() has fitted."""
+    source, fitted = evaluation.source, evaluation.classifier
+    linear = nn.Linear(*fitted.weight.shape)
+    linear.load_state_dict({"weight": fitted.weight.T, "bias": fitted.bias})
+    accuracy = utils.accuracy(evaluation.predicted, evaluation.data.test.labels)
+    file = source.output(LINEAR, evaluation.options.figures)
+    origin = f"linear classifier on {len(evaluation.data.train):,} labelled images"
+    save_classifier(file, evaluation, source.encoder, linear, accuracy, origin)
+
+
+def fine_tune_classifier(source: Source, options: Options, device: torch.device) -> None:
+    """--fine-tune: trains encoder and linear layer on labelled images once, and keeps them.
+
+    How long it trains follows from the number of labels; the test images only measure it.
+    """
+    config, data = evaluation_setup(source, options, device)
+    evaluation = Evaluation(source, config, data, device, options)
+    amount = options.labels[0] if len(options.labels) == 1 else "100%"
+    rows = evaluation.label_rows(amount, seed=0)
+    file = Path(options.out or source.output(FINE_TUNED, options.figures))
+    check_targets(file)
+    print(f"{source.file}: {source.description}")
+    print(f"fine-tuning on {len(rows):,} of {len(data.train):,} labelled images", flush=True)
+    column, training = evaluation.label_training(amount, len(rows))
+    augment, start = simclr.geometric_augment(config), evaluation.encoders["simclr"]
+    network = evaluation.fine_tune(column, start, rows, augment, training, seed=0)
+    (accuracy,) = column.scores["simclr"]
+    origin = f"fine-tuned on {len(rows):,} labelled images"
+    save_classifier(file, evaluation, *network, accuracy, origin)
+    per_class = percent(column.measures["simclr"]["mean_per_class"])
+    print(f"mean accuracy of the classes {per_class}\nclassifier    {file}")
+
+
+def find_classifier(source: Source, options: Options, device: torch.device) -> Classifier:
+    """The source itself if it is one, the fine-tuned one beside it, or a linear one fitted now."""
+    if source.classifier:
+        return load_classifier(source.file)
+    file = source.output(FINE_TUNED, options.figures)
+    if file.is_file():
+        classifier = load_classifier(file)
+        if classifier.facts["checkpoint_sha256"] == utils.file_digest(source.file):
+            return classifier
+        utils.log_warning(f"warning: {file} is of an earlier checkpoint, and is not used")
+    config, data = evaluation_setup(source, options, device)
+    evaluation = Evaluation(source, config, data, device, options)
+    evaluation.encoders = {"simclr": source.encoder}
+    with utils.frozen(source.encoder):
+        evaluation.linear()
+    save_linear_classifier(evaluation)
+    return load_classifier(source.output(LINEAR, options.figures))
+
+
 # -------------------------------------------------------------------------------------- new images
 
 EMBED_BATCH = 128  # images of up to 224 px in float32: 77 MB
@@ -620,58 +785,897 @@ def use_on_new_images(source: Source, options: Options, device: torch.device) ->
     """--embed and --classify: writes the .npz and the .csv."""
     check_targets(options.out)
     small_stem = source.resnet.conv1.stride[0] == 1
-    size = options.image_size or (source.config.image_size if source.config else 0)
+    facts = dataclasses.asdict(source.config) if source.config else source.classifier or {}
+    size = options.image_size or facts.get("image_size", 0)
     size = size or (IMAGENET_STEM_SIZE if small_stem else simclr.STREAMED_SIZE)
-    if options.classify:  # by logistic regression on the labelled images
-        config, data = evaluation_setup(source, options, device)
-        evaluation = Evaluation(source, config, data, device, options)
-        evaluation.encoders = {"simclr": source.encoder}
-        with utils.frozen(source.encoder):
-            evaluation.linear()
-        size = config.image_size
-    check_size(source, size)
-    for folder in dict.fromkeys(f for f in (options.embed, options.classify) if f):
-        paths, h = embed_folder(source, Path(folder), size, options, device)
-        if folder == options.embed:
-            out = Path(options.out or source.output("features.npz", options.figures))
-            buffer = io.BytesIO()
-            np.savez(buffer, paths=np.array(paths), h=h.cpu().numpy())
-            utils.write_atomically(out, buffer.getbuffer())
-            print(f"{len(paths):,} images, h of {h.shape[1]} dimensions each: {out}")
-        if folder == options.classify:
-            out = Path(options.out or source.output("classified.csv", options.figures))
-            confidence, predicted = evaluation.classifier(h).softmax(1).max(1)
-            names = [data.train.classes[i] for i in predicted.tolist()]
-            write_predictions(out, paths, names, confidence.tolist())
-            print(f"{len(paths):,} images classified: {out}")
+    embed = partial(embed_images, precision=choose_precision(source, options, device),
+                    workers=utils.worker_count(options.workers), device=device)  # fmt: skip
+    if options.embed:
+        check_size(source, size)
+        grey_range = options.range or tuple(facts.get("range", ()))
+        paths, h = embed(source.encoder, Path(options.embed), size, grey_range)
+        out = Path(options.out or source.output("features.npz", options.figures))
+        buffer = io.BytesIO()
+        np.savez(buffer, paths=np.array(paths), h=h.cpu().numpy())
+        utils.write_atomically(out, buffer.getbuffer())
+        print(f"{len(paths):,} images, h of {h.shape[1]} dimensions each: {out}")
+    if options.classify:
+        classifier = find_classifier(source, options, device)
+        print(f"classifier: {classifier}")
+        size = options.image_size or classifier.image_size
+        check_size(source, size)
+        grey_range = options.range or tuple(classifier.facts["range"])
+        paths, logits = embed(classifier, Path(options.classify), size, grey_range)
+        out = Path(options.out or source.output("classified.csv", options.figures))
+        confidence, predicted = logits.softmax(1).max(1)
+        names = [classifier.classes[i] for i in predicted.tolist()]
+        write_predictions(out, paths, names, confidence.tolist())
+        print(f"{len(paths):,} images classified: {out}")
 
 
-def embed_folder(
-    source: Source, folder: Path, size: int, options: Options, device: torch.device
-) -> tuple[list[str], Tensor]:
-    """h of every image below a folder, streamed from disk; prints which could not be read.
+def embed_images(
+    network: nn.Module, where: Path, size: int, grey_range: tuple[float, ...], precision: str,
+    workers: int, device: torch.device,
+) -> tuple[list[str], Tensor]:  # fmt: skip
+    """What a network computes of every image below a folder, or of one image, streamed from disk.
 
-    Returns the paths relative to the folder and float32 (N, D) in their order. Raises InputError
-    if there is no image that can be read.
+    Prints which could not be read. Returns the paths relative to the folder and float32 (N, D) in
+    their order. Raises InputError if there is no image that can be read.
     """
-    paths = utils.list_images(folder)
+    folder, paths = where.parent, [where.name]
+    if where.is_dir():
+        folder, paths = where, utils.list_images(where)
     if not paths:
         raise InputError(f"no images in {folder}")
     names = np.array([os.fsencode(path) for path in paths])
-    grey_range = options.range or (source.config.range if source.config else ())
     grey_range = utils.choose_range(folder, paths, grey_range)
     files = ImageFiles(folder, names, max_bad=1.0, grey_range=grey_range)
-    precision = choose_precision(source, options, device)
-    workers = utils.worker_count(options.workers)
-    encoder = source.encoder.to(device, memory_format=torch.channels_last)
-    with utils.frozen(encoder):
-        h = utils.embed(encoder, files, size, device, precision, EMBED_BATCH, workers, str(folder))
+    network = network.to(device, memory_format=torch.channels_last)
+    with utils.frozen(network):
+        h = utils.embed(network, files, size, device, precision, EMBED_BATCH, workers, str(where))
     if files.unreadable:
         print(f"{len(files.unreadable):,} of {len(paths):,} images could not be read:")
         for reason in files.unreadable.values():
             print(f"  {utils.one_line(reason, 500)}")
     read = utils.rows_read(h)
     return [path for path, is_read in zip(paths, read.tolist(), strict=True) if is_read], h[read]
+
+
+# ------------------------------------------------------------------------ detection: images, boxes
+
+MAKE_SCENES, HEADS, SAMPLES = range(4, 7)  # streams of randomness, beside those of simclr.py
+RELATIVE = [1, 1]  # width and height of an image, in the units of YOLO's boxes
+
+
+@dataclass
+class Annotated:
+    """The objects of one image, as a file of annotations has them."""
+
+    path: Path
+    size: list | None  # width and height that the file states, in px, or RELATIVE
+    objects: list[tuple] = field(default_factory=list)  # class, left, top, right, bottom, ignored
+    image_id: int | None = None  # in COCO's files
+
+
+Annotations = tuple[list[Annotated], dict[Any, str]]  # with the names of the classes in them
+
+
+@dataclass
+class Boxes:
+    """Images and the objects in them; each list has an item an image.
+
+    boxes: float32 (K, 4), left, top, right and bottom edge in pixels of the image as displayed.
+    labels: int64 (K,), from 1 on, as 0 is the background. ignored: bool (K,), COCO's crowds and
+    VOC's difficult objects: nothing is learned from them, and to find them is no hit and no miss.
+    image_ids, class_ids: for files in COCO's formats. dropped: boxes that were left out, and why.
+    """
+
+    images: utils.Images
+    boxes: list[Tensor]
+    labels: list[Tensor]
+    ignored: list[Tensor]
+    image_ids: list[int]
+    classes: tuple[str, ...]
+    class_ids: tuple[int, ...]
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def subset(self, rows: Tensor) -> Boxes:
+        """The images at `rows`, int64 (M,)."""
+        names = ("boxes", "labels", "ignored", "image_ids")
+        lists = {name: [getattr(self, name)[i] for i in rows.tolist()] for name in names}
+        return dataclasses.replace(self, images=utils.subset(self.images, rows), **lists)
+
+
+def find_coco(root: Path) -> dict[str, Path]:
+    """The JSON file of each split; beside it or named after it lies the folder of the images."""
+    named = {f.stem[len("instances_") :]: f for f in root.glob("annotations/instances_*.json")}
+    beside = {f.parent.name: f for f in root.glob("*/_annotations.coco.json")}
+    plain = {f.stem: f for f in root.glob("*.json") if f.stem in ("train", "val", "test")}
+    return named or beside or plain
+
+
+def read_coco(root: Path, split: str, file: Path) -> Annotations:
+    """The images in order of their ids, and the names of classes by their ids."""
+
+    def refuse(text: str) -> None:
+        raise ValueError(f"it holds {text}, which is no number")
+
+    content = json.loads(file.read_bytes(), parse_constant=refuse)
+    images = {image["id"]: image for image in sorted(content["images"], key=lambda x: x["id"])}
+    name = next(iter(images.values()))["file_name"]
+    places = (root / split, root / "images" / split, root / "images", root)
+    folder = next((place for place in places if (place / name).is_file()), places[0])
+    items = {}
+    for key, image in images.items():
+        size = [image["width"], image["height"]] if image.get("width") else None
+        items[key] = Annotated(folder / image["file_name"], size, image_id=key)
+    for thing in content["annotations"]:
+        if (key := thing["image_id"]) not in items:
+            raise ValueError(f"a box has image_id {key}, which is not among the images")
+        x, y, width, height = map(float, thing["bbox"])
+        crowd = bool(thing.get("iscrowd"))
+        items[key].objects.append((thing["category_id"], x, y, x + width, y + height, crowd))
+    return list(items.values()), {c["id"]: str(c["name"]) for c in content["categories"]}
+
+
+class PlainXML(ElementTree.TreeBuilder):
+    """Refuses entities, which could grow to gigabytes or name other files."""
+
+    def doctype(self, *_: object) -> None:
+        raise ValueError("it declares a document type, which annotations do not need")
+
+
+def find_voc(root: Path) -> dict[str, list[Path]]:
+    """The XML files of each split. The test images of some years have none, and are no split."""
+    for base in (root, *sorted(root.glob("VOC*")), *sorted(root.glob("VOCdevkit/VOC*"))):
+        splits = {}
+        for name in ("train", "trainval", "val", "test"):
+            if (file := base / f"ImageSets/Main/{name}.txt").is_file():
+                stems = [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
+                splits[name] = [base / "Annotations" / f"{stem}.xml" for stem in stems]
+        splits = {name: files for name, files in splits.items() if files and files[0].is_file()}
+        if files := sorted(base.glob("Annotations/*.xml")):
+            return splits or {"all": files}
+    return {}
+
+
+def read_voc(root: Path, split: str, files: list[Path]) -> Annotations:
+    """Corners are pixels counted from 1, and inside the box."""
+    items = []
+    for file in files:
+        with utils.errors_as_input_error(f"cannot read {file}"):
+            tree = ElementTree.parse(file, ElementTree.XMLParser(target=PlainXML())).getroot()
+            size = [int(float(tree.findtext(f"size/{k}") or 0)) for k in ("width", "height")]
+            name = tree.findtext("filename") or f"{file.stem}.jpg"
+            item = Annotated(file.parents[1] / "JPEGImages" / name, size if all(size) else None)
+            for thing in tree.findall("object"):
+                edges = (thing.findtext(f"bndbox/{k}") for k in ("xmin", "ymin", "xmax", "ymax"))
+                left, top, right, bottom = map(float, edges)
+                difficult = (thing.findtext("difficult") or "").strip() == "1"
+                kind = thing.findtext("name").strip()
+                item.objects.append((kind, left - 1, top - 1, right, bottom, difficult))
+            items.append(item)
+    return items, {thing[0]: thing[0] for item in items for thing in item.objects}
+
+
+def find_yolo(root: Path) -> dict[str, tuple[Path, Path]]:
+    """The folders of labels and of images of each split."""
+    inside = {f.name: (f, root / "images" / f.name) for f in root.glob("labels/*") if f.is_dir()}
+    beside = {f.parent.name: (f, f.with_name("images")) for f in root.glob("*/labels")}
+    whole = {"all": (root / "labels", root / "images")} if (root / "labels").is_dir() else {}
+    return inside or beside or whole
+
+
+def read_yolo(root: Path, split: str, folders: tuple[Path, Path]) -> Annotations:
+    """Of each image a text file: class, centre, width and height, as shares of the sides."""
+    items = []
+    for name in utils.list_images(folders[1]):
+        item, file = Annotated(folders[1] / name, RELATIVE), (folders[0] / name).with_suffix(".txt")
+        with utils.errors_as_input_error(f"cannot read {file}"):
+            text = file.read_text() if file.is_file() else ""
+            for kind, *numbers in (line.split() for line in text.splitlines() if line.strip()):
+                x, y, width, height = map(float, numbers)
+                if not max(x, y, width, height) <= 1.01:  # some programs round up
+                    raise ValueError(f"a box is not in shares of the image's sides: {numbers}")
+                edges = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+                item.objects.append((int(kind), *edges, False))
+        items.append(item)
+    return items, yolo_classes(root)
+
+
+def yolo_classes(root: Path) -> dict[int, str]:
+    """The names in data.yaml, as a list or with their numbers, or else in classes.txt."""
+    for file in sorted(root.glob("*.y*ml")):
+        text = re.sub(r"(^|\s)#.*", "", file.read_text(encoding="utf-8"))
+        pattern = r"^names:\s*(?:[\[{]([^\]}]*)[\]}]|((?:^\s*(?:-|\d+\s*:).*\n?)+))"
+        if names := re.search(pattern, text, re.MULTILINE):
+            items = [x for x in re.split(r"[,\n]", names[1] or names[2]) if x.strip()]
+            parts = [re.fullmatch(r"\s*(?:-|(\d+)\s*:)?\s*(.*?)\s*", item) for item in items]
+            return {int(p[1] or i): p[2].strip("\"'") for i, p in enumerate(parts)}
+    if (file := root / "classes.txt").is_file():
+        return dict(enumerate(file.read_text(encoding="utf-8").splitlines()))
+    raise InputError(f"{root} has no data.yaml with `names:`, and no classes.txt")
+
+
+FORMATS: dict[str, tuple[Callable, Callable, str]] = {
+    "COCO": (find_coco, read_coco, "annotations/instances_train*.json and train*/, or "
+             "train/_annotations.coco.json, or train.json beside the images"),
+    "Pascal VOC": (find_voc, read_voc, "Annotations/*.xml and JPEGImages/"),
+    "YOLO": (find_yolo, read_yolo, "labels/train/ and images/train/, or train/labels/ and "
+             "train/images/"),
+}  # fmt: skip
+
+
+def read_boxes(root: Path) -> tuple[Boxes, Boxes, str]:
+    """Training images, test images, and what they are, for people. Raises InputError."""
+    with utils.errors_as_input_error(f"cannot read the boxes of {root}", through=(InputError,)):
+        known = {name: splits for name, (find, *_) in FORMATS.items() if (splits := find(root))}
+        if not known:
+            layouts = "; ".join(f"{name}: {layout}" for name, (*_, layout) in FORMATS.items())
+            raise InputError(f"{root} has no boxes in a known layout ({layouts})")
+        name, splits = next(iter(known.items()))
+        read, names = FORMATS[name][1], choose_splits(splits)
+        parts = [read(root, split, splits[split]) for split in names]
+        classes = {key: text for _, texts in parts for key, text in texts.items()}
+        if any(classes[key] != text for key, text in parts[0][1].items()):
+            raise InputError(f"{root}: {' and '.join(names)} number the classes differently")
+        if len({item.path for items, _ in parts for item in items}) < sum(len(p[0]) for p in parts):
+            raise InputError(f"{root}: an image is listed twice in {' and '.join(names)}")
+        train, *test = (assemble(root, items, classes) for items, _ in parts)
+    if not test:  # a fixed fifth, so that it is the same whatever is compared
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+        rows = [part.sort()[0] for part in order.tensor_split([len(train) // 5])]
+        test = [dataclasses.replace(train.subset(rows[0]), dropped={})]
+        train = train.subset(rows[1])
+        names += ["a fifth of it, held out"]
+    if not all(sum(map(len, part.boxes)) for part in (train, *test)):
+        raise InputError(f"{root}: no boxes to train on, or none to test by")
+    return train, test[0], f"{root} ({name}: {names[0]} to train, {names[1]} to test)"
+
+
+def choose_splits(names: Iterable[str]) -> list[str]:
+    """The training split and, if there is one, the test split: "test", or else "val"."""
+    names = sorted(names)
+    test = [n for kind in ("test", "val") for n in names if n.startswith(kind)][:1]
+    train = [n for n in names if n.startswith("train")] or [n for n in names if n not in test]
+    final = test and test[0].startswith("test")  # then trainval may be trained on
+    return [train[-1 if final else 0], *test] if train else test
+
+
+def assemble(root: Path, items: list[Annotated], classes: dict) -> Boxes:
+    """Boxes in pixels, within their images. Raises InputError that names an image and its fault."""
+    keys, (boxes, labels, ignored) = sorted(classes), ([], [], [])
+    dropped = {"under a pixel": 0, "outside the image": 0}
+    for item in items:
+        for key in {thing[0] for thing in item.objects} - set(keys):
+            raise InputError(f"{item.path}: a box has class {shown(key)}, which has no name")
+        edges = torch.tensor([thing[1:5] for thing in item.objects], dtype=torch.float64)
+        edges, size = as_displayed(item, edges.view(-1, 4))
+        if not edges.isfinite().all():
+            raise InputError(f"{item.path}: a box has an edge that is not finite")
+        inside = edges.clamp(min=0).minimum(torch.tensor(size * 2))
+        tiny, cut = ((b[:, 2:] - b[:, :2] < 1).any(1) for b in (edges, inside))
+        dropped["under a pixel"] += int(tiny.sum())
+        dropped["outside the image"] += int((cut & ~tiny).sum())
+        kept = ~(tiny | cut)
+        boxes.append(inside[kept].float())
+        labels.append(torch.tensor([1 + keys.index(x[0]) for x in item.objects]).long()[kept])
+        ignored.append(torch.tensor([x[5] for x in item.objects]).bool()[kept])
+    files = ImageFiles(root, np.array([os.fsencode(os.path.relpath(x.path, root)) for x in items]))
+    ids = [i if item.image_id is None else item.image_id for i, item in enumerate(items, 1)]
+    class_ids = tuple(k if isinstance(k, int) else i for i, k in enumerate(keys, 1))
+    names = tuple(classes[key] for key in keys)
+    return Boxes(files, boxes, labels, ignored, ids, names, class_ids, dropped)
+
+
+def as_displayed(item: Annotated, boxes: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """Boxes (K, 4) in pixels of the image as displayed, and its width and height.
+
+    The size that is stated may be the file's before the quarter turn that EXIF asks for; then the
+    boxes turn. Raises InputError if it is neither.
+    """
+    with utils.Photo(item.path) as photo:
+        width, height, turn = photo.width, photo.height, photo.orientation
+    if item.size is RELATIVE:
+        boxes = boxes * torch.tensor([width, height] * 2)
+    elif turn >= 5 and width != height and item.size == [height, width]:
+        left, top, right, bottom = boxes.unbind(1)
+        if turn in (7, 8):
+            left, right = height - right, height - left
+        if turn in (6, 7):
+            top, bottom = width - bottom, width - top
+        boxes = torch.stack([top, left, bottom, right], 1)
+    elif item.size not in (None, [width, height]):
+        stated = f"{shown(item.size[0])} × {shown(item.size[1])}"
+        raise InputError(f"{item.path}: {width} × {height} px, but its annotation says {stated}")
+    return boxes, (width, height)
+
+
+TRAIN_SCENES, TEST_SCENES = 1000, 200
+CANVAS = 64  # px, the side of a scene
+DIGITS, DIGIT_SIZE = (1, 4), (12, 28)  # in a scene; px, with their margins
+FRAGMENTS, FRAGMENT_SIZE = 8, (4, 8)  # of digits, in a scene; px
+INK = 40  # from this grey on; digits are white on black
+PLACE_TRIES = 20  # places, before a digit is left out
+
+
+def digit_scenes(split: str, count: int, seed: int) -> Boxes:
+    """Scenes of scikit-learn's digits of a split among fragments of such digits; none overlap.
+
+    Boxes are tight around the ink.
+    """
+    digits = utils.load_images("digits", split)
+    random = np.random.default_rng(utils.derive_seed(seed, MAKE_SCENES, split == "test"))
+    scenes, boxes, labels = np.zeros((count, CANVAS, CANVAS), np.uint8), [], []
+    for scene in scenes:
+        free, placed = np.ones_like(scene, bool), []
+        wanted = random.integers(*DIGITS, endpoint=True)
+        for part in range(wanted + FRAGMENTS):
+            row, side = random.integers(len(digits)), random.integers(*DIGIT_SIZE, endpoint=True)
+            piece = TF.resize(digits.image(row)[:1], [side, side])[0].numpy()
+            if part < wanted:
+                rows, columns = ((piece >= INK).any(axis).nonzero()[0] for axis in (1, 0))
+                piece = piece[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+            else:
+                height, width = random.integers(*FRAGMENT_SIZE, 2, endpoint=True)
+                top, left = random.integers((side - height, side - width), endpoint=True)
+                piece = piece[top : top + height, left : left + width]
+            height, width = piece.shape
+            for _ in range(PLACE_TRIES):
+                top, left = random.integers((CANVAS - height, CANVAS - width), endpoint=True)
+                place = np.s_[top : top + height, left : left + width]
+                if free[place].all():
+                    scene[place], free[place] = piece, False
+                    if part < wanted:
+                        label = 1 + int(digits.labels[row])
+                        placed.append((label, left, top, left + width, top + height))
+                    break
+        boxes.append(torch.tensor([box for _, *box in placed]).float())
+        labels.append(torch.tensor([label for label, *_ in placed]))
+    images = utils.ImageSet(torch.from_numpy(scenes)[:, None].repeat(1, 3, 1, 1))
+    ignored = [torch.zeros_like(x, dtype=torch.bool) for x in labels]
+    ids, class_ids = list(range(1, count + 1)), tuple(range(1, 11))
+    return Boxes(images, boxes, labels, ignored, ids, digits.classes, class_ids)
+
+
+# ------------------------------------------------------------------- detection: average precision
+
+IOUS = np.linspace(0.5, 0.95, 10)  # intersection over union from which a detection is a hit
+RECALLS = np.linspace(0, 1, 101)
+MOST_DETECTIONS = 100  # of a class in an image: the most confident ones
+
+
+def precisions(truth: Boxes, found: Sequence[dict[str, Tensor]]) -> np.ndarray:
+    """Precision for each IoU, class and recall by COCO's rules: float64 (10, C, 101).
+
+    found: for each image `boxes` (D, 4), `labels` (D,) and `scores` (D,), as torchvision's
+    detectors give them. Means are average precisions (AP). NaN for a class without objects.
+    """
+    result = np.full((len(IOUS), len(truth.classes), len(RECALLS)), np.nan)
+    for label in range(1, len(truth.classes) + 1):
+        scores, verdicts, objects = [], [], 0
+        for i, image in enumerate(found):
+            own, theirs = truth.labels[i] == label, image["labels"] == label
+            confidence = image["scores"][theirs].double().numpy()
+            order = np.argsort(-confidence, kind="stable")[:MOST_DETECTIONS]
+            boxes = (image["boxes"][theirs][order], truth.boxes[i][own])
+            ignored = truth.ignored[i][own].numpy()
+            verdicts.append(match(*(x.double().numpy() for x in boxes), ignored))
+            scores.append(confidence[order])
+            objects += int((~ignored).sum())
+        if objects:
+            order = np.argsort(-np.concatenate(scores), kind="stable")
+            verdict = np.concatenate(verdicts, axis=1)[:, order]  # (10, D)
+            hits, misses = (verdict == 1).cumsum(1), (verdict == 0).cumsum(1)
+            precision = hits / np.maximum(hits + misses, 1)
+            precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+            for t, (row, recall) in enumerate(zip(precision, hits / objects, strict=True)):
+                result[t, label - 1] = np.append(row, 0)[np.searchsorted(recall, RECALLS)]
+    return result
+
+
+def match(boxes: np.ndarray, truth: np.ndarray, ignored: np.ndarray) -> np.ndarray:
+    """What each detection is at each IoU: 1 a hit, 0 a miss, -1 neither; int (10, D).
+
+    boxes: (D, 4) of one class in one image, most confident first. truth: (G, 4). ignored: (G,).
+    A detection takes the free object that it overlaps most, or else an ignored one, which stays
+    free and whose overlap is the share of the detection that lies inside.
+    """
+    verdicts = np.zeros((len(IOUS), len(boxes)), int)
+    if not len(truth):
+        return verdicts
+    upper = np.maximum(boxes[:, None, :2], truth[:, :2])
+    lower = np.minimum(boxes[:, None, 2:], truth[:, 2:])
+    shared = (lower - upper).clip(min=0).prod(2)  # (D, G)
+    area, own = ((b[:, 2:] - b[:, :2]).prod(1) for b in (boxes, truth))
+    overlap = shared / np.where(ignored, area[:, None], area[:, None] + own - shared)
+    free, every = np.ones((len(IOUS), len(truth)), bool), np.arange(len(IOUS))
+    for d, row in enumerate(overlap):
+        fits = free & (row >= IOUS[:, None])
+        value = np.where(fits, row + 2 * ~ignored, -1)  # (10, G)
+        best = len(truth) - 1 - value[:, ::-1].argmax(1)  # of equal ones the last, as COCO
+        verdicts[:, d] = fits.any(1) * np.where(ignored[best], -1, 1)
+        taken = verdicts[:, d] == 1
+        free[every[taken], best[taken]] = False
+    return verdicts
+
+
+def summary(precision: np.ndarray) -> dict[str, float]:
+    """AP, AP50 and AP75 of precisions(), in [0, 1], over the classes that have objects."""
+    of_ious = precision[:, ~np.isnan(precision[0, :, 0])].mean((1, 2))
+    return {"AP": of_ious.mean(), "AP50": of_ious[0], "AP75": of_ious[5]}
+
+
+# ----------------------------------------------------------------------- detection: the detectors
+
+DETECTION_LABELS = ("50", "200", "1000")
+FEWEST = 5  # labelled images: a fifth of the most is held out, to choose the learning rate by
+RATES = (1e-3, 3e-3)  # of AdamW, to choose from
+LONGER = 3  # times the steps, in a further row
+DETECTION_BATCH, WARM_SHARE = 8, 0.1  # images a step; of the steps, in which the rate rises
+LONGEST = 5 / 3  # the longer side of an image, by the shorter; longer images are made smaller
+
+
+class DetectorSizes(NamedTuple):
+    """What of a Faster R-CNN depends on the size of its images; by default as in torchvision."""
+
+    stages: tuple[int, ...]  # of the ResNet, whose outputs enter the feature pyramid
+    side: int  # px, the shorter side of an image by default
+    anchors: tuple[float, ...]  # for each level, and a further one: shares of that side
+    epochs: int  # passes over the labelled images
+    steps: int  # at least
+    channels: int = 256
+    roi: int = 7  # side of what is cut out of a level for an object
+    points: int = 2  # and points a side that each value in it is the mean of
+    head: int = 1024
+    options: Mapping[str, Any] = MappingProxyType({})  # further ones of FasterRCNN
+
+
+SMALL = dict(channels=64, roi=5, points=1, head=128, options=dict(
+    rpn_batch_size_per_image=64, box_batch_size_per_image=32, rpn_pre_nms_top_n_train=1000,
+    rpn_post_nms_top_n_train=500, rpn_post_nms_top_n_test=500,
+    box_positive_fraction=0.5,  # few steps need many objects among the samples
+))  # fmt: skip
+DETECTORS = {
+    "digits": DetectorSizes((2, 3), CANVAS, (0.19, 0.34, 0.62), 0, 150, **SMALL),
+    "small": DetectorSizes((2, 3, 4), 128, (0.1, 0.2, 0.4, 0.7), 12, 500, **SMALL),
+    "imagenet": DetectorSizes((1, 2, 3, 4), 448, (0.04, 0.08, 0.16, 0.32, 0.64), 12, 500),
+}
+
+
+class Levels(BackboneWithFPN):
+    """A feature pyramid on a ResNet, which alone may run in bfloat16: roi_align has no kernel."""
+
+    precision = "float32"
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        with utils.autocast(x.device, self.precision):
+            levels = self.body(x)
+        return self.fpn({name: level.float() for name, level in levels.items()})
+
+
+def make_detector(
+    resnet: simclr.Encoder, kind: str, normalize: str, classes: Sequence[str], side: int,
+    precision: str, seed: int = 0,
+) -> FasterRCNN:  # fmt: skip
+    """A Faster R-CNN on the stages of `resnet`, all trainable, for images in [0, 1].
+
+    kind: of DETECTORS. side: px, to which the shorter side is resized. The weights beside the
+    ResNet's follow from the seed alone.
+    """
+    sizes = DETECTORS[kind]
+    mean, std = map(list, MEANS.get(normalize, ([0.0] * 3, [1.0] * 3)))
+    stages = {f"layer{stage}": str(i) for i, stage in enumerate(sizes.stages)}
+    blocks = [getattr(resnet, name)[-1] for name in stages]
+    channels = [getattr(block, "bn3", block.bn2).num_features for block in blocks]
+    anchors = tuple((round(share * side),) for share in sizes.anchors)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(utils.derive_seed(seed, HEADS))
+        levels = Levels(resnet, stages, channels, sizes.channels, norm_layer=nn.BatchNorm2d)
+        levels.precision = precision
+        detector = FasterRCNN(
+            levels, min_size=side, max_size=round(side * LONGEST), image_mean=mean, image_std=std,
+            rpn_anchor_generator=AnchorGenerator(anchors, ((0.5, 1.0, 2.0),) * len(anchors)),
+            box_roi_pool=MultiScaleRoIAlign(list(stages.values()), sizes.roi, sizes.points),
+            box_head=TwoMLPHead(sizes.channels * sizes.roi**2, sizes.head),
+            box_predictor=FastRCNNPredictor(sizes.head, len(classes) + 1), **sizes.options,
+        )  # fmt: skip
+    detector.classes = tuple(classes)
+    return detector.requires_grad_(True)
+
+
+def load_detector(file: str | Path, device: torch.device | str = "cpu") -> FasterRCNN:
+    """The detector that --tasks detection has written: torchvision's FasterRCNN, in eval mode.
+
+    It takes a list of images, float (3, H, W) in [0, 1], and returns for each a dict of `boxes`
+    (D, 4) in pixels, `scores` (D,) and `labels` (D,), of which 1 is `detector.classes[0]`. Raises
+    InputError if the file is missing, damaged or something else.
+    """
+    state = utils.load_checkpoint(Path(file))
+    if "detector" not in state:
+        raise InputError(f"{file} is no detector; --tasks detection makes one")
+    made = utils.ForeignEncoder({}, prefix="", rest=[], **state["encoder"])
+    resnet = made.adapt(simclr.Encoder(made.arch, made.width, made.stem))
+    detector = make_detector(resnet, **state["detector"])
+    utils.load_weights(detector, state["model"], str(file))
+    return detector.eval().to(device)
+
+
+class Start(NamedTuple):
+    """What a detector begins with: a row of the table."""
+
+    title: str
+    resnet: Callable[[int], nn.Module]  # seed -> Encoder of normalised images
+    normalize: str
+    frozen: bool = False  # whether the encoder's weights and statistics stay as they are
+
+
+@dataclass
+class Detection:
+    """A comparison of detectors: what they begin with, learn from, and are measured on."""
+
+    starts: dict[str, Start]
+    train: Boxes
+    test: Boxes
+    where: str  # what the images are, for people
+    amounts: list[int]  # of labelled images, ascending
+    kind: str  # of DETECTORS
+    side: int  # px
+    epochs: int  # 0: by the kind
+    seed: int
+    precision: str
+    device: torch.device
+
+    def steps(self, n: int) -> int:
+        """Steps to train on n labelled images."""
+        sizes, passes = DETECTORS[self.kind], math.ceil(n / DETECTION_BATCH)
+        return self.epochs * passes or max(sizes.steps, sizes.epochs * passes)
+
+    def labelled(self, amount: int, seed: int) -> Boxes:
+        """The images that the detectors of one seed learn from."""
+        random = utils.generator("cpu", self.seed, simclr.LABELS, seed)
+        return self.train.subset(torch.randperm(len(self.train), generator=random)[:amount])
+
+    def fit(self, name: str, data: Boxes, rate: float, steps: int, seed: int) -> FasterRCNN:
+        """Trains a detector by AdamW.
+
+        Its heads at first, the order of the images and torchvision's sampling of boxes depend on
+        the seed alone, and not on what it begins with.
+        """
+        start = self.starts[name]
+        detector = make_detector(
+            copy.deepcopy(start.resnet(seed)), self.kind, start.normalize, data.classes, self.side,
+            self.precision, utils.derive_seed(self.seed, seed),
+        ).to(self.device).train()  # fmt: skip
+        if start.frozen:
+            detector.backbone.body.requires_grad_(False).eval()
+        optimizer = torch.optim.AdamW([p for p in detector.parameters() if p.requires_grad])
+        key, passes = (self.seed, SAMPLES, seed), math.ceil(steps * DETECTION_BATCH / len(data))
+        random = utils.generator("cpu", *key)
+        orders = torch.cat([torch.randperm(len(data), generator=random) for _ in range(passes)])
+        title = f"{start.title}, {len(data)} images, seed {seed}"
+        with utils.fork_rng(self.device), steps_bar(steps, title) as after_step:
+            for step, rows in enumerate(orders.split(DETECTION_BATCH)[:steps]):
+                warm = min(1, (step + 1) / (WARM_SHARE * steps))
+                simclr.set_rate(optimizer, rate * warm * (1 + math.cos(math.pi * step / steps)) / 2)
+                torch.manual_seed(utils.derive_seed(*key, step))
+                mirrored = (torch.rand(len(rows)) < 0.5) & (self.kind != "digits")
+                pairs = zip(rows.tolist(), mirrored.tolist(), strict=True)
+                images, targets = zip(*(self.example(data, *pair) for pair in pairs), strict=True)
+                sum(detector(images, targets).values()).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                after_step()
+        return detector.eval()
+
+    def example(self, data: Boxes, row: int, mirrored: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """An image in [0, 1], float32 (3, H, W), with its boxes and labels."""
+        image, learned = data.images.image(row).float() / 255, ~data.ignored[row]
+        boxes = data.boxes[row][learned]
+        if mirrored:
+            image, boxes[:, [0, 2]] = image.flip(2), image.shape[2] - boxes[:, [2, 0]]
+        target = {"boxes": boxes, "labels": data.labels[row][learned]}
+        return image.to(self.device), {key: x.to(self.device) for key, x in target.items()}
+
+    def rates(self, name: str) -> dict[float, float]:
+        """AP50 by each of RATES on a fifth of the most labelled images, the best first."""
+        data = self.labelled(self.amounts[-1], 0)
+        held, learned = map(data.subset, torch.arange(len(data)).tensor_split([len(data) // 5]))
+        values = {}
+        for rate in RATES:
+            detector = self.fit(name, learned, rate, self.steps(len(learned)), 0)
+            values[rate] = summary(precisions(held, detect(detector, held.images)))["AP50"]
+        return dict(sorted(values.items(), key=lambda pair: -pair[1]))
+
+
+@torch.no_grad()
+def detect(detector: FasterRCNN, images: utils.Images) -> list[dict[str, Tensor]]:
+    """In each image boxes (D, 4), labels (D,) and scores (D,), on the CPU."""
+    device, found = next(detector.parameters()).device, []
+    for rows in torch.arange(len(images)).split(DETECTION_BATCH):
+        batch = [images.image(row).to(device).float() / 255 for row in rows.tolist()]
+        found += [{key: x.cpu() for key, x in image.items()} for image in detector(batch)]
+    return found
+
+
+# ------------------------------------------------------------------------- detection: evaluation
+
+
+def plan_detection(source: Source, options: Options, device: torch.device) -> Detection:
+    """Reads or makes the images, and settles what the options leave open. Raises InputError."""
+    dataset = options.dataset or ("folder" if options.data_dir else "")
+    config = source.config_for(dataset, options.data_dir, options.image_size, options.range)
+    kind = "small" if source.resnet.conv1.stride[0] == 1 else "imagenet"
+    if config.dataset == "digits":
+        train = digit_scenes("train", TRAIN_SCENES, config.seed)
+        test, where = digit_scenes("test", TEST_SCENES, config.seed), "scenes of digits"
+        kind = "digits" if kind == "small" else kind
+    elif config.dataset == "folder":
+        train, test, where = read_boxes(Path(config.data_dir))
+    else:
+        raise InputError(f"{config.dataset} has no boxes: give --data-dir, a folder that has")
+    amounts = set()
+    for text in options.labels or DETECTION_LABELS:
+        wanted = parse_amount(text)
+        amount = wanted if isinstance(wanted, int) else max(1, round(wanted * len(train)))
+        if options.labels and not FEWEST <= amount <= len(train):
+            raise InputError(f"--labels {text}: give {FEWEST} to {len(train):,} training images")
+        amounts.add(min(amount, len(train)))
+
+    def untrained(seed: int) -> nn.Module:
+        encoder = source.untrained(dataclasses.replace(config, seed=config.seed + seed))
+        return getattr(encoder, "encoder", encoder)  # without its normalisation
+
+    title = "SimCLR" if source.config else "pre-trained"
+    starts = {"scratch": Start("from scratch", untrained, source.normalize)}
+    starts["simclr"] = Start(title, lambda seed: source.resnet, source.normalize)
+    if options.freeze:
+        starts["frozen"] = starts["simclr"]._replace(title=f"{title}, frozen", frozen=True)
+    for name in options.against:
+        other = load_source(utils.find_checkpoint(name, options.checkpoints))
+        if shape_of(other) != shape_of(source):
+            raise InputError(f"--against {name}: another architecture ({other.description})")
+        starts[name] = Start(other.name, lambda seed, x=other: x.resnet, other.normalize)
+    default = CANVAS if config.dataset == "digits" else DETECTORS[kind].side
+    return Detection(
+        starts, train, test, where, sorted(amounts), kind, options.image_size or default,
+        options.epochs, config.seed, choose_precision(source, options, device), device,
+    )  # fmt: skip
+
+
+def shape_of(source: Source) -> dict[str, Any]:
+    """Which ResNet it is."""
+    return {k: getattr(source.config or source.foreign, k) for k in ("arch", "width", "stem")}
+
+
+def compare_detectors(job: Detection, seeds: int) -> tuple[dict, dict, FasterRCNN]:
+    """Trains and measures every row with every number of labelled images.
+
+    Returns what evaluation-detection.json says of them; by row and number of images, of seed 0,
+    what was found in the test images and precisions(); and SimCLR's detector of the most images.
+    """
+    rates = {name: job.rates(name) for name in job.starts}
+    few, outputs, records = job.amounts[0], {}, []
+    cells = [(n, seed, name, 1) for n in job.amounts for seed in range(seeds if n == few else 1)
+             for name in job.starts]  # fmt: skip
+    for n, seed, name, times in [*cells, (few, 0, "scratch", LONGER)]:
+        started, rate, steps = time.perf_counter(), next(iter(rates[name])), times * job.steps(n)
+        detector = job.fit(name, job.labelled(n, seed), rate, steps, seed)
+        found = detect(detector, job.test.images)
+        precision = precisions(job.test, found)
+        of_classes = zip(job.test.classes, precision.mean((0, 2)).tolist(), strict=True)
+        record = {
+            "row": "longer" if times > 1 else name,
+            "title": job.starts[name].title + f", {times} × the steps" * (times > 1),
+            "images": n, "seed": seed, "steps": steps, "learning_rate": rate, **summary(precision),
+            "per_class": {key: None if math.isnan(ap) else ap for key, ap in of_classes},
+        }  # fmt: skip
+        records.append(record)
+        if seed == 0:
+            outputs[record["row"], n] = found, precision
+        if (record["row"], n, seed) == ("simclr", job.amounts[-1], 0):
+            best = detector
+        print(f"{record['title']}, {n:,} images, seed {seed}: AP50 {100 * record['AP50']:.1f} % "
+              f"({time.perf_counter() - started:.0f} s)", flush=True)  # fmt: skip
+    return {"rates": rates, "detectors": records}, outputs, best
+
+
+def run_detection(source: Source, job: Detection, options: Options) -> dict:
+    """Compares detectors, prints the table, writes the results, the best detector, the figure."""
+    names = ("evaluation-detection.json", "detections.json", "detections-truth.json", "detector.pt")
+    files = [source.output(name, options.figures) for name in names]
+    if options.out and set(options.tasks) == {DETECTION}:
+        files[0] = Path(options.out)
+    files.append(Path(options.figures) / source.name / "detection.png")
+    check_targets(*files)
+    print(f"{source.file}: {source.description}\ndetection in {job.where}: {len(job.train):,} "
+          f"training and {len(job.test):,} test images of {len(job.test.classes)} classes, "
+          f"{job.side} px, on {job.device}")  # fmt: skip
+    for name, part in (("training", job.train), ("test", job.test)):
+        if dropped := [f"{n:,} {reason}" for reason, n in part.dropped.items() if n]:
+            print(f"boxes left out of the {name} images: {', '.join(dropped)}")
+    started, threads = time.perf_counter(), torch.get_num_threads()
+    if job.device.type == "cpu" and job.side <= simclr.SMALL_STEM_SIZE:
+        torch.set_num_threads(1)  # of tiny operations: threads would wait for each other
+    try:
+        with utils.frozen(source.encoder):
+            measured, outputs, detector = compare_detectors(job, options.seeds)
+    finally:
+        torch.set_num_threads(threads)
+    results = {
+        "checkpoint": str(source.file), "encoder": source.description, "where": job.where,
+        "train_images": len(job.train), "test_images": len(job.test), "image_size": job.side,
+        "dropped_boxes": {"train": job.train.dropped, "test": job.test.dropped},
+        "batch_size": DETECTION_BATCH, "precision": job.precision,
+        "seconds": round(time.perf_counter() - started, 1), **measured,
+    }  # fmt: skip
+    found, _ = outputs["simclr", job.amounts[-1]]
+    boxes, labels, scores = zip(*(image.values() for image in found), strict=True)
+    utils.write_json(files[0], results)
+    utils.write_json(files[1], coco_boxes(job.test, boxes, labels, score=scores))
+    utils.write_json(files[2], coco_truth(job.test))
+    encoder = {**shape_of(source), "padding": source.resnet.conv1.padding[0],
+               "stem_relu": not isinstance(source.resnet.relu, nn.Identity)}  # fmt: skip
+    made = {"kind": job.kind, "normalize": source.normalize, "classes": list(detector.classes),
+            "side": job.side, "precision": job.precision}  # fmt: skip
+    state = {"encoder": encoder, "detector": made, "model": detector.state_dict()}
+    utils.save_checkpoint(files[3], state)
+    classes, style = utils.names_in_figures(job.test.classes)
+    records = measured["detectors"]
+    with matplotlib.rc_context(style):
+        utils.save_figure(draw_detection(records, outputs, job.test, classes), files[4])
+    print(f"\n{detection_text(records)}")
+    for what, file in zip(("results", *names[1:4], "figure"), files, strict=True):
+        print(f"{what.split('.')[0]:17} {file}")
+    return results
+
+
+def scores_of(records: Sequence[dict], row: str, n: int, measure: str) -> list[float]:
+    """One number a seed."""
+    return [r[measure] for r in records if (r["row"], r["images"]) == (row, n)]
+
+
+def detection_text(records: Sequence[dict]) -> str:
+    """The table, and by how much each number of labelled images speaks for pre-training."""
+    titles = {record["row"]: record["title"] for record in records}
+    amounts = sorted({record["images"] for record in records})
+    columns = [
+        {"title": f"{measure}, {n:,} images",
+         "scores": {row: scores_of(records, row, n, measure) for row in titles}}
+        for measure in ("AP", "AP50", "AP75") for n in amounts
+    ]  # fmt: skip
+    lines = [table(columns, titles)]
+    for n, row in itertools.product(amounts, ("scratch", "longer")):
+        if rival := scores_of(records, row, n, "AP50"):
+            ours = scores_of(records, "simclr", n, "AP50")[: len(rival)]  # of the same seeds
+            gain = 100 * (statistics.fmean(ours) - statistics.fmean(rival))
+            lines.append(f"{n:,} images: {titles['simclr']} is {abs(gain):.1f} points of AP50 "
+                         f"{'better' if gain > 0 else 'worse'} than {titles[row]}")  # fmt: skip
+    return "\n".join(lines)
+
+
+def coco_boxes(
+    test: Boxes, boxes: Sequence[Tensor], labels: Sequence[Tensor], **more: Sequence[Tensor]
+) -> list[dict]:
+    """Objects as COCO writes them. more: further values by their names, an item an image."""
+    entries = []
+    for key, *lists in zip(test.image_ids, boxes, labels, *more.values(), strict=True):
+        for (x1, y1, x2, y2), label, *values in zip(*(x.tolist() for x in lists), strict=True):
+            entry = {"image_id": key, "category_id": test.class_ids[label - 1],
+                     "bbox": [x1, y1, x2 - x1, y2 - y1]}  # fmt: skip
+            entries.append(entry | dict(zip(more, values, strict=True)))
+    return entries
+
+
+def coco_truth(test: Boxes) -> dict:
+    """The test images as an annotation file of COCO, for pycocotools."""
+    ignored = [x.int() for x in test.ignored]
+    objects = coco_boxes(test, test.boxes, test.labels, iscrowd=ignored)
+    for i, entry in enumerate(objects, 1):
+        entry |= {"id": i, "area": entry["bbox"][2] * entry["bbox"][3]}
+    names = zip(test.image_ids, utils.image_names(test.images), strict=True)
+    kinds = zip(test.class_ids, test.classes, strict=True)
+    return {"images": [{"id": key, "file_name": name} for key, name in names],
+            "categories": [{"id": key, "name": name} for key, name in kinds],
+            "annotations": objects}  # fmt: skip
+
+
+SHOWN = 6  # images in a figure
+CONFIDENT = 0.5  # score from which a box is drawn
+
+
+def draw_detection(
+    records: Sequence[dict], outputs: dict, test: Boxes, classes: Sequence[str]
+) -> Any:
+    """A matplotlib Figure: AP50 by labelled images, precision by recall, and test images.
+
+    records, outputs: of compare_detectors(). classes: their names in figures.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.5, 7.4), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=(3.3, 4))
+    left, right = upper.subplots(1, 2)
+    amounts = sorted({record["images"] for record in records})
+    titles = {record["row"]: record["title"] for record in records}
+    for i, (row, title) in enumerate(titles.items()):
+        style = dict(color=f"C{i}", label=title, linestyle=":" if row == "longer" else "-")
+        there = [n for n in amounts if (row, n) in outputs]
+        values = [np.multiply(100, scores_of(records, row, n, "AP50")) for n in there]
+        bars = [x.std(ddof=1) if len(x) > 1 else 0 for x in values]
+        left.errorbar(there, [x.mean() for x in values], bars, marker="o", capsize=3, **style)
+        precision = 100 * np.nanmean(outputs[row, amounts[0]][1][0], axis=0)
+        right.plot(100 * RECALLS, precision, **style)
+    left.set(xscale="log", xlabel="labelled images", ylabel="AP50, % (bars: spread over seeds)")
+    left.set_xticks(amounts, [f"{n:,}" for n in amounts])
+    left.minorticks_off()
+    right.set(xlabel="recall, %", ylabel="precision, %", xlim=(0, 100), ylim=(0, 102))
+    right.set_title(f"{amounts[0]:,} labelled images, seed 0, IoU 0.5", fontsize=10)
+    for axis in (left, right):
+        axis.grid(color="0.9")
+        axis.spines[["top", "right"]].set_visible(False)
+    left.legend(fontsize=8)
+    lower.suptitle(f"The same detectors on test images: boxes of {CONFIDENT:.0%} confidence or "
+                   "more; the truth is dashed", fontsize=10)  # fmt: skip
+    for i, axes in enumerate(lower.subplots(2, SHOWN)):
+        row = ("scratch", "simclr")[i]
+        axes[0].set_ylabel(titles[row])
+        found, _ = outputs[row, amounts[0]]
+        draw_boxes(axes, test.images, found, classes, f"C{i}", test.boxes)
+    return figure
+
+
+def draw_boxes(
+    axes: Sequence, images: utils.Images, found: Sequence[dict[str, Tensor]],
+    classes: Sequence[str], color: str, truth: Sequence[Tensor] = (),
+) -> None:  # fmt: skip
+    """The first images with what was found in them, one on each axis; the truth is dashed."""
+    from matplotlib.patches import Rectangle
+
+    for i, axis in enumerate(axes):
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+        if i >= len(found):
+            continue
+        axis.imshow(images.image(i).permute(1, 2, 0).numpy(), interpolation="nearest")
+        drawn = [(box, "w", "--", "") for box in (truth[i].tolist() if truth else ())]
+        for box, label, score in zip(*(x.tolist() for x in found[i].values()), strict=True):
+            drawn += [(box, color, "-", classes[label - 1])] if score >= CONFIDENT else []
+        for (x1, y1, x2, y2), ec, ls, name in drawn:
+            corner, size = (x1 - 0.5, y1 - 0.5), (x2 - x1, y2 - y1)
+            axis.add_patch(Rectangle(corner, *size, fill=False, ec=ec, ls=ls))
+            axis.text(x1, y1 - 1, name, color=ec, fontsize=8, va="bottom")
+
+
+def detect_photos(source: Source, options: Options, device: torch.device) -> None:
+    """--detect: writes what the run's detector finds in a folder's images, and draws some."""
+    from matplotlib.figure import Figure
+
+    detector = load_detector(source.output("detector.pt", options.figures), device)
+    out = Path(options.out or source.output("boxes.json", options.figures))
+    figure_file, folder = Path(options.figures) / source.name / "boxes.png", Path(options.detect)
+    check_targets(out, figure_file)
+    if not (names := utils.list_images(folder)):
+        raise InputError(f"no images in {folder}")
+    files = ImageFiles(folder, np.array([os.fsencode(name) for name in names]), max_bad=1.0)
+    files = utils.only_readable(files, utils.worker_count(options.workers))
+    found = detect(detector, files)
+    entries = [
+        {"image": name, "category": detector.classes[label - 1], "bbox": [x1, y1, x2 - x1, y2 - y1],
+         "score": score}
+        for name, image in zip(utils.image_names(files), found, strict=True)
+        for (x1, y1, x2, y2), label, score in zip(*map(Tensor.tolist, image.values()), strict=True)
+    ]  # fmt: skip
+    utils.write_json(out, entries)
+    classes, style = utils.names_in_figures(detector.classes)
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(9.5, 6.6), layout="constrained")
+        draw_boxes(figure.subplots(2, SHOWN // 2).ravel(), files, found, classes, "C1")
+        utils.save_figure(figure, figure_file)
+    print(f"{len(files):,} images, {len(entries):,} boxes: {out}\nfigure: {figure_file}")
 
 
 # ----------------------------------------------------------------------------------------- options
@@ -683,6 +1687,8 @@ TASKS: dict[str, tuple[Callable[[Evaluation], list[Column]], str]] = {  # method
     "semi": (Evaluation.semi, "fine-tuning with few labels, against training from scratch (B.5)"),
     "supervised": (Evaluation.supervised, "the same network trained on all labels, from scratch"),
 }
+DETECTION = "detection"  # beside these, as its data are boxes
+DETECTION_HELP = "a Faster R-CNN trained on few images, against training from scratch"
 SHARED_TASKS = {"knn", "linear"}  # in several processes, which share the embedding
 
 
@@ -691,17 +1697,23 @@ class Options:
     """The command line of load_simCLR.py."""
 
     # what to measure
-    tasks: tuple[str, ...] = setting(("knn", "linear"), "what to measure", tuple(TASKS))
+    tasks: tuple[str, ...] = setting(("knn", "linear"), "what to measure", (*TASKS, DETECTION))
     labels: tuple[str, ...] = setting(
-        ("1%", "10%", "100%"),
-        "label sets of 'semi': shares of each class (1% or 0.01) or numbers per class (10)",
+        (),
+        "label sets of 'semi', or the one of --fine-tune: shares of each class (1% or 0.01) or "
+        "numbers per class (10); without it --fine-tune takes all; of 'detection': shares or "
+        f"numbers of images [{' '.join(LABELS)}; {' '.join(DETECTION_LABELS)}]",
     )
     seeds: int = setting(
-        3, "draws of the labels and initialisations, for 'semi' and 'supervised'", low=1
-    )
+        3, "draws of the labels and initialisations, for 'semi', 'supervised' and the smallest "
+        "label set of 'detection', whose others get one", low=1,
+    )  # fmt: skip
     epochs: int = setting(
-        0, "passes over the labels; 0: the paper's, 60 or 30 ('semi') and 90 (the others)", low=0
-    )
+        0, "passes over the labels; 0: the paper's, 60 or 30 ('semi') and 90 (the others), and for "
+        "'detection' a number of steps on digits and 12 passes on photographs", low=0,
+    )  # fmt: skip
+    freeze: bool = setting(False, "'detection': also with an encoder that is not trained further")
+    against: tuple[str, ...] = setting((), "'detection': other encoders of the same architecture")
     dataset: str = setting("", "evaluate on this data set (default: the run's)", utils.DATASETS)
     data_dir: str = setting("", "where it is; with 'folder' your images (default: the run's)")
     image_size: int = setting(0, "side in px that the encoder sees; 0: as in training", low=0)
@@ -709,11 +1721,19 @@ class Options:
                                        "more than 8 bits (default: the run's)")  # fmt: skip
     predictions: str = setting("", "write the linear classifier's test predictions to this .csv")
     # use on new images
-    embed: str = setting("", "write h of all images in this folder, and evaluate nothing")
-    classify: str = setting("", "predict the classes of all images in this folder")
+    embed: str = setting("", "write h of this image, or of all in this folder; evaluate nothing")
+    fine_tune: bool = setting(
+        False, "train encoder and linear layer on the labelled images, and keep this classifier"
+    )
+    classify: str = setting(
+        "", "predict the class of this image, or of all in this folder, by the fine-tuned "
+        "classifier; without one by a linear classifier on h, which is fitted to the labels now"
+    )  # fmt: skip
+    detect: str = setting("", "find objects in all images in this folder, after 'detection'")
     out: str = setting(
-        "", "file that --embed (.npz), --classify (.csv) or the evaluation (.json) writes "
-        "(default: beside the checkpoint, or beside the figures where that folder is read-only)"
+        "", "file that --embed (.npz), --classify (.csv), --fine-tune (.pt), --detect or the "
+        "evaluation (.json) writes (default: beside the checkpoint, or beside the figures where "
+        "that folder is read-only)"
     )  # fmt: skip
     # other formats
     export: str = setting("", "write the encoder with torchvision's names to this file")
@@ -750,13 +1770,17 @@ def check_options(options: Options) -> None:
         parse_amount(text)
     if options.predictions and "linear" not in options.tasks:
         raise InputError("--predictions are those of the linear classifier: add linear to --tasks")
-    for name in ("embed", "classify"):
+    for name in ("embed", "classify", "detect"):
         folder = getattr(options, name)
-        if folder and not os.path.isdir(folder):
-            raise InputError(f"{flag(name)} {folder} is not a folder")
-    if options.out and options.embed and options.classify:
-        raise InputError("--out names one file: give either --embed or --classify")
-    suffix = ".npz" if options.embed else ".csv" if options.classify else ".json"
+        if folder and not os.path.exists(folder):
+            raise InputError(f"{flag(name)} {folder} is not a folder or an image")
+    if options.fine_tune and len(options.labels) > 1:
+        raise InputError(f"--fine-tune takes one label set, got {' '.join(options.labels)}")
+    suffixes = {"embed": ".npz", "classify": ".csv", "fine_tune": ".pt", "detect": ".json"}
+    wanted = [flag(name) for name in suffixes if getattr(options, name)]
+    if options.out and len(wanted) > 1:
+        raise InputError(f"--out names one file: give one of {', '.join(wanted)}")
+    suffix = next((s for name, s in suffixes.items() if getattr(options, name)), ".json")
     if options.out and Path(options.out).suffix != suffix:
         raise InputError(f"--out {options.out}: it must end in {suffix}")
 
@@ -781,13 +1805,13 @@ def run_evaluation(source: Source, options: Options, device: torch.device) -> di
     """Evaluates, prints the table, writes evaluation.json, the figure and the predictions."""
     config, data = evaluation_setup(source, options, device)
     own = source.config or config
-    other_folder = config.dataset == "folder" and config.data_dir != own.data_dir
+    other_folder = config.dataset == "folder" and config.data_dir != own.labelled_dir
     suffix = f"-{config.dataset}" if config.dataset != own.dataset or other_folder else ""
     figure_file = Path(options.figures) / source.name / f"evaluation{suffix}.png"
     default = source.output(f"evaluation{suffix}.json", options.figures)
     result_file = Path(options.out or default)
     evaluation = Evaluation(source, config, data, device, options)
-    for amount in options.labels if "semi" in options.tasks else ():
+    for amount in options.labels or LABELS if "semi" in options.tasks else ():
         evaluation.label_rows(amount, 0)  # too many labels are an error now, not after an hour
     check_targets(result_file, figure_file, options.predictions)
     print(
@@ -806,6 +1830,8 @@ def run_evaluation(source: Source, options: Options, device: torch.device) -> di
     results = keep(evaluate(evaluation, keep))
     tiles, (names, style) = None, utils.names_in_figures(data.train.classes)
     if evaluation.classifier is not None:
+        if not suffix:  # of the run's own images
+            save_linear_classifier(evaluation)
         truth, predicted = data.test.labels.tolist(), evaluation.predicted.tolist()
         labels = range(evaluation.classes)
         results["confusion"] = metrics.confusion_matrix(truth, predicted, labels=labels).tolist()
@@ -831,18 +1857,17 @@ SETTINGS = ("dataset", "data_dir", "image_size", "precision")  # of the configur
 def header_of(evaluation: Evaluation) -> dict[str, Any]:
     """What evaluation.json says beside the measurements; where it differs, so do they."""
     source, config, data = evaluation.source, evaluation.config, evaluation.data
-    counts = data.train.labels.bincount(minlength=evaluation.classes)
     return {
         "checkpoint": str(source.file),
-        "sha256": hashlib.sha256(source.file.read_bytes()).hexdigest(),
+        "sha256": utils.file_digest(source.file),
         "encoder": source.description,
         "normalize": source.normalize,
         **{name: getattr(config, name) for name in SETTINGS},
         "train_images": len(data.train),
         "test_images": len(data.test),
         "classes": list(data.train.classes),
-        "majority": utils.accuracy(counts.argmax(), data.test.labels),
-        "uneven_classes": bool(counts.max() > UNEVEN * counts.min()),
+        "majority": data.majority,
+        "uneven_classes": data.uneven,
     }
 
 
@@ -874,11 +1899,12 @@ def with_earlier(file: Path, header: dict, measured: dict) -> dict:
 
 def parse_command_line(argv: Sequence[str] | None = None) -> tuple[str, Options]:
     """Which run or file, and the options."""
+    texts = {name: text for name, (_, text) in TASKS.items()} | {DETECTION: DETECTION_HELP}
     parser = utils.OneLineParser(
         prog="load_simCLR.py",
         usage="python load_simCLR.py [RUN|FILE] [--tasks TASK ...] [--flag value ...]",
         description=__doc__,
-        epilog="tasks:\n" + "\n".join(f"  {name:17} {text}" for name, (_, text) in TASKS.items()),
+        epilog="tasks:\n" + "\n".join(f"  {name:17} {text}" for name, text in texts.items()),
     )
     parser.add_argument(
         "run", nargs="?", default="", help="a run's name or folder, or a file (default: the newest)"
@@ -894,21 +1920,29 @@ def parse_command_line(argv: Sequence[str] | None = None) -> tuple[str, Options]
 def run(where: str, options: Options) -> dict | None:
     """What `python load_simCLR.py` does. Returns the evaluation, if there was one."""
     device = utils.choose_device(options.device)
-    if utils.rank_info().size > 1 and (alone := set(options.tasks) - SHARED_TASKS):
-        raise InputError(
-            f"--tasks {' '.join(sorted(alone))}: they train in one process; without torchrun"
-        )
+    alone = {*options.tasks} - SHARED_TASKS | {*["fine-tune"] * options.fine_tune}
+    if utils.rank_info().size > 1 and alone:
+        raise InputError(f"{' '.join(sorted(alone))}: they train in one process; without torchrun")
     with utils.process_group(device):
         file = utils.find_checkpoint(where, options.checkpoints)
         source = load_source(file, options.normalize, options.prefix)
         if options.export:
             lines = export_encoder(source, Path(options.export))
             print(f"{source.description}\nexported to {options.export}; {lines}")
+        if options.fine_tune:
+            fine_tune_classifier(source, options, device)
         if options.embed or options.classify:
             use_on_new_images(source, options, device)
-        if options.export or options.embed or options.classify:
+        if options.detect:
+            detect_photos(source, options, device)
+        used = options.fine_tune or options.embed or options.classify or options.detect
+        if options.export or used:
             return None
-        return run_evaluation(source, options, device)
+        detection = plan_detection(source, options, device) if DETECTION in options.tasks else None
+        results = None
+        if set(options.tasks) != {DETECTION}:
+            results = run_evaluation(source, options, device)
+        return run_detection(source, detection, options) if detection else results
 
 
 @utils.command("load_simCLR.py")

@@ -40,9 +40,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
+import importlib.util
 import json
 import math
 import os
+import shlex
 import sys
 import textwrap
 import time
@@ -67,7 +70,8 @@ from utils import Data, Images, ImageSet, InputError, LabelTraining, flag, setti
 
 MIN_SIZE, MAX_SIZE = 8, 4096  # px, sides of images and views
 MAX_HEAD = 65_536  # width of the head's layers
-WEIGHTS, SHUFFLE, VIEWS, LABELS = range(4)  # streams of randomness: derive_seed(seed, VIEWS, …)
+# streams of randomness: derive_seed(seed, VIEWS, …)
+WEIGHTS, SHUFFLE, VIEWS, LABELS, HELD_OUT = range(5)
 
 
 # fmt: off
@@ -86,17 +90,21 @@ class Config:
     dataset: str = setting("digits", "what to pre-train on", utils.DATASETS)
     data_dir: str = setting("data", "where data sets are kept and downloaded to; with 'folder' "
                             "your images", identity=False)
+    labels_from: str = setting("", "another folder, with train/<class>/ and test/<class>/, that "
+                               "measures kNN; data_dir is learned from", identity=False)
     image_size: int = setting(0, "side in px that the encoder sees; 0: the images' own, or 224 if "
                               "their sizes vary", low=0, high=MAX_SIZE)
     view_size: int = setting(0, "side in px of the views in pre-training; 0: image_size. Smaller "
                              "views are faster, and show objects closer to the size that they "
                              "have in test images (arXiv 1906.06423)", low=0, high=MAX_SIZE)
-    view_sizes: tuple[int, ...] = setting((), "sides in px of views that change over the run, in "
-                                          "equal parts of the epochs, such as 16 16 24 24 32; then "
-                                          "BatchNorm's statistics are estimated anew",
+    view_sizes: tuple[int, ...] = setting((), "several sides in px, each for an equal part of the "
+                                          "epochs: views that grow, such as 16 16 24 24 32",
                                           low=MIN_SIZE, high=MAX_SIZE)
-    range: tuple[float, ...] = setting((), "values that are black and white in grey pictures of "
-                                       "more than 8 bits (default: by their type and values)")
+    range: tuple[float, ...] = setting((), "black and white of grey pictures of more than 8 bits "
+                                       "(default: by their type and values)")
+    hold_out: float = setting(0.0, "share of unlabelled images (64 to 2,048) that is not learned "
+                              "from: contrastive accuracy and effective rank of h are measured on "
+                              "it; 0: none", low=0, high=0.1)
     # augmentation (Section 3 and Appendix A)
     crop_min: float = setting(0.08, "smallest area of a crop, as a share of the image's",
                               low=1e-6, high=1)
@@ -117,6 +125,12 @@ class Config:
                            low=1 / 64, high=16)
     stem: str = setting("auto", "small: 3x3 without max-pool, for images up to 64 px; imagenet: "
                         "7x7 and max-pool", ("auto", "small", "imagenet"))
+    init: str = setting("", "start from these weights: a run, or a file of torchvision, timm or "
+                        "another project (arch, width, stem and normalize follow from it)",
+                        identity=False)
+    init_sha256: str = setting("", "SHA-256 that this file must have (default: recorded only)")
+    normalize: str = setting("none", "how the model normalises images in [0, 1]",
+                             ("none", *utils.MEANS))
     projection: str = setting("nonlinear", "projection head g", ("nonlinear", "linear", "none"))
     head_hidden: int = setting(0, "width of the head's hidden layer; 0: as wide as h",
                                low=0, high=MAX_HEAD)
@@ -144,15 +158,16 @@ class Config:
     # the run
     seed: int = setting(0, "seed of everything random", low=0)
     precision: str = setting("auto", "auto: bfloat16 where the hardware has it (GPUs from Ampere "
-                             "on: not T4, V100, RTX 20), else float32, whose convolutions are in "
-                             "TF32 on GPUs from Ampere on",
-                             ("auto", "bfloat16", "float32"))
-    compile: str = setting("auto", "torch.compile the network; auto: on CUDA, in runs long enough "
-                           "to pay for it", ("auto", "on", "off"), identity=False)
+                             "on: not T4, V100, RTX 20), else float32", ("auto", "bfloat16",
+                                                                         "float32"))
+    compile: str = setting("auto", "torch.compile the network; auto: on CUDA, where it saves time",
+                           ("auto", "on", "off"), identity=False)
     knn_every: int = setting(10, "epochs between measurements of kNN accuracy; 0: only at the end",
                              low=0)
-    stop_at_knn: float = setting(0.0, "kNN accuracy in [0, 1], on the test images, at which the "
-                                 "run ends early; 0: none", low=0, high=1)
+    knn_split: str = setting("test", "images that this accuracy is of; held-out: a fifth of the "
+                             "training images", ("test", "held-out"))
+    stop_at_knn: float = setting(0.0, "kNN accuracy in [0, 1] at which the run ends early; 0: none",
+                                 low=0, high=1)
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", identity=False)
     workers: int = setting(-1, "processes that decode streamed images; -1: one per core",
                            identity=False, low=-1)
@@ -162,7 +177,9 @@ class Config:
                                         "saved inside an epoch; 0: never", identity=False, low=0)
     keep_every: int = setting(0, "epochs between checkpoints that are kept, as epoch0010.pt, "
                               "beside the last; 0: none", identity=False, low=0)
-    run: str = setting("", "name of the run (default: <dataset>_<arch>)", identity=False)
+    tensorboard: bool = setting(False, "also write the log, and a sheet of views, as events for "
+                                "TensorBoard (pip install tensorboard)", identity=False)
+    run: str = setting("", "name of the run (default: <dataset or folder>_<arch>)", identity=False)
     checkpoints: str = setting("checkpoints", "folder of all runs' checkpoints", identity=False)
     figures: str = setting("figures", "folder of all runs' figures", identity=False)
     # fmt: on
@@ -178,6 +195,11 @@ class Config:
             return self
         part = len(self.view_sizes) * min(epoch, self.epochs - 1) // self.epochs
         return dataclasses.replace(self, view_size=self.view_sizes[part])
+
+    @property
+    def labelled_dir(self) -> str:
+        """The folder whose labels measure the representation."""
+        return self.labels_from or self.data_dir
 
     @property
     def folder(self) -> Path:
@@ -572,13 +594,15 @@ class SimCLR(nn.Module):
     """Encoder f and projection head g: views (B, 3, S, S) -> h (B, feature_dim), z (B, D).
 
     After training only the encoder is kept; z is for the loss (Section 4.2: h is better by more
-    than 10 points).
+    than 10 points). encoder: in place of the configuration's ResNet, images -> (B, D).
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, encoder: nn.Module | None = None) -> None:
         super().__init__()
-        self.encoder = Encoder(config.arch, config.width, config.stem)
-        dim = self.encoder.feature_dim
+        self.encoder = encoder or Encoder(config.arch, config.width, config.stem)
+        if config.normalize != "none":  # as the weights of --init are used to
+            self.encoder = utils.Normalized(self.encoder, config.normalize)
+        dim = output_width(encoder, config.view_side) if encoder else self.encoder.feature_dim
         self.projector = make_projector(
             config.projection, dim, config.head_hidden or dim, config.head_dim, config.head_bn
         )
@@ -599,11 +623,11 @@ def make_projector(kind: str, dim: int, hidden: int, out: int, batch_norm: bool)
     return nn.Sequential(*layers, nn.ReLU(inplace=True), nn.Linear(hidden, out))
 
 
-def make_model(config: Config) -> SimCLR:
-    """A fresh model whose weights depend on config.seed alone."""
+def make_model(config: Config, encoder: nn.Module | None = None) -> SimCLR:
+    """A fresh model whose weights depend on config.seed alone; a given encoder keeps its own."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(utils.derive_seed(config.seed, WEIGHTS))
-        return SimCLR(config)
+        return SimCLR(config, encoder)
 
 
 # --------------------------------------------------------------------------------------- NT-Xent
@@ -673,28 +697,6 @@ def normalize_rows(z: Tensor) -> Tensor:
 def full_precision(z: Tensor) -> torch.autocast:
     """Context manager that disables autocast: a loss needs more digits than bfloat16 has."""
     return torch.autocast(z.device.type, enabled=False)
-
-
-@torch.no_grad()
-def contrastive_accuracy(*views: Tensor) -> Tensor:
-    """Share of views whose nearest other view is of the same image: K of (N, D) -> [0, 1]."""
-    n = len(views[0])
-    with full_precision(views[0]):
-        z = normalize_rows(torch.cat(views))  # (KN, D)
-        nearest = [(z[rows] @ z.T).scatter_(1, rows[:, None], float("-inf")).argmax(1)
-                   for rows in row_blocks(z)]  # fmt: skip
-    return (torch.cat(nearest) % n == torch.arange(len(z), device=z.device) % n).float().mean()
-
-
-@torch.no_grad()
-def mean_cosine(z: Tensor) -> Tensor:
-    """Mean cosine of all pairs of different rows of (n, D): scalar in [-1, 1]; 1: collapsed.
-
-    The squared length of the sum of all unit rows is the sum of the cosines of all pairs; in n of
-    these a row is paired with itself, and the cosine is 1.
-    """
-    n = len(z)
-    return (normalize_rows(z).sum(0).square().sum() - n) / (n * (n - 1))
 
 
 # ------------------------------------------------------------------------ optimiser and schedule
@@ -945,14 +947,13 @@ def train(
 ) -> SimCLR:  # fmt: skip
     """Algorithm 1, from the run's last checkpoint on. W ranks compute what one process computes.
 
-    config: resolved. loss, batches, model: what an ablation replaces. clock: runs since the command
-    began. The caller holds utils.run_lock(config.folder). Raises Interrupted, after saving, on a
-    signal; InputError for other settings than the run's, a loss that is not finite, unreadable
-    images or a full disk.
+    config: resolved. loss, batches, model: what others replace. clock: of the command. The caller
+    holds utils.run_lock(config.folder). Raises Interrupted, after saving, on a signal; InputError
+    for other settings than the run's, a loss that is not finite, unreadable images or a full disk.
     """
     size, steps = batch_count(config, len(data.pretrain))  # N, steps an epoch
     loss = loss or LOSSES[config.loss]
-    model = utils.on_device(model or make_model(config), device)  # BatchNorm over all ranks
+    model = utils.on_device(model or start_model(config), device)  # BatchNorm over all ranks
     optimizer = make_optimizer(config, model)
     run = utils.RunFolder(config.folder, config.checkpoint_minutes, config.keep_every)
     now = restore(run, config, data, model, optimizer, clock or utils.Clock())
@@ -982,12 +983,13 @@ def train(
                 row = epoch_row(config, data, now, size)
                 if config.view_sizes and now.epoch + 1 == config.epochs:
                     estimate_statistics(model, data.pretrain, config, device)
-                if data.labelled and knn_due(config, now.epoch + 1):
+                if data.monitored and knn_due(config, now.epoch + 1):
                     # first save what a killed or impatiently stopped measurement would lose
                     run.save(snapshot(config, data, model, optimizer, now), due=knn_is_slow(now))
                     now.clock.lap("saving")
-                    row |= measure_knn(model.encoder, data, config, device, now)
+                    row |= measure(model, data, config, device, now)
                 now.next_epoch(row)
+                write_events(config, row)
                 progress.show(*describe(now.log, config), last=complete(config, now))
                 (signal,) = utils.all_reduce_max(stop.signal or 0)
             must = signal or stream.error or complete(config, now)
@@ -1014,13 +1016,29 @@ TIMED = {  # parts of a run's wall time, in the log and the summary -> what they
     "other": "reading, compiling, the rest",
 }
 STATISTICS_IMAGES = 8192
+HELD_OUT_BATCH = 128  # images, whose 256 views are computed together
 SLOW_KNN_S = 10.0  # seconds: torchrun and SLURM wait for half a minute after SIGTERM
 COLLAPSED = 0.9999  # mean cosine
 COMPILE = {"mode": "reduce-overhead"}  # of torch.compile: on CUDA with CUDA graphs
-COMPILE_WARMUP = 3  # steps: the first compiles, CUDA graphs are recorded in the second
+COMPILE_PAYS_S = 600.0  # of training: compiling takes about a minute, and saves a tenth or more
+TIMED_PASSES = 6  # the first compiles, CUDA graphs are recorded in the second
 REMEDIES = (
     "Try a lower --lr, a longer --warmup-epochs, a higher --temperature, or --precision float32"
 )
+
+
+def start_model(config: Config) -> SimCLR:
+    """The model before pre-training: a fresh one, whose encoder has the weights of config.init.
+
+    Raises InputError if that file is missing or has changed.
+    """
+    model = make_model(config)
+    if config.init:
+        if utils.file_digest(Path(config.init)) != config.init_sha256:
+            raise InputError(f"--init {config.init} has changed since the run began")
+        weights = load_source(Path(config.init)).resnet.state_dict()
+        utils.without_normalization(model.encoder).load_state_dict(weights)
+    return model
 
 
 def complete(config: Config, now: TrainState) -> bool:
@@ -1092,29 +1110,46 @@ def compiled(
 ) -> nn.Module:
     """What is trained: the model, or the model in DistributedDataParallel, or compiled.
 
-    Where torch.compile fails, as without a C compiler, a line says so and the model is not
-    compiled. size: N. The model's weights and statistics stay as they are.
+    With --compile auto it is compiled where that can pay, and only used if it is faster. Where
+    torch.compile fails, as without a C compiler, a line says so and the model is not compiled.
+    size: N. The model's weights and statistics stay as they are.
     """
-    if config.compile != "on" or complete(config, now):
+    if config.compile == "off" or complete(config, now):
         return utils.distributed(model)
     torch.compiler.reset()  # else torch leaves a process's ninth network uncompiled
     weights, started = copy.deepcopy(model.state_dict()), time.perf_counter()
     count, side = config.views * (config.micro_batch or size), config.at_epoch(now.epoch).view_side
     views = torch.zeros((count, 3, side, side), device=now.sums.device)
-    # CUDA graphs would overwrite the z of one micro-batch with those of the next
-    network = torch.compile(model.train(), **({} if config.micro_batch else COMPILE))
-    try:
-        for _ in range(COMPILE_WARMUP):
-            project(network, views, config.precision).sum().backward()
-            optimizer.zero_grad()
-        print(f"compiled in {time.perf_counter() - started:.0f} s")
-    except Exception as error:  # compilers raise nearly anything
-        reason = utils.one_line(str(error), 200)
-        utils.log_warning(f"torch.compile failed, so the network is not compiled ({reason})")
-        network = model
+    wanted = config.compile == "on"
+    network, usual = model.train(), seconds_a_pass(model, views, config)
+    if wanted or usual * (config.epochs * now.steps - now.done) > COMPILE_PAYS_S:
+        try:
+            # CUDA graphs would overwrite the z of one micro-batch with those of the next
+            fast = torch.compile(model, **({} if config.micro_batch else COMPILE))
+            seconds = seconds_a_pass(fast, views, config)
+            network = fast if wanted or seconds < usual else model
+            print(
+                f"compiled in {time.perf_counter() - started:.0f} s: a pass takes "
+                f"{1000 * seconds:.1f} ms instead of {1000 * usual:.1f}"
+            )
+        except Exception as error:  # compilers raise nearly anything
+            reason = utils.one_line(str(error), 200)
+            utils.log_warning(f"torch.compile failed, so the network is not compiled ({reason})")
     optimizer.zero_grad()
     model.load_state_dict(weights)  # BatchNorm's statistics have moved
     return network
+
+
+def seconds_a_pass(network: nn.Module, views: Tensor, config: Config) -> float:
+    """Time of a forward and backward pass of views (B, 3, S, S), once kernels are compiled."""
+    times = []
+    for _ in range(TIMED_PASSES):
+        network.zero_grad()
+        started = time.perf_counter()
+        project(network, views, config.precision).sum().backward()
+        next(network.parameters()).grad.sum().item()  # waits for the device
+        times.append(time.perf_counter() - started)
+    return min(times)
 
 
 @torch.no_grad()
@@ -1132,6 +1167,28 @@ def check_finite(model: SimCLR, now: TrainState, config: Config) -> None:
             f"the loss or the network is not finite in epoch {now.epoch + 1} (of {config.epochs}); "
             f"the last good checkpoint is kept. {REMEDIES}"
         )
+
+
+@torch.no_grad()
+def contrastive_accuracy(*views: Tensor) -> Tensor:
+    """Share of views whose nearest other view is of the same image: K of (N, D) -> [0, 1]."""
+    n = len(views[0])
+    with full_precision(views[0]):
+        z = normalize_rows(torch.cat(views))  # (KN, D)
+        nearest = [(z[rows] @ z.T).scatter_(1, rows[:, None], float("-inf")).argmax(1)
+                   for rows in row_blocks(z)]  # fmt: skip
+    return (torch.cat(nearest) % n == torch.arange(len(z), device=z.device) % n).float().mean()
+
+
+@torch.no_grad()
+def mean_cosine(z: Tensor) -> Tensor:
+    """Mean cosine of all pairs of different rows of (n, D): scalar in [-1, 1]; 1: collapsed.
+
+    The squared length of the sum of all unit rows is the sum of the cosines of all pairs; in n of
+    these a row is paired with itself, and the cosine is 1.
+    """
+    n = len(z)
+    return (normalize_rows(z).sum(0).square().sum() - n) / (n * (n - 1))
 
 
 def epoch_row(config: Config, data: Data, now: TrainState, size: int) -> dict:
@@ -1166,12 +1223,56 @@ def knn_is_slow(now: TrainState) -> bool:
     return any(row.get("knn_seconds", 0) > SLOW_KNN_S for row in now.log)
 
 
-def measure_knn(
-    encoder: nn.Module, data: Data, config: Config, device: torch.device, now: TrainState
+def measure(
+    model: SimCLR, data: Data, config: Config, device: torch.device, now: TrainState
 ) -> dict:
-    """Test accuracy in [0, 1] of k nearest neighbours on h, and the time that it took."""
-    accuracy = knn_accuracy(encoder, data, config, device)
-    return {"knn": accuracy, "knn_seconds": round(now.clock.lap("monitoring"), 3)}
+    """What the log gets of a monitored epoch: kNN of labelled images, and of those held out."""
+    row = measure_held_out(model, data.held_out, config, device) if data.held_out else {}
+    row |= measure_knn(model.encoder, data, config, device) if data.labelled else {}
+    return row | {"knn_seconds": round(now.clock.lap("monitoring"), 3)}
+
+
+@torch.no_grad()
+def effective_rank(h: Tensor) -> float:
+    """exp of the entropy of the singular values of (N, D), their sum scaled to 1; 1: collapsed.
+
+    How many directions the representations use, at most min(N, D) (arXiv 2210.02885).
+    """
+    values = torch.linalg.svdvals(h.float().cpu())
+    shares = values / values.sum().clamp(min=1e-12)  # if all h are 0
+    return torch.special.entr(shares).sum().exp().item()
+
+
+@torch.no_grad()
+def measure_held_out(
+    model: SimCLR, images: Images, config: Config, device: torch.device
+) -> dict[str, float]:
+    """Contrastive accuracy in [0, 1] and effective rank of h on images that are not learned from.
+
+    Images and views are the same in each epoch, for each batch size and each seed.
+    """
+    parts, augment, workers = [], make_augment(config), utils.worker_count(config.workers)
+    with utils.evaluating(model):
+        for rows in torch.arange(len(images)).split(HELD_OUT_BATCH):
+            key = (0, HELD_OUT, int(rows[0]))
+            (views,) = augmented_batches(images, rows[None], [key], augment, 2, device, workers)
+            with utils.autocast(device, config.precision):
+                outputs = model(views.contiguous(memory_format=torch.channels_last))
+            parts.append([x.float().unflatten(0, (2, -1)) for x in outputs])  # (2, N, D) each
+    h, z = (torch.cat(x, dim=1) for x in zip(*parts, strict=True))
+    accuracy = contrastive_accuracy(*z).item()
+    return {"held_out_accuracy": accuracy, "effective_rank": effective_rank(h[0])}
+
+
+def measure_knn(encoder: nn.Module, data: Data, config: Config, device: torch.device) -> dict:
+    """kNN accuracy of h in [0, 1], and the number of images that it is of."""
+    n = len(data.test)
+    if config.knn_split == "test":
+        accuracy = knn_accuracy(encoder, data, config, device)
+    else:
+        x, y = labelled_features(encoder, data.train, config, device)
+        accuracy, n = held_out_knn(x, y, len(data.train.classes))
+    return {"knn": accuracy, "knn_images": n}
 
 
 @torch.no_grad()
@@ -1202,7 +1303,8 @@ def estimate_statistics(
 
 def describe(log: list[dict], config: Config) -> tuple[dict[str, str], str]:
     """The last epoch's numbers for the progress bar, and as a line."""
-    row, knn = log[-1], [f"{row['knn']:.1%}" for row in log if "knn" in row]
+    row, every = log[-1], utils.FEW_IMAGES  # or more
+    knn = [utils.accuracy_text(r["knn"], r.get("knn_images", every)) for r in log if "knn" in r]
     values = {
         "loss": f"{row['loss']:.3f}",
         "kNN": knn[-1] if knn else "–",
@@ -1210,6 +1312,8 @@ def describe(log: list[dict], config: Config) -> tuple[dict[str, str], str]:
     }
     line = f"epoch {row['epoch']:4d}/{config.epochs}  loss {values['loss']}"
     line += f"  contrastive accuracy {row['contrastive_accuracy']:5.1%}  kNN {values['kNN']}"
+    if "effective_rank" in row:
+        line += f"  held out {row['held_out_accuracy']:.1%}, rank of h {row['effective_rank']:.1f}"
     left = (config.epochs - row["epoch"]) * row["seconds"]
     return values, f"{line}  {values['views/s']} views/s  {left:.0f} s left"
 
@@ -1247,11 +1351,20 @@ def cached_gradients(
     return value.detach(), whole.detach()
 
 
+def write_events(config: Config, row: dict) -> None:
+    """The numbers of an epoch for TensorBoard, if that was asked for."""
+    if config.tensorboard and utils.is_main_process():
+        writer = utils.event_writer(config.folder)
+        for key in PANELS.keys() & row.keys():
+            writer.add_scalar(key, row[key], row["epoch"])
+        writer.flush()
+
+
 def redraw(throttle: utils.Throttle, config: Config, now: TrainState, size: int) -> None:
     """Draw the training curves, if that has not taken too large a share of the time."""
     if now.log and utils.is_main_process() and (throttle.due() or complete(config, now)):
         with throttle:
-            figure = draw_training(now.log, size, None, config.views, config.loss)
+            figure = draw_training(now.log, size, config=config)
             utils.warn_on_failure(utils.save_figure, figure, config.figure_folder / FIGURE)
     now.clock.lap("drawing")
 
@@ -1280,11 +1393,20 @@ class SumOfBlocks(torch.autograd.Function):
         return outer * ctx.saved_tensors[0], None
 
 
+@torch.no_grad()
+def output_width(encoder: nn.Module, size: int) -> int:
+    """D of an encoder float (B, 3, size, size) -> (B, D). Raises ValueError for another output."""
+    with utils.evaluating(encoder):
+        shape = encoder(torch.zeros(2, 3, size, size)).shape
+    if len(shape) != 2 or shape[0] != 2:
+        raise ValueError(f"the encoder must map images (B, 3, S, S) to (B, D), not {(*shape,)}")
+    return shape[1]
+
+
 # ---------------------------------------------------------------------- recipes, checked settings
 
 STREAMED_SIZE = 224  # px: the default for images whose sizes vary
 SMALL_STEM_SIZE = 64  # px: up to here the 3x3 stem (Appendix B.9 has 32)
-COMPILE_STEPS = 5000  # steps of a run: compiling takes a minute and saves milliseconds a step
 SHORT_WARMUP = 0.1  # of the epochs: the longest warm-up that a recipe gives a shortened run
 
 # Overrides of Config's defaults. The sources are in the comments; --recipe NAME chooses one.
@@ -1320,7 +1442,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     # one's own images: a batch that one GPU holds at 224 px, the paper's augmentation
     "folder": dict(
         arch="resnet18", batch_size=256, epochs=200, temperature=0.2, blur_p=0.5, crop_min=0.2,
-        optimizer="sgd", lr=0.06, weight_decay=1e-4, decay_all=True,
+        optimizer="sgd", lr=0.06, weight_decay=1e-4, decay_all=True, hold_out=0.02,
     ),
     # the paper's main setting (Section 2.2): batch 4096, LARS
     "imagenet-paper": dict(
@@ -1340,13 +1462,46 @@ def make_config(**overrides: Any) -> Config:
     recipe = overrides.get("recipe") or (dataset if dataset in RECIPES else "cifar10")
     if recipe not in RECIPES:
         raise InputError(f"unknown recipe {recipe!r}; there are {', '.join(RECIPES)}")
-    config = Config(**{**RECIPES[recipe], **overrides, "recipe": recipe})
+    check_data_dir(dataset, overrides.get("data_dir", ""))
+    start = init_settings(**overrides) if overrides.get("init") else {}
+    config = Config(**{**RECIPES[recipe], **overrides, **start, "recipe": recipe})
     config.range, config.view_sizes = tuple(config.range), tuple(config.view_sizes)
     if "warmup_epochs" not in overrides:
         config.warmup_epochs = min(config.warmup_epochs, SHORT_WARMUP * config.epochs)
-    config.run = config.run or f"{config.dataset}_{config.arch}"
+    name = Path(config.data_dir).resolve().name if dataset == "folder" else dataset
+    config.run = config.run or f"{name or dataset}_{config.arch}"
     check_config(config)
     return config
+
+
+def init_settings(init: str, checkpoints: str = "checkpoints", **given: Any) -> dict[str, Any]:
+    """The settings that follow from the weights to start from; normalize unless it is given.
+
+    Raises InputError if the file cannot be read, or a given setting is another than the file's.
+    """
+    file = utils.find_checkpoint(init, checkpoints)
+    source = load_source(file)
+    resnet, shape = source.resnet, source.config or source.foreign
+    settings = {name: getattr(shape, name) for name in ("arch", "width", "stem")}
+    settings["init_sha256"] = utils.file_digest(file)
+    for name, value in settings.items():
+        if given.get(name, "auto") not in (value, "auto", ""):
+            raise InputError(f"{flag(name)} is {given[name]}, but --init {file} has {value}")
+    usual = resnet.conv1.padding[0] == resnet.conv1.kernel_size[0] // 2
+    if not usual or isinstance(resnet.relu, nn.Identity):
+        raise InputError(f"--init {file}: an encoder with another stem than torchvision's cannot "
+                         "be trained further")  # fmt: skip
+    settings["normalize"] = given.get("normalize", source.normalize)
+    return settings | {"init": str(file.resolve())}
+
+
+def check_data_dir(dataset: str, data_dir: str) -> None:
+    """Raise InputError if a folder was given to a data set that reads none."""
+    if dataset == "digits" and data_dir not in ("", Config.data_dir):
+        raise InputError(
+            f"--data-dir {data_dir} is not used, as the digits come with scikit-learn; for images "
+            "of your own add --dataset folder"
+        )
 
 
 def check_config(config: Config) -> None:
@@ -1360,6 +1515,8 @@ def check_config(config: Config) -> None:
         )
     if config.stop_at_knn and not config.knn_every:
         raise InputError("--knn-every must be at least 1 to stop at a kNN accuracy")
+    if config.labels_from and config.dataset != "folder":
+        raise InputError(f"--labels-from {config.labels_from} goes with --dataset folder")
     name = Path(config.run)
     if name.is_absolute() or ".." in name.parts or not name.parts:
         raise InputError(f"--run {config.run!r} must be a plain name")
@@ -1389,15 +1546,21 @@ def resolve(config: Config, data: Images, device: torch.device) -> Config:
         config.precision = "bfloat16" if utils.has_fast_bfloat16(device) else "float32"
     if config.stem == "auto":
         config.stem = "small" if config.image_size <= SMALL_STEM_SIZE else "imagenet"
-    batch, steps = batch_count(config, len(data))
-    if config.compile == "auto":
-        pays = device.type == "cuda" and config.epochs * steps >= COMPILE_STEPS
-        config.compile = "on" if pays and ranks == 1 and not config.micro_batch else "off"
+    batch, _ = batch_count(config, len(data))
+    if config.compile == "auto" and (device.type != "cuda" or ranks > 1 or config.micro_batch):
+        config.compile = "off"
     if config.compile == "on" and ranks > 1:
         raise InputError("--compile on: not with several processes")
     config.range = config.range or data.grey_range
+    colours = dict(saturation=0.0, hue=0.0, gray_p=0.0)
+    grey = dataclasses.replace(config, **colours)
+    if config.recipe == "folder" and grey != config and utils.all_grey(data):
+        config = grey
+        utils.warn_once(f"the images are grey: {', '.join(map(flag, colours))} are 0, as they would"
+                        " change nothing")  # fmt: skip
     if config.dataset == "folder":
         config.data_dir = str(Path(config.data_dir).resolve())
+        config.labels_from = config.labels_from and str(Path(config.labels_from).resolve())
     part = config.micro_batch or batch
     name = flag("micro_batch" if config.micro_batch else "batch_size")
     if batch % part:
@@ -1412,15 +1575,41 @@ def resolve(config: Config, data: Images, device: torch.device) -> Config:
 
 def load_data(config: Config, device: torch.device) -> Data:
     """All splits of config.dataset; images that are held in memory are moved to `device`."""
-    # on STL-10 only some of the images to pre-train on have labels
-    names = ["pretrain", "test", *["train"] * (config.dataset == "stl10")]
-    splits = utils.load_splits(
-        config.dataset, names, config.data_dir, config.max_bad, config.range
-    )
-    if len(splits[0]) < 2:
-        raise InputError(f"need at least 2 images to contrast, got {len(splits[0])}")
-    pretrain, test, *labelled = (split.to(device) for split in splits)
-    return Data(pretrain, labelled[0] if labelled else pretrain, test)
+    given = config.max_bad, config.range
+    if config.labels_from:
+        pretrain = utils.load_unlabelled(config.data_dir, *given)
+        train, test = utils.load_splits("folder", ("train", "test"), config.labels_from, *given)
+    else:
+        splits = utils.load_splits(config.dataset, utils.SPLITS, config.data_dir, *given)
+        pretrain, train, test = splits
+    if len(pretrain) < 2:
+        raise InputError(f"need at least 2 images to contrast, got {len(pretrain)}")
+    learned, held_out = split_held_out(config, pretrain, train)
+    moved = learned.to(device)
+    same = train is pretrain  # also if neither has labels
+    data = Data(moved, moved if same else train.to(device), test.to(device))
+    data.held_out = held_out.to(device) if held_out else None
+    if config.labels_from and not data.labelled:
+        raise InputError(f"--labels-from {config.labels_from} has no labelled training and test "
+                         "images: it needs train/<class>/ and test/<class>/")  # fmt: skip
+    return data
+
+
+FEWEST_HELD_OUT, MOST_HELD_OUT = 64, 2048  # images
+
+
+def split_held_out(
+    config: Config, pretrain: Images, train: Images
+) -> tuple[Images, Images | None]:
+    """The images to learn from, and those of config.hold_out if they are enough to measure by."""
+    labelled = len(train) if train.labels is not None and not config.labels_from else 0
+    n = len(pretrain) - labelled  # the unlabelled ones come last
+    count = min(max(round(config.hold_out * n), FEWEST_HELD_OUT), MOST_HELD_OUT, n // 10)
+    if not config.hold_out or count < FEWEST_HELD_OUT // 4:
+        return pretrain, None
+    order = labelled + torch.randperm(n, generator=utils.generator("cpu", 0, HELD_OUT))
+    rows = torch.cat([torch.arange(labelled), order[count:].sort().values])
+    return utils.subset(pretrain, rows), utils.subset(pretrain, order[:count])
 
 
 def only_readable(data: Data, config: Config) -> Data:
@@ -1508,6 +1697,7 @@ class Source:
     epoch: int = 0  # of the run
     projector: nn.Module | None = None  # h -> z, of the run
     foreign: utils.ForeignEncoder | None = None  # if the file is not simclr.py's
+    classifier: dict | None = None  # the content of a classifier's file
 
     @property
     def name(self) -> str:
@@ -1517,7 +1707,9 @@ class Source:
     @property
     def row_names(self) -> dict[str, str]:
         """What rows and panels are called, by the keys of REPRESENTATIONS."""
-        return REPRESENTATIONS | ({} if self.config else {"simclr": "pre-trained encoder"})
+        if self.config:
+            return row_names(self.config)
+        return REPRESENTATIONS | {"simclr": "pre-trained encoder"}
 
     def output(self, name: str, figures: str) -> Path:
         """Where results go: beside the checkpoint, or beside the figures if it is read-only there.
@@ -1535,8 +1727,11 @@ class Source:
         return trained if utils.has_fast_bfloat16(device) else "float32"
 
     def untrained(self, config: Config) -> nn.Module:
-        """The same network at its random start, for images in [0, 1]; by the run's own seed."""
-        encoder: nn.Module = make_model(config).encoder
+        """The same network before pre-training, for images in [0, 1]; by the run's own seed."""
+        copy = self.file.with_name(init_copy(config).name)  # the run may be from another machine
+        if config.init and copy.is_file():
+            config = dataclasses.replace(config, init=str(copy))
+        encoder = utils.without_normalization(start_model(config).encoder)
         if self.foreign:
             self.foreign.adapt(encoder)
         if self.normalize != "none":
@@ -1557,12 +1752,16 @@ class Source:
             shape = {name: getattr(self.foreign, name) for name in ("arch", "width", "stem")}
             config = make_config(dataset=dataset, run=self.name, data_dir="", **shape)
         elif dataset and dataset != config.dataset:
-            config = dataclasses.replace(config, dataset=dataset, data_dir="", range=())
+            config = dataclasses.replace(
+                config, dataset=dataset, data_dir="", labels_from="", range=()
+            )
+        check_data_dir(config.dataset, data_dir)
         if config.dataset == "folder" and not (data_dir or config.data_dir):
             raise InputError("--dataset folder needs --data-dir, the folder of the images")
         return dataclasses.replace(
             config,
-            data_dir=data_dir or config.data_dir or "data",
+            data_dir=data_dir or config.labelled_dir or "data",
+            labels_from="",
             image_size=image_size or config.image_size,
             view_size=0,  # a setting of pre-training
             range=tuple(grey_range) or config.range,
@@ -1570,7 +1769,7 @@ class Source:
 
 
 def load_source(file: Path, normalize: str = "auto", prefix: str = "") -> Source:
-    """Reads a checkpoint of simclr.py, one written by --export, or another project's.
+    """Reads a checkpoint of simclr.py, one written by load_simCLR.py, or another project's.
 
     normalize: a key of utils.MEANS, "none", or "auto" for what its origin used. prefix: which
     encoder, if the file is another project's and holds several. Raises InputError if the file is
@@ -1582,8 +1781,8 @@ def load_source(file: Path, normalize: str = "auto", prefix: str = "") -> Source
     if "config" in state and "format" in state:
         run = trained_run(state, file)
         config, epoch = run.config, run.epoch
-        resnet, projector = run.model.encoder, run.model.projector
-        used = "none" if normalize == "auto" else normalize
+        resnet, projector = utils.without_normalization(run.model.encoder), run.model.projector
+        used = config.normalize if normalize == "auto" else normalize
         inputs = "in [0, 1]" if used == "none" else f"normalised for {used}"
         text = f"{config.arch} at width {config.width:g}, epoch {run.epoch}, inputs {inputs}"
     else:
@@ -1594,7 +1793,8 @@ def load_source(file: Path, normalize: str = "auto", prefix: str = "") -> Source
     encoder = resnet if used == "none" else utils.Normalized(resnet, used)
     encoder.eval().requires_grad_(False)
     text = f"h of {resnet.feature_dim} dimensions, {text}"
-    return Source(file, resnet, encoder, used, text, config, epoch, projector, foreign)
+    classifier = state if utils.CLASSIFIER_KEY in state else None
+    return Source(file, resnet, encoder, used, text, config, epoch, projector, foreign, classifier)
 
 
 def build_encoder(foreign: utils.ForeignEncoder, file: Path) -> Encoder:
@@ -1627,12 +1827,26 @@ REPRESENTATIONS = {
     "simclr": "SimCLR h",
     "projection": "SimCLR z",
 }
-PANELS = (  # of the training curves: key in the log, title, unit, factor
-    ("loss", "NT-Xent loss", "nats", 1),
-    ("contrastive_accuracy", "Views that find their partner", "%", 100),
-    ("knn", "kNN accuracy of h (k = 10, cosine)", "% of test images", 100),
-    ("lr", "Learning rate", "", 1),
-)
+
+
+def row_names(config: Config) -> dict[str, str]:
+    """REPRESENTATIONS of a run, which may have begun with the weights of --init."""
+    return REPRESENTATIONS | ({"untrained": "before pre-training"} if config.init else {})
+
+
+def init_copy(config: Config) -> Path:
+    """Where a run keeps a copy of the file of --init."""
+    return config.folder / f"init{Path(config.init).suffix}"
+
+
+PANELS = {  # of the training curves: key in the log -> title, unit, factor, colour
+    "loss": ("NT-Xent loss", "nats", 1, "C0"),
+    "contrastive_accuracy": ("Views that find their partner", "%", 100, "C1"),
+    "knn": ("kNN accuracy of h (k = 10, cosine)", "%", 100, "C2"),
+    "lr": ("Learning rate", "", 1, "C3"),
+    "held_out_accuracy": ("Partners found, held-out images", "%", 100, "C1"),
+    "effective_rank": ("Effective rank of h, held-out images", "", 1, "C4"),
+}
 
 
 def encoders(
@@ -1685,6 +1899,12 @@ def knn_of(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, classes: int) -
     return utils.accuracy(utils.all_gather_rows(predicted, len(x_test)), y_test)
 
 
+def held_out_knn(x: Tensor, y: Tensor, classes: int) -> tuple[float, int]:
+    """knn_of() of utils.HELD_OUT of the rows of each class among the others, and their number."""
+    fit, held_out = (torch.from_numpy(rows) for rows in utils.split_held_out(y.cpu().numpy()))
+    return knn_of(x[fit], y[fit], x[held_out], y[held_out], classes), len(held_out)
+
+
 def evaluate(model: SimCLR, data: Data, config: Config, device: torch.device) -> dict[str, dict]:
     """Raw pixels, the same encoder untrained, and h, on the test split; accuracies in [0, 1].
 
@@ -1695,7 +1915,7 @@ def evaluate(model: SimCLR, data: Data, config: Config, device: torch.device) ->
     """
     results: dict[str, dict] = {score: {} for score in SCORES}
     classes = len(data.train.classes)
-    compared = encoders(model.encoder, make_model(config).encoder, device)
+    compared = encoders(model.encoder, start_model(config).encoder, device)
     for name in FINAL_TABLE:
         x, y = labelled_features(compared[name], data.train, config, device)
         x_test, y_test = labelled_features(compared[name], data.test, config, device)
@@ -1715,55 +1935,68 @@ def evaluate(model: SimCLR, data: Data, config: Config, device: torch.device) ->
     return results
 
 
-def results_table(results: dict[str, dict], images: int) -> str:
-    """The results of evaluate() on so many test images, as text."""
+def results_table(
+    results: dict[str, dict], images: int, names: dict[str, str] = REPRESENTATIONS,
+    fewest: int = LABELS_PER_CLASS,
+) -> str:  # fmt: skip
+    """The results of evaluate() on so many test images, as text.
+
+    names: of the rows. fewest: training images of the smallest class.
+    """
     line = "{:22} {:>13} {:>19} {:>19}".format
-    titles = "kNN (k=10)", "10 labels a class", "linear, all labels"
+    few = "≤ " * (fewest < LABELS_PER_CLASS) + f"{LABELS_PER_CLASS} labels a class"
+    titles = f"kNN (k={KNN_NEIGHBOURS})", few, "linear, all labels"
     lines = [line(f"{images:,} test images", *titles)]
     for key in FINAL_TABLE:
         knn, few, std, every = (results[score][key] for score in SCORES)
         cells = [(knn, images), (few, images, std), (every, images)]
-        lines.append(line(REPRESENTATIONS[key], *(utils.accuracy_text(*cell) for cell in cells)))
+        lines.append(line(names[key], *(utils.accuracy_text(*cell) for cell in cells)))
     if images < utils.FEW_IMAGES:
         lines.append(f"±: sampling error of {images:,} images, and spread over draws of 10 labels")
     return "\n".join(lines)
 
 
 def draw_training(
-    log: Sequence[dict], size: int, baselines: dict[str, float] | None = None, views: int = 2,
-    loss_name: str = "nt-xent",
+    log: Sequence[dict], size: int, baselines: dict[str, float] | None = None,
+    config: Config | None = None,
 ) -> Any:  # fmt: skip
     """The training curves as a matplotlib Figure: loss, contrastive accuracy, kNN, learning rate.
 
+    Where images were held out, a third row shows their contrastive accuracy and effective rank.
     log: rows of log.jsonl. size: N, images a step. baselines: kNN accuracy in [0, 1] of "pixels"
-    and "untrained", when they have been measured. views: K. loss_name: one of LOSSES.
+    and "untrained", when they have been measured. config: the run's.
     """
     from matplotlib.figure import Figure  # late: half a second that not every import needs
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(7.2, 4.8), layout="constrained")
-    loss, guess, knn, rate = axes = figure.subplots(2, 2, sharex=True).ravel()
-    for i, (axis, (key, title, unit, scale)) in enumerate(zip(axes, PANELS, strict=True)):
+    config = config or Config()
+    rows = 3 if any("effective_rank" in row for row in log) else 2
+    figure = Figure(figsize=(7.2, 2.4 * rows), layout="constrained")
+    loss, guess, knn, rate, *held_out = axes = figure.subplots(rows, 2, sharex=True).ravel()
+    for axis, (key, (title, unit, scale, color)) in zip(axes, PANELS.items(), strict=False):
         rows = [row for row in log if key in row]
         epochs, values = [row["epoch"] for row in rows], [scale * row[key] for row in rows]
-        axis.plot(epochs, values, color=f"C{i}", marker="." if len(rows) < 20 else "")
+        axis.plot(epochs, values, color=color, marker="." if len(rows) < 20 else "")
         axis.set(title=title, ylabel=unit)
         axis.grid(color="0.9")
         axis.spines[["top", "right"]].set_visible(False)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     figure.supxlabel("epoch", fontsize="medium")
 
-    grey = dict(color="0.4", linewidth=1)
-    chance = math.log(views * (size - 1) + (loss_name == "nt-xent"))  # when all z are equal
-    if loss_name != "nt-xent":
-        loss.set_title(f"Loss {loss_name}, not NT-Xent")
+    grey, views = dict(color="0.4", linewidth=1), config.views
+    chance = math.log(views * (size - 1) + (config.loss == "nt-xent"))  # when all z are equal
+    if config.loss != "nt-xent":
+        loss.set_title(f"Loss {config.loss}, not NT-Xent")
     loss.axhline(chance, **grey, linestyle="--", label=f"chance, {chance:.2f}")
     loss.set_ylim(0, 1.05 * max([chance, *(row["loss"] for row in log)]))
     found = (views - 1) / (views * size - 1)
     guess.axhline(100 * found, **grey, linestyle="--", label=f"chance, {found:.2%}")
     guess.set_ylim(0, 100)
+    for axis, most in zip(held_out, (100, max(1.1 * y for y in values)), strict=False):
+        axis.set_ylim(0, most)  # the last values are the ranks
     for (key, value), style in zip((baselines or {}).items(), ("--", ":"), strict=False):
-        knn.axhline(100 * value, **grey, linestyle=style, label=REPRESENTATIONS[key])
+        knn.axhline(100 * value, **grey, linestyle=style, label=row_names(config)[key])
+    knn.set_ylabel(f"% of {config.knn_split} images")
     rate.set_ylim(0, None)
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     for axis in (loss, guess, *[knn] * bool(baselines)):
@@ -1900,9 +2133,7 @@ def draw_views(config: Config, data: Images, device: torch.device) -> Any:
 def show_views(config: Config, file: Path) -> None:
     """What `python simclr.py --show-views FILE` does."""
     device = utils.choose_device(config.device)
-    data = utils.load_images(
-        config.dataset, "pretrain", config.data_dir, grey_range=config.range
-    ).to(device)
+    data = load_data(config, device).pretrain
     config = resolve(config, data, device)
     config.view_size = min(config.view_side, LARGEST_TILE)
     utils.save_figure(draw_views(config, data, device), file)
@@ -1916,6 +2147,8 @@ def run(config: Config, overwrite: bool = False) -> dict:
     """
     clock = utils.Clock()
     device = utils.choose_device(config.device)
+    if config.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise InputError("--tensorboard needs one more package: pip install tensorboard")
     with utils.process_group(device):
         data = load_data(config, device)
         config = resolve(config, data.pretrain, device)
@@ -1933,6 +2166,11 @@ def run(config: Config, overwrite: bool = False) -> dict:
         with utils.run_lock(config.folder):
             if overwrite:
                 utils.RunFolder(config.folder).delete(SUMMARY)
+            if config.tensorboard and utils.is_main_process():
+                sheet = draw_views(config, data.pretrain, device)
+                utils.event_writer(config.folder).add_figure("views", sheet)
+            if config.init:
+                utils.write_atomically(init_copy(config), Path(config.init).read_bytes())
             try:
                 model = train(config, data, device, clock=clock)
             except RuntimeError as error:
@@ -1949,17 +2187,39 @@ def run(config: Config, overwrite: bool = False) -> dict:
         return summary
 
 
+def pretrain(images: Tensor, encoder: nn.Module | None = None, **settings: Any) -> SimCLR:
+    """SimCLR from Python, on tensors: trains, or continues, a run in checkpoints/.
+
+    images: uint8 (N, 3, H, W). encoder: any module, float (B, 3, S, S) in [0, 1] -> (B, D), which
+    is trained in place; by default the ResNet of the settings. settings: fields of Config, on top
+    of the recipe "folder". Returns the model in eval mode: model.encoder maps images to h. Raises
+    InputError as train().
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise InputError(f"need uint8 (N, 3, H, W), got {images.dtype} {(*images.shape,)}")
+    config = make_config(**{"recipe": "folder", "run": "tensors", "knn_every": 0, **settings})
+    device = utils.choose_device(config.device)
+    learned = utils.ImageSet(images).to(device)
+    config = resolve(config, learned, device)
+    data = Data(learned, learned, utils.subset(learned, torch.arange(0)))
+    data.files = hashlib.sha256(images.cpu().numpy().tobytes()).hexdigest()
+    model = make_model(config, encoder) if encoder else start_model(config)
+    with utils.run_lock(config.folder):
+        return train(config, data, device, model=model).eval()
+
+
 def describe_run(config: Config, data: Data, device: torch.device) -> str:
     """What a run learns from, how and where. All its settings are in config.json."""
     n, ranks = len(data.pretrain), utils.world_size()
     size, steps = batch_count(config, n)
     batch = f"{size} images a step" + " (all of them)" * (size < config.batch_size)
     rest = f"; each epoch leaves out {n - size * steps} at random" * (n > size * steps)
+    start = f"\nstarts from {utils.from_here(config.init)}" if config.init else ""
     where = device if ranks == 1 else f"{ranks} processes on {device.type}"
     return (
         f"{utils.describe_data(data)}\n"
         f"recipe {config.recipe}: {config.arch}, {batch}, {config.epochs} epochs of {steps} "
-        f"steps{rest}\n"
+        f"steps{rest}{start}\n"
         f"on {where} in {utils.describe_precision(config.precision, device)}; "
         f"files in {config.folder}, figure in {config.figure_folder}"
     )
@@ -1981,8 +2241,10 @@ def write_summary(
     """The last figure and the summary of a trained and evaluated model."""
     log = utils.read_jsonl(config.folder / utils.LOG)
     size, steps = batch_count(config, len(data.pretrain))
-    baselines = {key: results["knn"][key] for key in ("pixels", "untrained")} if results else None
-    figure = draw_training(log, size, baselines, config.views, config.loss)
+    baselines = None
+    if results and config.knn_split == "test":
+        baselines = {key: results["knn"][key] for key in ("pixels", "untrained")}
+    figure = draw_training(log, size, baselines, config)
     utils.warn_on_failure(utils.save_figure, figure, config.figure_folder / FIGURE)
     clock.lap("drawing")
     training = sum(row["seconds"] for row in log)
@@ -2007,9 +2269,14 @@ def print_summary(summary: dict, config: Config, data: Data) -> None:
         utils.python_command(utils.from_here(Path(__file__).with_name(script)))
         for script in ("load_simCLR.py", "tSNE.py", "simclr.py")
     )
+    folder = shlex.quote(str(config.folder))
     table, labels = "No labelled test images: h was not evaluated", " --data-dir LABELLED_IMAGES"
     if "knn" in summary:
-        table, labels = results_table(summary, len(data.test)), ""
+        table = results_table(
+            summary, len(data.test), row_names(config), int(data.class_sizes.min())
+        )
+        table += f"\nthe largest class: {data.majority:.1%} of the test images" * data.uneven
+        labels = ""
     times = {name: summary.get(f"{part}_seconds", 0.0) for part, name in TIMED.items()}
     print(
         f"\n{table}\n"
@@ -2019,8 +2286,8 @@ def print_summary(summary: dict, config: Config, data: Data) -> None:
         f"curves        {config.figure_folder / FIGURE}\n"
         f"weights, log  {config.folder}\n"
         "\nnext:\n"
-        f"  evaluate it         {load} {config.folder}{labels}\n"
-        f"  see it              {see} {config.folder}\n"
+        f"  evaluate it         {load} {folder}{labels}\n"
+        f"  see it              {see} {folder}\n"
         f"  CIFAR-10, on a GPU  {again} --dataset cifar10\n"
         f"  your own images     {again} --dataset folder --data-dir PHOTOS\n"
         f"  every setting       {again} --help"

@@ -802,7 +802,7 @@ def run(where: str, options: Options) -> list[Path]:
     elif not scene.judged:
         print("without accuracies: no labelled images were held out")
     # figures of other images do not replace those of the run's own
-    moved = Path(config.data_dir).resolve() != Path(own.data_dir).resolve()
+    moved = Path(config.data_dir).resolve() != Path(own.labelled_dir).resolve()
     moved = moved and config.dataset == "folder"
     suffix = f"-{scene.name}" if moved or config.dataset != own.dataset else ""
     cache = source.file.parent / "tsne"

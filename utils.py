@@ -106,7 +106,10 @@ def errors_as_input_error(what: str, through: tuple[type[Exception], ...] = ()) 
 
 
 class UntilError:
-    """Iterates over `items`; an InputError ends the iteration, and is kept in `error`."""
+    """Iterates over `items`; an InputError ends the iteration, and is kept in `error`.
+
+    With several ranks it is raised: the others are in a step that cannot be completed and saved.
+    """
 
     def __init__(self, items: Iterable) -> None:
         self.items = items
@@ -116,6 +119,9 @@ class UntilError:
         try:
             yield from self.items
         except InputError as error:
+            if world_size() > 1:
+                again = "the same command continues from the last checkpoint"
+                raise InputError(f"{error}; {again}") from error
             self.error = error
 
     def raise_error(self) -> None:
@@ -168,6 +174,9 @@ def command(program: str) -> Iterator[None]:
     except InputError as error:
         exit_with_error(program, error)
     except (RuntimeError, MemoryError) as error:
+        if "MPS_FALLBACK" in str(error):  # torch's text where MPS lacks an operation
+            exit_with_error(program, "MPS cannot compute a part of this; set the variable "
+                            "PYTORCH_ENABLE_MPS_FALLBACK=1, or add --device cpu")  # fmt: skip
         if not is_out_of_memory(error):
             raise
         exit_with_error(program, f"there is too little memory: {error}")
@@ -538,6 +547,14 @@ def run_lock(folder: Path, *others: Path) -> Iterator[None]:
         yield
 
 
+@functools.cache
+def event_writer(folder: Path) -> Any:
+    """TensorBoard's writer of a folder."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder))
+
+
 class Throttle:
     """Limits an action to a share of the time: `if throttle.due(): with throttle: act()`.
 
@@ -695,14 +712,15 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of <malloc.h>
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name ("auto": CUDA if there is one, else the CPU), after make_fast().
+    """The device of that name ("auto": CUDA, else MPS, else the CPU), after make_fast().
 
     Of several ranks each takes a GPU of its own. Raises InputError if this machine or this build
     of torch does not have the device, or not one for each rank.
     """
     info = rank_info()
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        mps = torch.backends.mps.is_available() and info.size == 1
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if info.size > 1 and name not in ("cpu", "cuda"):
         raise InputError(
             f"--device {name} is one device for {info.size} processes: choose cuda, which gives "
@@ -1061,6 +1079,7 @@ ALTERED = re.compile(r"(conv|bn|norm|layer)\d+\.|(stem|maxpool|net)\.")  # parts
 TRAINING_COPY = re.compile(r"momentum|encoder_k|target|student")
 MOST_LISTED = 5  # names in a message
 EXPORT_KEY = "simclr"  # of what --export writes into the metadata of the state dict
+CLASSIFIER_KEY, CLASSIFIER_FORMAT = "classifier_format", 1  # of what --fine-tune writes
 
 # A project; patterns of the encoder's prefix and of facts about the file, see find_encoder();
 # how it normalised its images with the 7x7 and with the 3x3 stem, "" if it has no such encoder.
@@ -1141,6 +1160,13 @@ def find_encoder(state: dict, where: str | Path, prefix: str = "") -> ForeignEnc
     complete shows when they are loaded into a network.
     """
     with errors_as_input_error(f"{where} is not a checkpoint", through=(InputError,)):
+        if CLASSIFIER_KEY in state:
+            if state[CLASSIFIER_KEY] != CLASSIFIER_FORMAT:
+                raise InputError(
+                    f"{where} is a classifier of format {shown(state[CLASSIFIER_KEY])}; this "
+                    f"version reads format {CLASSIFIER_FORMAT}"
+                )
+            return ForeignEncoder(state["encoder"], prefix="", rest=["linear"], **state["network"])
         tensors = {WRAPPERS.sub(r"\1", name): value for name, value in _tensors(state, set())}
         prefix, layout = _choose_encoder(tensors, where, prefix)
         named, others = _torchvision_names(tensors, prefix, layout)
@@ -1276,13 +1302,18 @@ class Normalized(nn.Module):
 
     def __init__(self, encoder: nn.Module, normalize: str) -> None:
         super().__init__()
-        self.encoder, self.feature_dim = encoder, encoder.feature_dim
+        self.encoder, self.feature_dim = encoder, getattr(encoder, "feature_dim", 0)
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in MEANS[normalize])
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.encoder((images - self.mean) / self.std)
+
+
+def without_normalization(encoder: nn.Module) -> nn.Module:
+    """The encoder of normalised images, which Normalized may hold."""
+    return encoder.encoder if isinstance(encoder, Normalized) else encoder
 
 
 FILE_KINDS = {  # how a file begins that is no checkpoint, in lower case -> what it is
@@ -1352,6 +1383,7 @@ def _describe_file(path: Path) -> str:
 DATASETS = ("digits", "cifar10", "cifar100", "svhn", "fashion-mnist", "stl10", "folder")
 SPLITS = ("pretrain", "train", "test")
 HELD_OUT = 0.2  # share of each class kept for testing where a data set has no split of its own
+UNEVEN = 1.5  # ratio of the largest and the smallest class from which on accuracy misleads
 MOST_NAMED = 10  # unreadable files, in warnings
 Rows = Tensor | None  # int64 (M,): which images, in what order; None: all
 
@@ -1596,7 +1628,10 @@ def load_splits(
     dataset: str, splits: Sequence[str], data_dir: str | Path = "data", max_bad: float = 0.0,
     grey_range: tuple[float, ...] = (),
 ) -> list[Images]:  # fmt: skip
-    """Several splits of a data set, see load_images(); a folder is gone through once for all."""
+    """Several splits of a data set, see load_images(); a folder is gone through once for all.
+
+    "pretrain" and "train" are one object where they have the same images.
+    """
     if dataset not in DATASETS:
         raise InputError(f"unknown data set {dataset!r}; there are {', '.join(DATASETS)}")
     for split in splits:
@@ -1607,9 +1642,12 @@ def load_splits(
             return _load_folder(Path(data_dir), splits, max_bad, grey_range)
     if grey_range:
         raise InputError(f"{flag('range')} is for folders of pictures, not for {dataset}")
-    if dataset == "digits":
-        return [_load_digits(split) for split in splits]
-    return [_load_torchvision(dataset, split, Path(data_dir)) for split in splits]
+    same = dataset != "stl10"  # elsewhere all images to pre-train on have labels
+    names = ["train" if same and split == "pretrain" else split for split in splits]
+    download = partial(_load_torchvision, dataset, Path(data_dir))
+    read = _load_digits if dataset == "digits" else download
+    loaded = {name: read(name) for name in dict.fromkeys(names)}
+    return [loaded[name] for name in names]
 
 
 def class_balanced_order(labels: np.ndarray, seed: int = 0) -> list[np.ndarray]:
@@ -1628,16 +1666,25 @@ def split_held_out(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass
 class Data:
-    """What a run learns from and is evaluated on. Labels are never used in pre-training."""
+    """What a run learns from and is evaluated on. Labels are never used in pre-training.
+
+    held_out: unlabelled images that a run does not learn from, and that show how it learns.
+    """
 
     pretrain: Images
     train: Images
     test: Images
+    held_out: Images | None = None
 
     @functools.cached_property
     def files(self) -> str:
         """Digest of the names of the images to learn from; "" for data sets without files."""
         return files_digest(self.pretrain)
+
+    @property
+    def monitored(self) -> bool:
+        """Whether there are images to measure the representation by during training."""
+        return self.labelled or self.held_out is not None
 
     @property
     def labelled(self) -> bool:
@@ -1646,23 +1693,48 @@ class Data:
         enough = train.labels is not None and test.labels is not None and len(test) > 0
         return enough and len(train.classes) > 1
 
+    @property
+    def class_sizes(self) -> Tensor:
+        """Training images of each class: int64 (K,)."""
+        return self.train.labels.bincount(minlength=len(self.train.classes))
+
+    @property
+    def uneven(self) -> bool:
+        """Whether classes differ so much in size that accuracy misleads."""
+        return bool(self.class_sizes.max() > UNEVEN * self.class_sizes.min())
+
+    @property
+    def majority(self) -> float:
+        """Share of the test images that are of the largest class, in [0, 1]."""
+        return accuracy(self.class_sizes.argmax(), self.test.labels)
+
 
 def describe_data(data: Data) -> str:
     """How many images and classes there are and where, or why there are no labels."""
-    place, test_place = (
-        f" in {from_here(part.root)}" if part.root else "" for part in (data.train, data.test)
+    place, train_place, test_place = (
+        f" in {from_here(part.root)}" if part.root else ""
+        for part in (data.pretrain, data.train, data.test)
     )
     text = f"{len(data.pretrain):,} images to learn from{place}"
+    if data.held_out is not None:
+        text += f" ({len(data.held_out):,} more without labels are held out)"
     if data.train.labels is None:
         return f"{text}; no labels: {why_unlabelled(image_names(data.train))}"
     names = [shown(name) for name in data.train.classes[:MOST_NAMED]]
     names += ["…"] * (len(data.train.classes) > MOST_NAMED)
     text = f"{len(data.train.classes)} classes ({', '.join(names)}), {text}"
+    if data.train is not data.pretrain:
+        text += f", {len(data.train):,} with labels{train_place}"
     if len(data.test) and data.test.labels is None:
         why = why_unlabelled(image_names(data.test), data.train.classes)
         return f"{text}, but no labels for the evaluation{test_place}: {why}"
     held_out = f"{len(data.test):,}" if len(data.test) else "none"
-    return f"{text}, {held_out} held out for the evaluation{test_place}"
+    text = f"{text}, {held_out} held out for the evaluation{test_place}"
+    if not len(data.test):
+        return text
+    counts = data.test.labels.bincount(minlength=len(data.train.classes)).tolist()
+    missing = [name for name, n in zip(data.train.classes, counts, strict=True) if not n]
+    return text + f"; no test images of {listed(missing)}" * bool(missing)
 
 
 def _load_digits(split: str) -> ImageSet:
@@ -1691,7 +1763,7 @@ EXPECTED_FILES = {  # where there is no network
 }
 
 
-def _load_torchvision(dataset: str, split: str, root: Path) -> ImageSet:
+def _load_torchvision(dataset: str, root: Path, split: str) -> ImageSet:
     train = split != "test"
     part = {"pretrain": "train+unlabeled", "train": "train", "test": "test"}[split]
     makers: dict[str, Callable[[], Any]] = {
@@ -1858,20 +1930,24 @@ def _as_seen(name: str) -> str:
 
 TRAIN_FOLDERS = ("train", "training")
 TEST_FOLDERS = ("test", "testing", "val", "valid", "validation")
+UNLABELLED_FOLDERS = ("unlabelled", "unlabeled")
 
 
-def split_folders(root: Path) -> tuple[Path, list[Path]]:
-    """The folder to learn from, and those that may be for testing; the root if there are no splits.
+def split_folders(root: Path) -> tuple[Path, list[Path], list[Path]]:
+    """The labelled folder, those that may be for testing, and unlabelled ones beside them.
 
-    train/ is a split if a folder for testing lies beside it or folders inside it; else it is a
-    class. The names may be in capitals.
+    train/ is a split if one of the others lies beside it or folders inside it; else it is a class,
+    and the root is the labelled folder. The names may be in capitals.
     """
     folders = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir()}
     train = next((folders[name] for name in TRAIN_FOLDERS if name in folders), None)
-    tests = [folders[name] for name in TEST_FOLDERS if name in folders]
-    if train and (tests or any(path.is_dir() for path in train.iterdir())):
-        return train, tests
-    return root, []
+    tests, unlabelled = (
+        [folders[name] for name in names if name in folders]
+        for names in (TEST_FOLDERS, UNLABELLED_FOLDERS)
+    )
+    if train and (tests or unlabelled or any(path.is_dir() for path in train.iterdir())):
+        return train, tests, unlabelled
+    return root, [], []
 
 
 def _choose_test(folders: Sequence[Path], classes: Sequence[str]) -> tuple | None:
@@ -1900,27 +1976,77 @@ def _choose_test(folders: Sequence[Path], classes: Sequence[str]) -> tuple | Non
 def _load_folder(
     root: Path, splits: Sequence[str], max_bad: float, grey_range: tuple[float, ...]
 ) -> list[Images]:
-    """`root/train/…` with `root/test/…`, `root/<class>/…`, or any tree of images."""
-    if not os.path.isdir(root):
-        raise InputError(f"--data-dir {root} is not a folder")
-    folder, tests = split_folders(root)
-    paths = list_images(folder)
+    """`root/train/…` with `root/test/…`, `root/<class>/…`, or any tree of images.
+
+    Images in unlabelled/, beside train/ or beside classes, are learned from without labels.
+    """
+    folder, tests, beside = split_folders(existing_folder(root))
+    every, split_name = list_images(folder), "" if folder == root else folder.name
+    more = [os.path.join(split_name, path) for path in every if _is_unlabelled(path)]
+    more += [os.path.join(other.name, path) for other in beside for path in list_images(other)]
+    paths = [path for path in every if not _is_unlabelled(path)]
+    if not paths:  # of folders with labels there are none
+        paths, more = every, []
     if not paths:
         raise InputError(f"no images in {folder}")
-    grey_range = choose_range(folder, paths, grey_range)
     labels, classes = folder_labels(paths)
     learn, held_out = np.arange(len(paths)), np.arange(0)
     if folder == root and labels is not None:  # no splits: hold some images of each class out
         learn, held_out = split_held_out(labels)
-    loaded = {}
-    for split in dict.fromkeys(splits):
-        rows, allowed = (held_out, float(max_bad > 0)) if split == "test" else (learn, max_bad)
-        own = None if labels is None else labels[rows]
-        part = (folder, [paths[i] for i in rows], own)
-        if split == "test" and (test := _choose_test(tests, classes)):
-            part = test
-        loaded[split] = _read_folder(*part, classes, allowed, grey_range)
-    return [loaded[split] for split in splits]
+
+    parts: dict[str, tuple] = {
+        name: (folder, [paths[i] for i in rows], None if labels is None else labels[rows])
+        for name, rows in (("train", learn), ("test", held_out))
+    }
+    parts["test"] = _choose_test(tests, classes) or parts["test"]
+    if more:
+        labelled = [os.path.join(split_name, path) for path in parts["train"][1]]
+        parts["pretrain"] = (root, labelled + more, None)
+    if folder != root:
+        _name_unused(root, {folder, *beside, parts["test"][0]})
+    grey_range = choose_range(*parts.get("pretrain", (folder, paths))[:2], grey_range)
+    wanted = [split if split in parts else "train" for split in splits]
+    loaded = {
+        split: _read_folder(
+            *parts[split], classes, float(max_bad > 0) if split == "test" else max_bad, grey_range
+        )
+        for split in dict.fromkeys(wanted)
+    }
+    return [loaded[split] for split in wanted]
+
+
+def existing_folder(root: Path) -> Path:
+    """The folder itself. Raises InputError if it is none."""
+    if not os.path.isdir(root):
+        raise InputError(f"{flag('data_dir')} {root} is not a folder")
+    return root
+
+
+def _is_unlabelled(path: str) -> bool:
+    return os.sep in path and _class_of(path).lower() in UNLABELLED_FOLDERS
+
+
+def _name_unused(root: Path, used: set[Path]) -> None:
+    """Prints a line that counts and names what lies beside the folders of the splits."""
+    others = [p for p in sorted(root.iterdir()) if p not in used and not p.name.startswith(".")]
+    counts = {f"{p.name}/": sum(1 for _ in _walk_files(p)) for p in others if p.is_dir()}
+    names = [f"{shown(name)} ({count:,})" for name, count in counts.items() if count]
+    files = [path.name for path in others if not path.is_dir()]
+    names += [f"beside the folders {len(files):,} ({listed(files)})"] * bool(files)
+    if names:
+        hint = f"Images without labels belong in {UNLABELLED_FOLDERS[0]}/"
+        warn_once(f"files not used in {root}: {', '.join(names)}. {hint}")
+
+
+def load_unlabelled(
+    root: str | Path, max_bad: float = 0.0, grey_range: tuple[float, ...] = ()
+) -> Images:
+    """All images below a folder, whatever its layout, without labels. See load_images()."""
+    paths = list_images(existing_folder(Path(root)))
+    if not paths:
+        raise InputError(f"no images in {root}")
+    grey_range = choose_range(Path(root), paths, grey_range)
+    return _read_folder(Path(root), paths, None, (), max_bad, grey_range)
 
 
 def _read_folder(
@@ -2020,6 +2146,19 @@ def choose_range(
     return chosen
 
 
+GREY_LEVELS = 2  # of 255: how far rounding in a JPEG moves equal channels apart
+
+
+def all_grey(data: Images) -> bool:
+    """Whether all images of a sample that can be read are without colour."""
+    for row in range(0, len(data), math.ceil(len(data) / RANGE_SAMPLE)):
+        with contextlib.suppress(UnreadableImage):
+            image = data.image(row).int()
+            if (image.amax(0) - image.amin(0)).max() > GREY_LEVELS:
+                return False
+    return True
+
+
 _IMAGE_WIDTH, _IMAGE_LENGTH, _ORIENTATION = 0x0100, 0x0101, 0x0112  # TIFF and EXIF tags
 _UPRIGHT = {  # EXIF orientation -> what makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
@@ -2069,8 +2208,8 @@ def _errors_naming_file(path: str | Path) -> Iterator[None]:
 class Photo:
     """An image file whose header has been read, and no more; if not, raises UnreadableImage.
 
-    height, width: in pixels as displayed. grey_range: see choose_range(); () for the type's. Use it
-    in a `with`, which closes the file.
+    height, width: in pixels as displayed. orientation: by EXIF, 1 to 8. grey_range: see
+    choose_range(); () for the type's. Use it in a `with`, which closes the file.
     """
 
     def __init__(self, path: str | Path, grey_range: tuple[float, ...] = ()) -> None:
@@ -2088,7 +2227,8 @@ class Photo:
             tags = getattr(self.image, "tag_v2", {})  # of a TIFF, whose size PIL may have turned
             self.width = tags.get(_IMAGE_WIDTH, self.image.width)
             self.height = tags.get(_IMAGE_LENGTH, self.image.height)
-            if _orientation(self.image) >= 5:  # those swap width and height
+            self.orientation = _orientation(self.image)
+            if self.orientation >= 5:  # those swap width and height
                 self.width, self.height = self.height, self.width
 
     def __enter__(self) -> Photo:
@@ -2437,14 +2577,18 @@ def embed(
     """
     rows = shard_indices(len(data))
     batch_size = max(1, min(batch_size, batch_size * 224**2 // size**2))
+    count = math.ceil(len(rows) / batch_size)
+    batch_size = math.ceil(len(rows) / count)
+    # equal batches, the last row repeated: cuDNN tries its kernels for each size that it meets
+    padded = torch.cat([rows, rows[-1:].expand(count * batch_size - len(rows))])
     parts = []
     with evaluating(encoder):
-        batches = data.batches(size, batch_size, device, workers, rows)
-        for images in progress_bar(batches, title, math.ceil(len(rows) / batch_size)):
+        batches = data.batches(size, batch_size, device, workers, padded)
+        for images in progress_bar(batches, title, count):
             images = images.contiguous(memory_format=torch.channels_last)  # noqa: PLW2901
             with autocast(device, precision):
                 parts.append(encoder(images).float())
-    features = all_gather_rows(torch.cat(parts), len(data))
+    features = all_gather_rows(torch.cat(parts)[: len(rows)], len(data))
     agree_on_unreadable(data)
     check_evaluated(data)
     odd = ~features.isfinite().all(1)
@@ -2710,6 +2854,12 @@ def accuracy_text(value: float, images: int, spread: float = 0.0) -> str:
     """An accuracy in [0, 1] and its accuracy_error(), if it has one: "98.6 ± 0.6 %"."""
     error = accuracy_error(value, images, spread)
     return f"{100 * value:.1f}" + f" ± {100 * error:.1f}" * (error > 0) + " %"
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content. Raises InputError if it cannot be read."""
+    with errors_as_input_error(f"cannot read {path}"):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def module_digest(module: nn.Module) -> str:

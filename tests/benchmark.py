@@ -9,7 +9,7 @@ between the quartiles as its spread; what is compared is measured in turn, so th
 while the machine's speed drifts. The images are noise: no time here depends on what they show.
 
 Reading order: measuring · limits · parts of a step, decoding among them · the whole step · the
-reference loops · evaluation · growth · micro-batches and several processes · the table.
+reference loops · the loss alone · several processes · many files · the table.
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from torchvision.datasets.folder import default_loader
-from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -115,14 +114,10 @@ class Stopwatch:
 
     def time(self, function: Callable[[], Any]) -> Timing:
         self.once(function)  # warms up
-        return Timing(list(self._repeat(function)))
-
-    def _repeat(self, function: Callable[[], Any]) -> Iterator[float]:
-        started = time.perf_counter()
-        for i in itertools.count():
-            if i >= 3 and time.perf_counter() - started > self.seconds:
-                return
-            yield self.once(function)
+        seconds, started = [], time.perf_counter()
+        while len(seconds) < 3 or time.perf_counter() - started <= self.seconds:
+            seconds.append(self.once(function))
+        return Timing(seconds)
 
 
 @dataclass
@@ -158,11 +153,15 @@ class Setup:
         random = torch.Generator().manual_seed(0)
         pixels = torch.randint(256, (n, 3, side, side), dtype=torch.uint8, generator=random)
         self.data = ImageSet(pixels.to(self.device))
-        self.config = simclr.resolve(config, self.data, self.device)
-        self.model = utils.on_device(simclr.make_model(self.config), self.device)
-        self.optimizer = simclr.make_optimizer(self.config, self.model)
-        self.augment = simclr.make_augment(self.config)
         self.watch = Stopwatch(self.device, options.seconds)
+        self.use(simclr.resolve(config, self.data, self.device))
+
+    def use(self, config: simclr.Config) -> None:
+        """Make what is trained. config: resolved."""
+        self.config = config
+        self.model = utils.on_device(simclr.make_model(config), self.device).train()
+        self.optimizer = simclr.make_optimizer(config, self.model)
+        self.augment = simclr.make_augment(config)
 
     @property
     def views(self) -> int:
@@ -191,63 +190,45 @@ COPY_BYTES = {"cuda": 2**31}  # elsewhere 2**28
 
 def limits(setup: Setup) -> list[Row]:
     """What the machine can do at best, and what a view asks of it."""
-    watch, kind = setup.watch, setup.device.type
-    size = MATMUL_SIZE.get(kind, 2048)
-    rows = []
+    size, rows = MATMUL_SIZE.get(setup.device.type, 2048), []
     # without hardware for it a product in bfloat16 takes minutes
     fast = [torch.bfloat16] if utils.has_fast_bfloat16(setup.device) else []
     for dtype in (torch.float32, *fast):
         a = torch.randn(size, size, device=setup.device).to(dtype)
         name = str(dtype).removeprefix("torch.")
-        timing = watch.time(lambda a=a: a @ a)
+        timing = setup.watch.time(lambda a=a: a @ a)
         rows.append(rate(f"matmul {name}", 2 * size**3 / 1e9, timing, "GFLOP/s"))
-    source = torch.ones(COPY_BYTES.get(kind, 2**28) // 4, device=setup.device)
+    source = torch.ones(COPY_BYTES.get(setup.device.type, 2**28) // 4, device=setup.device)
     target = torch.empty_like(source)
-    timing = watch.time(lambda: target.copy_(source))
-    moved = 2 * source.numel() * 4 / 1e9
-    rows.append(rate("copy, read and written", moved, timing, "GB/s"))
-    flops, moved = cost_of_a_view(setup)
-    rows.append(Row("a view, forward and backward", flops / 1e6, "MFLOP"))
-    rows.append(Row("bytes it moves at least", moved / 1e6, "MB", note=AT_LEAST))
+    timing = setup.watch.time(lambda: target.copy_(source))
+    rows.append(rate("copy, read and written", 8 * len(source) / 1e9, timing, "GB/s"))
+    rows.append(Row("a view, forward and backward", cost_of_a_view(setup) / 1e6, "MFLOP"))
     return rows
 
 
-AT_LEAST = "each layer's output and its gradient, written once and read once"
-
-
-def cost_of_a_view(setup: Setup) -> tuple[float, float]:
-    """(FLOPs of forward and backward, bytes of activations and gradients moved) for one view."""
+def cost_of_a_view(setup: Setup) -> float:
+    """FLOPs of forward and backward for one view."""
     views = setup.channels_last()
     with FlopCounterMode(display=False) as counter:
         setup.network(views)
-    outputs = []
-    layers = [m for m in setup.model.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
-    hooks = [
-        layer.register_forward_hook(lambda _m, _i, out: outputs.append(out.numel()))
-        for layer in layers
-    ]
-    setup.network(views)
-    for hook in hooks:
-        hook.remove()
-    width = 2 if setup.config.precision == "bfloat16" else 4  # bytes a number
-    return counter.get_total_flops() / setup.views, 4 * width * sum(outputs) / setup.views
+    return counter.get_total_flops() / setup.views
 
 
 # ------------------------------------------------------------------------------- parts of a step
 
 
-def pil_pipeline(config: simclr.Config, module: Any) -> Any:
-    """The recipe's augmentation by torchvision, for one image. module: transforms or v2."""
+def pil_pipeline(config: simclr.Config) -> transforms.Compose:
+    """The recipe's augmentation by torchvision: a PIL image -> a view, float32 (3, S, S)."""
     s = config.color_strength
     jitter = (s * config.brightness, s * config.contrast, s * config.saturation, s * config.hue)
-    return module.Compose(
-        [
-            module.RandomResizedCrop(config.view_side, (config.crop_min, 1.0)),
-            module.RandomHorizontalFlip(config.flip),
-            module.RandomApply([module.ColorJitter(*jitter)], config.jitter_p),
-            module.RandomGrayscale(config.gray_p),
-        ]
-    )
+    steps = [
+        transforms.RandomResizedCrop(config.view_side, (config.crop_min, 1.0)),
+        transforms.RandomHorizontalFlip(config.flip),
+        transforms.RandomApply([transforms.ColorJitter(*jitter)], config.jitter_p),
+        transforms.RandomGrayscale(config.gray_p),
+        transforms.ToTensor(),
+    ]
+    return transforms.Compose(steps)
 
 
 def augmentation(setup: Setup) -> list[Row]:
@@ -258,10 +239,7 @@ def augmentation(setup: Setup) -> list[Row]:
     images, watch = torch.cat([setup.data.images] * 2), setup.watch
     with one_thread():
         pil = [transforms.functional.to_pil_image(x) for x in setup.data.images.cpu()[:64]]
-        by_pil = transforms.Compose([pil_pipeline(setup.config, transforms), transforms.ToTensor()])
-        single = pil_pipeline(setup.config, v2)
-        tensors = list(setup.data.images[:64])
-        ours, theirs = [], []
+        by_pil, ours, theirs = pil_pipeline(setup.config), [], []
         u = setup.augment.draw(setup.views, device=setup.device)
         watch.once(lambda: setup.augment(images, u))
         for _ in range(3):  # in turn, so that the ratio holds
@@ -273,9 +251,7 @@ def augmentation(setup: Setup) -> list[Row]:
             rate("augmentation", setup.views, a, note=where),
             rate("torchvision, PIL", len(pil), b, note="one core"),
             Row("augmentation ÷ PIL", setup.views / a.median / (len(pil) / b.median), "×"),
-            rate("torchvision, v2 tensors", len(tensors),
-                 watch.time(lambda: [single(x) for x in tensors]), note="image by image"),
-        ]  # fmt: skip
+        ]
         floats = images.float() / 255
         for step in setup.augment.steps:
             u = torch.rand(setup.views, step.draws, device=setup.device)
@@ -286,6 +262,8 @@ def augmentation(setup: Setup) -> list[Row]:
 
 DECODED = 224  # px of a view of a photograph; of smaller images it is their own side
 SAMPLES = 48  # files that are decoded in turn
+MOST_FILES = 10_000  # that are looked at for their sizes
+CROP_MIN = simclr.RECIPES["folder"]["crop_min"]
 
 
 def make_photographs(folder: Path) -> None:
@@ -316,9 +294,6 @@ def decoding(options: Options) -> list[Row]:
             step = max(1, len(names) // SAMPLES)
             rows += decoding_of(folder, names[::step][:SAMPLES], kind, options.seconds)
         return rows
-
-
-MOST_FILES = 10_000  # that are looked at for their sizes
 
 
 def decoding_of(folder: Path, names: list[str], kind: str, seconds: float) -> list[Row]:
@@ -354,9 +329,6 @@ def decoding_of(folder: Path, names: list[str], kind: str, seconds: float) -> li
     ]
 
 
-CROP_MIN = simclr.RECIPES["folder"]["crop_min"]
-
-
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
@@ -365,6 +337,13 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def plain_nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+    """NT-Xent as most projects write it, by the whole matrix of similarities."""
+    z = F.normalize(torch.cat([z1, z2]), dim=1)  # (2N, D)
+    logits = (z @ z.T / temperature).fill_diagonal_(float("-inf"))  # (2N, 2N)
+    return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(z1)))
 
 
 def loss_and_gradient(z: Tensor, temperature: float) -> None:
@@ -392,40 +371,38 @@ def parts(setup: Setup) -> dict[str, Timing]:
 # -------------------------------------------------------------------------------- the whole step
 
 
-class Loop:
-    """A training loop that can be gone on with: each call of steps(n) trains and times n steps."""
+def train_steps(setup: Setup, network: nn.Module, data: utils.Images, epoch: int) -> list[float]:
+    """Train for an epoch of `data` by the steps of simclr.train(). Returns the seconds of each."""
+    config, optimizer = setup.config, setup.optimizer
+    now = simclr.TrainState(1, torch.zeros(3, device=setup.device))
+    network.train()
+    setup.watch.wait()
+    times = [time.perf_counter()]
+    for views in simclr.view_batches(config, data, setup.device, epoch, 0, setup.augment):
+        simclr.set_rate(optimizer, 0.01)
+        value, z = simclr.training_step(network, views, simclr.nt_xent, config)
+        optimizer.step()
+        optimizer.zero_grad()
+        now.add(value, simclr.contrastive_accuracy(*z.chunk(2)), simclr.mean_cosine(z))
+        setup.watch.wait()
+        times.append(time.perf_counter())
+    return [b - a for a, b in itertools.pairwise(times)]
 
-    def steps(self, count: int) -> list[float]:
-        """Seconds of each of `count` more steps."""
-        raise NotImplementedError
 
-
-class Ours(Loop):
-    """simclr.training_step on simclr.view_batches, as in train(), but waiting after each step."""
+class Ours:
+    """The loop of simclr.train(), but waiting after each step. Each call of steps() goes on."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup, self.epoch = setup, 0
-        self.now = simclr.TrainState(1, torch.zeros(3, device=setup.device))
-        self.model = simclr.compiled(
-            setup.model, setup.optimizer, setup.config, setup.config.batch_size, self.now
-        ).train()
+        now = simclr.TrainState(1, torch.zeros(3, device=setup.device))
+        size = setup.config.batch_size
+        self.network = simclr.compiled(setup.model, setup.optimizer, setup.config, size, now)
 
     def steps(self, count: int) -> list[float]:
-        setup, optimizer, times = self.setup, self.setup.optimizer, []
-        data = ImageSet(setup.data.images.repeat(count, 1, 1, 1))
+        """Seconds of each of `count` more steps."""
         self.epoch += 1
-        setup.watch.wait()
-        started = time.perf_counter()
-        for views in simclr.view_batches(setup.config, data, setup.device, self.epoch, start=0):
-            simclr.set_rate(optimizer, 0.01)
-            loss, z = simclr.training_step(self.model, views, simclr.nt_xent, setup.config)
-            optimizer.step()
-            optimizer.zero_grad()
-            self.now.add(loss, simclr.contrastive_accuracy(*z.chunk(2)), simclr.mean_cosine(z))
-            setup.watch.wait()
-            times.append(time.perf_counter() - started)
-            started = time.perf_counter()
-        return times
+        data = ImageSet(self.setup.data.images.repeat(count, 1, 1, 1))
+        return train_steps(self.setup, self.network, data, self.epoch)
 
 
 class Views(Dataset):
@@ -452,14 +429,7 @@ class Twice:
         return [self.augment(image), self.augment(image)]
 
 
-def plain_nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
-    """Eq. 1 as public implementations write it: one (2N, 2N) matrix and its softmax."""
-    z = F.normalize(torch.cat([z1, z2]).float(), dim=1)
-    logits = (z @ z.T / temperature).fill_diagonal_(float("-inf"))
-    return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(z1)))
-
-
-class Usual(Loop):
+class Usual:
     """What public single-file implementations do: PIL in worker processes, as many as cores, two
     forward passes, float32, contiguous layout, eager; the loss by its plain formula."""
 
@@ -471,8 +441,7 @@ class Usual(Loop):
 
     def augment(self) -> Callable[[Any], list[Tensor]]:
         """A PIL image -> two views of it, float32 (3, S, S)."""
-        pipeline = pil_pipeline(self.setup.config, transforms)
-        return Twice(transforms.Compose([pipeline, transforms.ToTensor()]))
+        return Twice(pil_pipeline(self.setup.config))
 
     def batches(self, count: int) -> Iterator[list[Tensor]]:
         """Pairs of views (N, 3, S, S), on the CPU."""
@@ -523,6 +492,7 @@ class Lightly(Usual):
 LOOPS = {"whole step": Ours, "the usual loop": Usual, "lightly's loop": Lightly}
 WARMUP, MOST_STEPS = 3, 20
 BRIEF = 0.1  # seconds for a figure: with less it is only seen that all of this works
+LARGE_BATCH = 1024  # images: a step takes long enough to be measured as it is
 
 
 def measure_loop(options: Options) -> None:
@@ -537,9 +507,6 @@ def measure_loop(options: Options) -> None:
         count = max(2, min(MOST_STEPS, round(options.seconds / once)))
         seconds = loop.steps(utils.all_reduce_max(count)[0])
         print(json.dumps({"seconds": seconds, "bytes": peak_memory(setup.device)}))
-
-
-LARGE_BATCH = 1024  # images: a step takes long enough to be measured as it is
 
 
 def in_a_process(options: Options, *flags: str, processes: int = 1) -> Any:
@@ -559,8 +526,8 @@ def in_a_process(options: Options, *flags: str, processes: int = 1) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(setup: Setup, options: Options) -> tuple[list[Row], Timing]:
-    """Views a second of our loop and of the others, and the ratios; the seconds of our step.
+def compare(setup: Setup, options: Options) -> list[Row]:
+    """Views a second of our loop and of the others, and the ratios.
 
     Each in a process of its own, in turn, so that none has what another has set up.
     """
@@ -579,12 +546,10 @@ def compare(setup: Setup, options: Options) -> tuple[list[Row], Timing]:
         rate(name, setup.views, Timing(times[name]), note=f"{memory[name] / 1e6:,.0f} MB at most")
         for name in names
     ]
-    rows += [
-        Row(f"whole step ÷ {name}", statistics.median(ratios[name]), "×",
-            note=f"{min(ratios[name]):.2f} to {max(ratios[name]):.2f}")
-        for name in names if name != "whole step"
-    ]  # fmt: skip
-    return rows, Timing(times["whole step"])
+    for name in names[1:]:
+        note = f"{min(ratios[name]):.2f} to {max(ratios[name]):.2f}"
+        rows.append(Row(f"whole step ÷ {name}", statistics.median(ratios[name]), "×", note=note))
+    return rows
 
 
 TURNS = 5
@@ -596,7 +561,7 @@ def step_and_network(setup: Setup) -> tuple[Timing, Timing]:
     steps, network = [], []
     for turn in range(TURNS + 1):
         seconds = ours.steps(2)
-        alone = [setup.watch.once(lambda: setup.network(views, ours.model)) for _ in range(2)]
+        alone = [setup.watch.once(lambda: setup.network(views, ours.network)) for _ in range(2)]
         if turn:  # the first warms up
             steps += seconds
             network += alone
@@ -614,15 +579,11 @@ def shares(setup: Setup, found: dict[str, Timing], peak: dict[str, float]) -> li
     inside = network.median + found["optimiser"].median
     note = "what is not encoder, head and optimiser"
     rows.append(Row("overhead", 100 * max(0.0, 1 - inside / step.median), "% of step", note=note))
-    flops, _ = cost_of_a_view(setup)
+    flops = cost_of_a_view(setup)
     alone = setup.views * flops / network.median / 1e9
     limit = peak["matmul " + setup.config.precision]
-    rows.append(Row("FLOP/s of encoder and head", alone, "GFLOP/s",
-                    note=f"{alone / limit:.0%} of matmul {setup.config.precision}"))  # fmt: skip
-    used = setup.views * flops / step.median / 1e9
-    rows.append(Row("FLOP/s of the whole step", used, "GFLOP/s",
-                    note=f"{used / limit:.0%} of matmul {setup.config.precision}"))  # fmt: skip
-    return rows
+    note = f"{alone / limit:.0%} of matmul {setup.config.precision}"
+    return [*rows, Row("FLOP/s of encoder and head", alone, "GFLOP/s", note=note)]
 
 
 def peak_memory(device: torch.device) -> float:
@@ -636,74 +597,20 @@ def peak_memory(device: torch.device) -> float:
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
-# ------------------------------------------------------------------------------------ evaluation
-
-CIFAR = (50_000, 10_000)  # training and test images that the monitor would embed
-KNN_EVERY = simclr.Config.knn_every  # epochs
+# --------------------------------------------------------------------------------- the loss alone
 
 
-def evaluation(setup: Setup, step: Timing) -> list[Row]:
-    """Embedding against the encoder's own speed, and what the kNN monitor costs on CIFAR-10."""
-    watch, encoder = setup.watch, setup.model.encoder
-    many = ImageSet(setup.data.images.repeat(math.ceil(1024 / len(setup.data)), 1, 1, 1))
-    images = utils.center_view(many.images[:512], setup.config.image_size)
-    images = images.contiguous(memory_format=torch.channels_last)
-
-    @torch.no_grad()
-    def bare() -> None:
-        with utils.evaluating(encoder), utils.autocast(setup.device, setup.config.precision):
-            encoder(images)
-
-    def embed() -> None:
-        utils.embed(encoder, many, setup.config.image_size, setup.device, setup.config.precision)
-
-    a, b = watch.time(embed), watch.time(bare)
-    h = torch.randn(sum(CIFAR), encoder.feature_dim, device=setup.device)
-    y = torch.zeros(CIFAR[0], dtype=torch.long, device=setup.device)
-    knn = watch.time(lambda: utils.knn_predict(h[: CIFAR[0]], y, h[CIFAR[0] :], 10))
-    monitor = sum(CIFAR) * a.median / len(many) + knn.median
-    training = KNN_EVERY * 2 * CIFAR[0] / setup.views * step.median
-    return [
-        rate("embedding", len(many), a, "images/s"),
-        rate("encoder, inference alone", len(images), b, "images/s"),
-        Row("embedding ÷ encoder", b.median / len(images) / (a.median / len(many)), "×"),
-        Row("kNN, 10,000 in 50,000", knn.median, "s", knn.spread),
-        Row("kNN monitor", 100 * monitor / (training + monitor), "% of run",
-            note=f"calculated for CIFAR-10, every {KNN_EVERY} epochs"),
-    ]  # fmt: skip
+def losses(options: Options) -> list[Row]:
+    """NT-Xent against 2N."""
+    sizes = (512, 2_048) if options.quick else (512, 2_048, 8_192, 32_768, 65_536)
+    return [nt_xent_in_a_process(views, options) for views in sizes]
 
 
-# ---------------------------------------------------------------------------------------- growth
-
-
-def growth(setup: Setup, options: Options) -> list[Row]:
-    """Time an epoch against data-set size, batch size and image size; NT-Xent against 2N."""
-    rows = []
-    ours, base = Ours(setup), options.batch_size
-    for times in (1, 2, 4):
-        seconds = sum(ours.steps(times))
-        rows.append(Row(f"epoch of {times * base:,} images", seconds, "s"))
-    for n in (base // 4, base // 2, base):
-        rows.append(_of_other(f"batch of {n:,} images", options, batch_size=n))
-    for side in (max(simclr.MIN_SIZE, options.image_size // 2), options.image_size):
-        rows.append(_of_other(f"images of {side} px", options, image_size=side))
-    views, largest = 512, min(65_536, 4_096 if options.quick else 65_536)
-    while views <= largest and options.seconds >= BRIEF:
-        rows += nt_xent_in_a_process(views, options)
-        views *= 4 if views < 32_768 else 2
-    return rows
-
-
-def _of_other(name: str, options: Options, **changes: int) -> Row:
-    other = Setup(dataclasses.replace(options, **changes))
-    return rate(name, other.views, Timing(Ours(other).steps(4)[1:]))
-
-
-def nt_xent_in_a_process(views: int, options: Options) -> list[Row]:
+def nt_xent_in_a_process(views: int, options: Options) -> Row:
     """In a process of its own, so that the peak of its memory is that of the loss."""
     found = in_a_process(options, "--nt-xent", str(views))
     note = f"{found['bytes'] / 2**20:,.0f} MiB; a matrix (2N, 2N) has {4 * views**2 / 2**20:,.0f}"
-    return [Row(f"NT-Xent, 2N = {views:,}", 1e3 * found["seconds"], "ms", note=note)]
+    return Row(f"NT-Xent, 2N = {views:,}", 1e3 * found["seconds"], "ms", note=note)
 
 
 def measure_nt_xent(options: Options) -> None:
@@ -720,46 +627,13 @@ def measure_nt_xent(options: Options) -> None:
     print(json.dumps({"seconds": statistics.median(found), "bytes": taken}))
 
 
-# --------------------------------------------------------------- micro-batches, several processes
-
-PIECES = (2, 8)  # of a batch
-LINKS = {  # bytes a second that a GPU can send, and receive at the same time
-    "NVLink 4, 450 GB/s": 450e9, "PCIe 5 x16, 64 GB/s": 64e9,
-    "InfiniBand NDR, 50 GB/s": 50e9, "10 Gbit Ethernet, 1.25 GB/s": 1.25e9,
-}  # fmt: skip
-
-
-def micro_batches(setup: Setup, options: Options) -> list[Row]:
-    """The step with the activations of a part of the batch in memory, against the plain one."""
-    plain = dataclasses.replace(options, micro_batch=0)
-    cases = {"whole batch": plain}
-    for pieces in PIECES:
-        cases[f"in {pieces} pieces"] = dataclasses.replace(
-            options, micro_batch=options.batch_size // pieces
-        )
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    memory: dict[str, float] = {}
-    for _ in range(1 if options.seconds < BRIEF else 2):
-        for name, case in cases.items():  # in turn, as the machine's speed drifts
-            found = in_a_process(case, "--loop", "whole step")
-            times[name] += found["seconds"]
-            memory[name] = found["bytes"]
-    rows = [
-        rate(name, setup.views, Timing(seconds), note=f"{memory[name] / 1e6:,.0f} MB at most")
-        for name, seconds in times.items()
-    ]
-    whole = statistics.median(times["whole batch"])
-    for name in list(cases)[1:]:
-        rows.append(Row(f"time {name} ÷ whole", statistics.median(times[name]) / whole, "×"))
-    return rows
+# ------------------------------------------------------------------ several processes, many files
 
 
 def several_processes(setup: Setup, options: Options) -> list[Row]:
-    """The same batch by one process and by more; what they exchange, and how long that would take.
+    """The same batch by one process and by more, and what they exchange.
 
-    On a CPU each process has one thread, so that more of them have more cores. The rows in ms are
-    calculated from the bytes and the links' speeds: a ring, nothing hidden behind the computing,
-    no latency. Half of the statistics are exchanged in the backward pass.
+    On a CPU each process has one thread, so that more of them have more cores.
     """
     on_cpu, gpus = setup.device.type == "cpu", max(1, torch.cuda.device_count())
     most = options.processes if on_cpu else min(options.processes, gpus)
@@ -778,42 +652,28 @@ def several_processes(setup: Setup, options: Options) -> list[Row]:
         "z": 4 * setup.views * setup.config.head_dim,
         "BatchNorm's statistics": 4 * 4 * sum(m.num_features for m in norms),
     }
-    rows += [Row(f"{name} a step", size / 1e6, "MB") for name, size in exchanged.items()]
-    for processes, (link, speed) in itertools.product((8, 64), LINKS.items()):
-        ring = (processes - 1) / processes  # what a process sends in a ring, of all there is
-        sent = 2 * ring * (exchanged["gradients"] + exchanged["BatchNorm's statistics"])
-        sent += ring * exchanged["z"]
-        rows.append(Row(f"{processes} GPUs, {link}", 1e3 * sent / speed, "ms", note="calculated"))
-    return rows
+    return rows + [Row(f"{name} a step", size / 1e6, "MB") for name, size in exchanged.items()]
 
 
 def many_files(options: Options) -> list[Row]:
     """Time to list a folder of many files, and memory while it is streamed and trained on."""
-    passes = 1 if options.quick else 3
     with tempfile.TemporaryDirectory() as place:
         make_many(Path(place) / "images", options.files)
+        setup = Setup(options)
         config = simclr.make_config(
             dataset="folder", data_dir=f"{place}/images", arch="resnet10", width=0.0625,
-            image_size=16, batch_size=options.batch_size, device=options.device,
+            image_size=16, batch_size=options.batch_size,
         )  # fmt: skip
-        device = utils.choose_device(config.device)
         started = time.perf_counter()
-        data = simclr.load_data(config, device)
+        data = simclr.load_data(config, setup.device).pretrain
         rows = [Row("listed and labelled", time.perf_counter() - started, "s")]
-        config = simclr.resolve(config, data.pretrain, device)
-        model = utils.on_device(simclr.make_model(config), device).train()
-        optimizer = simclr.make_optimizer(config, model)
-        for epoch in range(passes):
-            started, count = time.perf_counter(), 0
-            for views in simclr.view_batches(config, data.pretrain, device, epoch, 0):
-                simclr.training_step(model, views, simclr.nt_xent, config)
-                optimizer.step()
-                optimizer.zero_grad()
-                count += len(views)
-            speed = count / (time.perf_counter() - started)
+        setup.use(simclr.resolve(config, data, setup.device))
+        for epoch in range(1 if options.quick else 3):
+            seconds = sum(train_steps(setup, setup.model, data, epoch))
             workers = Path("/proc/self/task", str(os.getpid()), "children").read_text().split()
             note = f"workers {max(map(resident, workers), default=0):,.0f} MiB each at most"
-            rows.append(Row(f"epoch {epoch + 1}", speed, "views/s", note=note))
+            count = setup.views * (len(data) // config.batch_size) / seconds
+            rows.append(Row(f"epoch {epoch + 1}", count, "views/s", note=note))
             rows.append(Row("  resident, this process", resident("self"), "MiB"))
         return rows
 
@@ -878,13 +738,10 @@ def benchmark(options: Options) -> dict[str, list[Row]]:
     add("limits", limits(setup))
     add("augmentation", augmentation(setup))
     add("decoding", decoding(options))
-    rows, step = compare(setup, options)
-    add("whole step", rows)
+    add("whole step", compare(setup, options))
     peak = {row.name: row.value for row in table["limits"]}
     add("share of the step", shares(setup, parts(setup), peak))
-    add("evaluation", evaluation(setup, step))
-    add("growth", growth(setup, options))
-    add("micro-batches", micro_batches(setup, options))
+    add("loss", losses(options))
     add("several processes", several_processes(setup, options))
     return table
 

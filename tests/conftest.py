@@ -1,7 +1,9 @@
 """Small things that several tests need. No test downloads anything."""
 
 import dataclasses
+import itertools
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +14,15 @@ import pytest
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import simclr
+import utils
+
+ROOT = Path(simclr.__file__).parent
+CPU = torch.device("cpu")
+TIMES = ("seconds", "knn_seconds", "views_per_second", "wall_seconds")  # differ from run to run
+TIMES += tuple(f"{part}_seconds" for part in simclr.TIMED)
 TINY = dict(  # a run of seconds
     dataset="digits", width=0.125, epochs=4, batch_size=300, warmup_epochs=1.0, knn_every=2,
     device="cpu",
@@ -33,6 +41,46 @@ def flags_of(config):
         elif value != "":
             flags += [flag, str(value)]
     return flags
+
+
+def error_of(capsys, main, *argv):
+    """The one line with which a script's main() refuses these arguments, with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as left:
+        main([str(word) for word in argv])
+    assert left.value.code == 2
+    err = capsys.readouterr().err
+    assert ".py: error: " in err
+    assert err.count("\n") == 1
+    return err
+
+
+def log_of(config):
+    """The rows of a run's log, without times."""
+    rows = utils.read_jsonl(config.folder / "log.jsonl")
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+def position(config, name="last.pt"):
+    """Complete epochs, and steps of the next one, of a checkpoint."""
+    where = utils.load_checkpoint(config.folder / name)["position"]
+    return where["epoch"], where["step"]
+
+
+def interrupt(call, steps):
+    """Calls a run that gets SIGTERM after so many steps, and stops."""
+    real, count = utils.Progress.advance, itertools.count(1)
+
+    def advance(bar):
+        real(bar)
+        if next(count) == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils.Progress, "advance", advance)
+        with pytest.raises(simclr.Interrupted) as stopped:
+            call()
+    assert stopped.value.signal == signal.SIGTERM
 
 
 def pytest_configure(config):
@@ -65,7 +113,6 @@ def images():
 @pytest.fixture
 def tiny_config(tmp_path):
     """Makes a configuration whose files go to a temporary folder."""
-    import simclr
 
     def make(**overrides):
         places = dict(checkpoints=str(tmp_path / "checkpoints"), figures=str(tmp_path / "figures"))
@@ -78,8 +125,7 @@ def tiny_config(tmp_path):
 def own_workers():
     """Processes that decode images keep what a test has changed: the next one gets others."""
     yield
-    if "utils" in sys.modules:
-        sys.modules["utils"].end_workers()
+    utils.end_workers()
 
 
 @pytest.fixture
@@ -87,16 +133,18 @@ def no_figure(monkeypatch):
     """Leaves the drawing of the curves out, which takes longer than a tiny run itself."""
     from matplotlib.figure import Figure
 
-    import simclr
+    monkeypatch.setattr(simclr, "draw_training", lambda *_, **__: Figure(figsize=(1, 1)))
 
-    monkeypatch.setattr(simclr, "draw_training", lambda *_: Figure(figsize=(1, 1)))
+
+@pytest.fixture
+def unjudged(monkeypatch):
+    """Leaves the final evaluation out, which takes as long as a small run itself."""
+    monkeypatch.setattr(simclr, "evaluate", lambda *_: {})
 
 
 @pytest.fixture
 def few_digits(monkeypatch):
     """210 digits to learn from instead of 1,437, and 40 held out."""
-    import utils
-
     real = utils._load_digits
 
     def load_digits(split):
@@ -108,12 +156,25 @@ def few_digits(monkeypatch):
 @pytest.fixture
 def small_config(tiny_config, few_digits, no_figure, monkeypatch):
     """tiny_config for a run of half a second: on few digits, of four steps an epoch."""
-    import simclr
-
     monkeypatch.setattr(simclr, "LABEL_DRAWS", 2)
 
     def make(**overrides):
         return tiny_config(**{"batch_size": 50, **overrides})
+
+    return make
+
+
+@pytest.fixture
+def photo_config(tiny_config, tmp_path, write_image):
+    """Makes the configuration of a folder of n images, which are streamed: their sizes vary."""
+
+    def make(n, size=None, **overrides):
+        for i in range(n):
+            write_image(tmp_path / "photos" / f"{i}.png", size=size or (20 + i, 24), seed=i)
+        return tiny_config(
+            dataset="folder", recipe="digits", data_dir=str(tmp_path / "photos"),
+            **{**dict(image_size=16, epochs=2, batch_size=2, workers=0), **overrides},
+        )  # fmt: skip
 
     return make
 
@@ -125,8 +186,6 @@ def finished(tmp_path_factory):
     config: its configuration, not resolved. folder: of its checkpoints, an epoch each too.
     said: what it printed. where: the folder in which it was started.
     """
-    import simclr
-
     root, where = tmp_path_factory.mktemp("finished"), tmp_path_factory.mktemp("elsewhere")
     places = dict(checkpoints=str(root / "c"), figures=str(root / "f"))
     config = simclr.make_config(**TINY, **places, keep_every=1)

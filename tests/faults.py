@@ -1,10 +1,10 @@
-"""Faults on purpose: kills, full disks, damaged files, a second process, thousands of epochs.
+"""Faults on purpose: kills, signals, full disks, damaged and hostile files.
 
     python tests/faults.py                              # all groups, and one table
     python tests/faults.py --only kills --times 3       # one group, three times as many
     python tests/faults.py --quick                      # a few of each
 
-Each fault is done to a real run of simclr.py or ablation_SimCLR.py on some tiny images. Then the
+Each fault is done to a real run of simclr.py on some tiny images. Then the
 same command is given again, and must end bit for bit as a run without a fault: weights, optimiser,
 log and summary, but for times. Nothing is written outside a temporary folder.
 
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import dataclasses
 import errno
 import functools
@@ -28,17 +27,15 @@ import io
 import json
 import os
 import random
-import resource
 import shutil
 import signal
-import statistics
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import matplotlib.backends.backend_agg  # noqa: F401  here and not in every run
@@ -47,20 +44,15 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-import conftest  # noqa: F401  makes the scripts importable
 import hostile
-from outcome import Outcome
+from conftest import TIMES
+from hostile import Outcome
 
 # isort: split
-import ablation_SimCLR as ablation
 import simclr
 import utils
 from utils import InputError
 
-TIMES = (  # differ from run to run
-    "seconds", "knn_seconds", "views_per_second", "wall_seconds",
-    *(f"{part}_seconds" for part in simclr.TIMED),
-)  # fmt: skip
 PATIENCE = 300.0  # seconds that a run may take; it takes one or two, on a busy machine some more
 
 # ------------------------------------------------------------------------------------------- runs
@@ -68,13 +60,13 @@ PATIENCE = 300.0  # seconds that a run may take; it takes one or two, on a busy 
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """When a run saves and draws. due: after each epoch, or after none; None: by the clock."""
+    """When a run saves and draws. due: after each epoch, or after none."""
 
-    due: bool | None
+    due: bool
     flags: tuple[str, ...] = ()
 
 
-EACH_EPOCH, USUAL = Mode(True), Mode(None)
+EACH_EPOCH = Mode(True)
 MODES = (Mode(True, ("--checkpoint-minutes", "1e-9")), EACH_EPOCH, Mode(False))
 
 
@@ -88,7 +80,7 @@ class Place:
 
     @property
     def run(self) -> Path:
-        return self.root / "c" / "folder_resnet10"
+        return self.root / "c" / "photos_resnet10"
 
     @property
     def last(self) -> Path:
@@ -205,8 +197,7 @@ def events(hook: Hook, place: Place) -> Iterator[None]:
     Runs save, and draw, as often as place.mode says. Each last.pt that has been saved is noted in
     the file `journal`, as a line "epoch step".
     """
-    sync, replace, unlink, draw = os.fsync, os.replace, Path.unlink, simclr.draw_training
-    save, usual = utils.save_checkpoint, place.mode.due is None
+    sync, replace, unlink, save = os.fsync, os.replace, Path.unlink, utils.save_checkpoint
 
     def opened(path: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
         if mode == "wb":
@@ -230,7 +221,7 @@ def events(hook: Hook, place: Place) -> Iterator[None]:
 
     def drawn(*arguments: Any, **options: Any) -> Any:
         hook("draw", Path(simclr.FIGURE))  # the curves take most of the time of such a run
-        return draw(*arguments, **options) if usual else Figure(figsize=(1, 1))
+        return Figure(figsize=(1, 1))
 
     def saved(path: Path, state: dict, *arguments: Any, **options: Any) -> None:
         save(path, state, *arguments, **options)
@@ -242,9 +233,8 @@ def events(hook: Hook, place: Place) -> Iterator[None]:
         (utils, "open", opened), (os, "fsync", synced), (os, "replace", replaced),
         (Path, "unlink", unlinked), (simclr, "draw_training", drawn),
         (utils, "save_checkpoint", saved),
+        (utils.Throttle, "due", lambda _: place.mode.due),  # by the clock, events would differ
     ]  # fmt: skip
-    if not usual:  # by the clock, runs would have different numbers of events
-        patches.append((utils.Throttle, "due", lambda _: place.mode.due))
     with contextlib.ExitStack() as stack:
         for where, name, new in patches:
             stack.enter_context(mock.patch.object(where, name, new, create=name == "open"))
@@ -449,43 +439,6 @@ class Suite:
                 seconds *= 0.7
         return code
 
-    def grids(self, n: int) -> list[Outcome]:
-        """A study of two settings is killed at random moments."""
-        tally, whole = Outcome("SIGKILL of an ablation grid"), self.place(USUAL)
-        started = time.monotonic()
-        if wait(start(self.study(whole), whole.output)):
-            raise RuntimeError(f"a study without a fault fails:\n{whole.printed()}")
-        seconds = time.monotonic() - started
-        for i in range(n):
-            place = self.place(USUAL)
-            process = start(self.study(place), place.output)
-            time.sleep((i + self.random.random()) / n * 0.9 * seconds)
-            os.kill(process, signal.SIGKILL)
-            wait(process)
-            code = wait(start(self.study(place), place.output))
-            wrong = [f"exit code {code}: {place.printed()[-300:]}"] if code else []
-            if not code and self.rows(place) != self.rows(whole):
-                wrong.append("another table")
-            tally.add(str(i), *wrong, *leftovers(place))
-        return [tally]
-
-    def study(self, place: Place) -> Callable[[], None]:
-        def work() -> None:
-            settings = ablation.grid(temperature=(0.1, 0.5))
-            ablation.STUDIES["tiny"] = ablation.Study("?", "-", lambda base: settings)
-            flags = place.command()
-            del flags[flags.index("--keep-every") :][:2]
-            ablation.main(["tiny", "--seeds", "1", *flags])
-
-        return work
-
-    @staticmethod
-    def rows(place: Place) -> list[dict[str, str]]:
-        """The table of the study, but for the time that each run took."""
-        file = place.root / "f" / utils.ABLATIONS / "tiny.csv"
-        with open(file, newline="", encoding="utf-8") as lines:
-            return [untimed(row) for row in csv.DictReader(lines)]
-
     # ----------------------------------------------------------------------------------- signals
 
     def signals(self, n: int) -> list[Outcome]:
@@ -502,28 +455,6 @@ class Suite:
             wrong += ["a traceback"] if "Traceback" in place.printed() else []
             wrong += leftovers(place) + lost(place) + self.continued(place)
             tally.add(f"{times} × {number.name} at event {event} of {mode}", *wrong)
-        return [tally]
-
-    def locks(self, n: int) -> list[Outcome]:
-        """A second process on a run that another one trains, which then is killed."""
-        tally = Outcome("a second process on a run")
-        for i in range(n):
-            place, note = self.place(EACH_EPOCH), self.folder / f"asleep {i}"
-            hook = at_event(self.random.randrange(3), lambda f=note: sleep(f), "replaced")
-            first = start(pretraining(place, hook=hook), self.folder / "output of the first")
-            deadline = time.monotonic() + PATIENCE
-            while not note.exists() and time.monotonic() < deadline:
-                time.sleep(0.01)
-            before = contents(place)
-            code = pretrain(place, *(["--overwrite"] * (i % 2)))
-            printed = place.printed()
-            wrong = [] if code == 2 else [f"exit code {code}"]
-            one_error = printed.count("error: another process") == 1
-            wrong += [] if one_error else [f"it says {printed[-200:]!r}"]
-            wrong += [] if contents(place) == before else ["files were changed"]
-            os.kill(first, signal.SIGKILL)
-            wait(first)
-            tally.add(str(i), *wrong, *self.continued(place))
         return [tally]
 
     # ----------------------------------------------------------------------------------- storage
@@ -544,10 +475,7 @@ class Suite:
             else:
                 count = self.random.randrange(1, 4)
                 self.fail(passing, what, mode, Failing(reason, kind, file, 1, count))
-        size = Outcome("a limit on the size of files")
-        for number in range(max(1, n // 10)):
-            self.limit(size, number % 3)
-        return [passing, lasting, size]
+        return [passing, lasting]
 
     def fail(self, tally: Outcome, what: str, mode: Mode, hook: Failing) -> None:
         """A run with failing writes warns and goes on, or ends with a line; then it continues."""
@@ -574,17 +502,6 @@ class Suite:
             except InputError as error:
                 wrong.append(str(error))
         return wrong + lost(place) + leftovers(place)
-
-    def limit(self, tally: Outcome, saves: int) -> None:
-        """After so many checkpoints the system lets no file be larger than a part of one."""
-        place, bytes_ = self.place(EACH_EPOCH), 20_000 if saves else 5_000
-        limits = resource.RLIMIT_FSIZE, (bytes_, resource.RLIM_INFINITY)
-        hook = at_event(
-            max(0, saves - 1), lambda: resource.setrlimit(*limits), "replaced" if saves else ""
-        )
-        code = pretrain(place, hook=hook)
-        wrong = self.after_failure(place, code) + ([] if code == 2 else [f"exit code {code}"])
-        tally.add(f"after {saves} checkpoints", *wrong, *self.continued(place))
 
     # -------------------------------------------------------------------------------- corruption
 
@@ -624,91 +541,6 @@ class Suite:
         change = 1 << self.random.randrange(8) if kind == "bit" else self.random.randrange(1, 256)
         return f"byte {position} of {len(content)} xor {change}", flipped(content, position, change)
 
-    def each_byte(self) -> list[Outcome]:
-        """Every bit of a small file; every length that it can be cut to."""
-        tally, file = Outcome("each bit of a small file, each cut"), self.folder / "small.pt"
-        state = {"format": simclr.CHECKPOINT_FORMAT, "weight": torch.zeros(3, 4), "rows": ["a", 1]}
-        utils.save_checkpoint(file, state)
-        good, unchanged = file.read_bytes(), 0
-        for i in range(len(good)):
-            changes = [(f"bit {b} of byte {i}", flipped(good, i, 1 << b)) for b in range(8)]
-            for what, content in [*changes, (f"cut at {i}", good[:i])]:
-                file.write_bytes(content)
-                error, wrong = judge_damage(file, canonical(state))
-                unchanged += not error
-                tally.add(what, *wrong)
-        tally.note = f"{unchanged:,} do not change the content"
-        return [tally]
-
-    # -------------------------------------------------------------------------------------- soak
-
-    def soak(self, epochs: int) -> list[Outcome]:
-        """A long run is watched from outside: its memory, open files and threads; its pace."""
-        place, tally = self.place(USUAL), Outcome(f"{epochs:,} epochs")
-        flags = ("--epochs", str(epochs), "--knn-every", "100", "--keep-every", "0",
-                 "--batch-size", "24")  # fmt: skip
-        process = start(pretraining(place, *flags), place.output)
-        samples = []
-        while True:
-            ended, status = os.waitpid(process, os.WNOHANG)
-            if ended:
-                break
-            with contextlib.suppress(OSError, KeyError):  # not yet, or not any more
-                samples.append(sample(process, place.run / utils.LOG))
-            time.sleep(0.25)
-        wrong = [] if os.waitstatus_to_exitcode(status) == 0 else [place.printed()[-300:]]
-        log = utils.read_jsonl(place.run / utils.LOG)
-        wrong += [] if [r["epoch"] for r in log] == [*range(1, epochs + 1)] else ["the log"]
-        with Image.open(place.root / "f" / place.run.name / simclr.FIGURE) as picture:
-            picture.verify()
-        early = [s for s in samples if 0.1 * epochs <= s.epoch < 0.2 * epochs]
-        late = [s for s in samples if 0.9 * epochs <= s.epoch < epochs]
-        if not (early and late):
-            raise RuntimeError(f"too few samples of {epochs} epochs: {len(samples)}")
-        before, after = (statistics.median(s.memory for s in part) for part in (early, late))
-        files = max(s.files for s in late) - max(s.files for s in early)
-        threads = max(s.threads for s in late) - max(s.threads for s in early)
-        pace = [1000 * (part[-1].at - part[0].at) / max(1, part[-1].epoch - part[0].epoch)
-                for part in (early, late)]  # fmt: skip
-        tally.note = (
-            f"memory {after / before - 1:+.2%}, files {files:+d}, threads {threads:+d}, "
-            f"{pace[0]:.0f} then {pace[1]:.0f} ms an epoch"
-        )
-        if after >= 1.01 * before or files > 0 or threads > 0:
-            wrong.append(tally.note)
-        tally.add("watched", *wrong)
-        return [tally]
-
-
-def sleep(note: Path) -> None:
-    """Sleep until this process is killed; then the file `note` is there."""
-    note.touch()
-    time.sleep(PATIENCE)
-
-
-class Sample(NamedTuple):
-    """Of a running process: seconds, epoch that is logged, bytes of memory, open files, threads."""
-
-    at: float
-    epoch: int
-    memory: int
-    files: int
-    threads: int
-
-
-def sample(process: int, log: Path) -> Sample:
-    status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
-    fields = dict(line.split(":", 1) for line in status.splitlines())
-    memory, threads = 1024 * int(fields["VmRSS"].split()[0]), int(fields["Threads"])
-    files = len(os.listdir(f"/proc/{process}/fd"))
-    return Sample(time.monotonic(), log.read_bytes().count(b"\n"), memory, files, threads)
-
-
-def contents(place: Place) -> dict[str, bytes]:
-    """Every file of the runs and figures of a place."""
-    return {str(f): f.read_bytes() for part in ("c", "f") for f in (place.root / part).rglob("*")
-            if f.is_file()}  # fmt: skip
-
 
 def flipped(content: bytes, position: int, change: int) -> bytes:
     return content[:position] + bytes([content[position] ^ change]) + content[position + 1 :]
@@ -742,13 +574,9 @@ def groups(suite: Suite, options: argparse.Namespace) -> dict[str, Callable[[], 
 
     return {
         "kills": lambda: suite.kills(n(100, 4)),
-        "grids": lambda: suite.grids(n(10, 1)),
         "signals": lambda: suite.signals(n(36, 3)),
-        "locks": lambda: suite.locks(n(6, 1)),
         "storage": lambda: suite.storage(n(72, 2)),
         "corruptions": lambda: suite.corruptions(n(1000, 100)),
-        "bytes": lambda: [] if options.quick else suite.each_byte(),
-        "soak": lambda: [] if options.quick else suite.soak(n(2000, 0)),
         "checkpoints": hostile.checkpoints,
         "images": hostile.images,
         "data_sets": hostile.data_sets,

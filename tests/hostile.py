@@ -3,8 +3,8 @@
     python tests/hostile.py                  # all of it, some minutes
     python tests/hostile.py --tries 100      # fewer random command lines
 
-The outcome is always a run or one clear line with exit code 2, in seconds and in bounded memory;
-nothing in a file is executed, and nothing is written elsewhere. test_hostile.py does a sample.
+The outcome is always a run or one clear line with exit code 2, in seconds; nothing in a file is
+executed, and nothing is written elsewhere. test_hostile.py does a sample.
 
 Reading order: a trial · checkpoints · images · data sets · command lines · numbers.
 """
@@ -14,17 +14,15 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
-import ctypes
 import dataclasses
 import functools
 import io
+import itertools
 import os
 import pickle
-import re
 import resource
 import shutil
 import struct
-import subprocess
 import tempfile
 import time
 import urllib.error
@@ -35,12 +33,11 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image
 
 import conftest  # noqa: F401  makes the scripts importable
@@ -51,39 +48,25 @@ import load_simCLR
 import simclr
 import tSNE
 import utils
-from outcome import Outcome
 from utils import ImageSet, InputError
 
 CPU = torch.device("cpu")
 SECONDS = 20.0  # of computing: a trial that takes longer has failed; most take a tenth
-MEMORY = 640 * 2**20  # bytes that a trial may take beside what the process had
-ADDRESSES = 24 * 2**30  # bytes of address space that a trial gets, to protect the machine
+MEMORY = 24 * 2**30  # bytes of address space that a trial gets, to protect the machine
 
 # ---------------------------------------------------------------------------------------- a trial
 
 
-def memory(name: str) -> int:
-    """A line of /proc/self/status in bytes; 0 where there is no such file."""
-    with contextlib.suppress(OSError):
-        text = Path("/proc/self/status").read_text(encoding="utf-8")
-        match = re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)
-        return 1024 * int(match[1]) if match else 0
-    return 0
-
-
 @contextlib.contextmanager
-def bounded() -> Iterator[Callable[[], int]]:
-    """Context manager that limits the address space; yields how many bytes were taken at most."""
-    with contextlib.suppress(OSError, TypeError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # give back what utils.make_fast() lets glibc keep
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak
-    before, limits = memory("VmRSS"), resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (memory("VmSize") + ADDRESSES, limits[1]))
+def bounded() -> Iterator[None]:
+    """Context manager that limits how much more memory this process can take."""
+    pages, limits = Path("/proc/self/statm").read_text().split()[0], resource.RLIMIT_AS
+    before = resource.getrlimit(limits)
+    resource.setrlimit(limits, (int(pages) * resource.getpagesize() + MEMORY, before[1]))
     try:
-        yield lambda: memory("VmHWM") - before
+        yield
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, limits)
+        resource.setrlimit(limits, before)
 
 
 @dataclasses.dataclass
@@ -99,23 +82,19 @@ def attempt(call: Callable[[], Any]) -> Trial:
     """Call a command or a function of the project, and judge what becomes of it."""
     out, err = io.StringIO(), io.StringIO()
     started = time.process_time()
-    with warnings.catch_warnings(record=True) as warned, bounded() as taken:
+    with warnings.catch_warnings(record=True) as warned, bounded():
         warnings.simplefilter("always")
         for kind in (DeprecationWarning, PendingDeprecationWarning, ResourceWarning):
             warnings.filterwarnings("ignore", category=kind)  # Python does not show these
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             trial = call_and_catch(call, err)
-        grown = taken()
     seconds = time.process_time() - started
     if trial.how == "run" and not only_warnings(err.getvalue().splitlines()):
         return Trial("broken", f"a run that says {err.getvalue()[:300]!r}")
-    for wrong, text in (
-        (warned, f"a stray warning: {warned and warned[0].message}"),
-        (grown > MEMORY, f"took {grown / 2**20:.0f} MiB of memory"),
-        (seconds > SECONDS, f"took {seconds:.0f} s"),
-    ):
-        if trial.how != "broken" and wrong:
-            return Trial("broken", text)
+    if trial.how != "broken" and warned:
+        return Trial("broken", f"a stray warning: {warned[0].message}")
+    if trial.how != "broken" and seconds > SECONDS:
+        return Trial("broken", f"took {seconds:.0f} s")
     return trial
 
 
@@ -140,6 +119,33 @@ def call_and_catch(call: Callable[[], Any], err: io.StringIO) -> Trial:
 
 def only_warnings(lines: list[str]) -> bool:
     return all(line.startswith(("warning: ", "photos: grey pictures")) for line in lines)
+
+
+@dataclasses.dataclass
+class Outcome:
+    """One kind of fault. note: what is to be said of it. failures: a line each."""
+
+    name: str
+    tried: int = 0
+    note: str = ""
+    seconds: float = 0.0
+    failures: list[str] = dataclasses.field(default_factory=list)
+    before: ClassVar[float] = 0.0  # when the fault before this was noted, of any kind
+
+    def __post_init__(self) -> None:
+        Outcome.before = time.perf_counter()
+
+    @property
+    def survived(self) -> int:
+        return self.tried - len(self.failures)
+
+    def add(self, case: str, *faults: str) -> None:
+        """Count a fault that was tried. faults: what was wrong with what became of it, or ""."""
+        now = time.perf_counter()
+        self.seconds, Outcome.before = self.seconds + now - Outcome.before, now
+        self.tried += 1
+        if wrong := [fault for fault in faults if fault]:
+            self.failures.append(f"{self.name}: {case}: {', '.join(wrong)}")
 
 
 class Count(Outcome):
@@ -286,13 +292,9 @@ def dangerous(canary: Path) -> dict[str, Any]:
     system, storage = Calls(os.system, touch), torch.zeros(4)._typed_storage()
     no_hooks, from_type = collections.OrderedDict(), torch._tensor._rebuild_from_type_v2
     return {
-        "os.system": system, "eval": Calls(eval, code), "exec": Calls(exec, code),
-        "open": Calls(open, str(canary), "w"), "Path.touch": Calls(Path.touch, canary),
+        "os.system": system, "eval": Calls(eval, code), "open": Calls(open, str(canary), "w"),
         "getattr": Calls(getattr, Calls(__import__, "os"), "system"),
-        "subprocess": Calls(subprocess.check_output, ["touch", str(canary)]),
         "torch.load": Calls(torch.load, str(canary)),
-        "torch.hub": Calls(torch.hub.load, "a/b", "c"),
-        "functools.partial": Calls(functools.partial, os.system, touch),
         "a class of ours": simclr.TrainState(1, torch.zeros(3)),
         "rebuild_from_type": Calls(from_type, os.system, torch.Tensor, (touch,), {}),
         "a parameter": Calls(torch._utils._rebuild_parameter, system, False, no_hooks),
@@ -314,30 +316,23 @@ def file_cases(base: Base) -> dict[str, bytes]:
         "GLOBAL os.system": lambda _: shell,
         "GLOBAL eval": lambda _: imported.encode(),
         "STACK_GLOBAL": lambda _: pickle.dumps(system, protocol=4),
-        "INST": lambda _: f"(S'touch {base.canary}'\nios\nsystem\n.".encode(),
         "a second pickle after the first": lambda p: shell + p,
         "a pickle without an end": lambda p: p[:-1],
         "an empty pickle": lambda _: b"",
         "an unknown operation": lambda p: p[:2] + b"\xff" + p[2:],
         "very deep lists": lambda _: b"\x80\x02" + b"]" * 10**5 + b"a" * (10**5 - 1) + b".",
     }
-    ordinary = io.BytesIO()
-    with zipfile.ZipFile(ordinary, "w") as archive:
-        archive.writestr("readme.txt", "no checkpoint")
     cases = {
         "a bare pickle": shell,
-        "a bare pickle of protocol 5": pickle.dumps(system, protocol=5),
         "of before torch 1.6, with code": saved({**state, "more": system}, **old),
         "of before torch 1.6, cut": saved(state, **old)[:-40],
         "no pickle": repacked(good, lambda n, c: None if n.endswith("data.pkl") else c),
         "no storages": repacked(good, lambda n, c: None if "/data/" in n else c),
         "no parts": repacked(good, lambda _n, _c: None),
-        "another zip archive": ordinary.getvalue(),
         "no digest": good,
         "the first half": good[: len(good) // 2],
         "text": b"This is no checkpoint.\n" * 100,
         "nothing": b"",
-        "zeros": bytes(10**6),
         "a tensor alone": saved(torch.zeros(3)),
         "a list": saved([state]),
     }
@@ -350,19 +345,18 @@ def file_cases(base: Base) -> dict[str, bytes]:
 
 def state_cases(base: Base) -> dict[str, tuple[dict, tuple[str, ...]]]:
     """Wrong states, and the readers that must refuse each."""
-    state, cases = base.state, {}
-    for value in (None, [], "1", -1, 3, 5, torch.zeros(1), 10**5000):
+    state = base.state
+    without = {k: v for k, v in state.items() if k != "optimizer"}
+    cases = {"no optimizer": (without, ("simclr.py",))}
+    for value in (None, "1", 3, 10**5000):
         cases[f"format {utils.shown(value)}"] = {**state, "format": value}, OURS
     for part in ("config", "model", "position"):
         cases[f"no {part}"] = {k: v for k, v in state.items() if k != part}, OURS
-        for value in (None, 7, "text", [1], {"a": 1}, {}):
+        for value in (None, "text", {"a": 1}, {}):
             cases[f"{part} is {utils.shown(value)}"] = {**state, part: value}, ALL
     for key, value in (
-        ("width", 1e9), ("width", float("nan")), ("width", []), ("image_size", 10**9),
-        ("arch", "vgg"), ("arch", []), ("dataset", "nowhere"), ("epochs", 0), ("temperature", "1"),
-        ("seed", -1), ("seed", None), ("seed", 10**5000), ("run", "../../x"), ("run", "/x"),
-        ("run", ""), ("run", None), ("lr", float("inf")),
-        ("unknown", 1), ("projection", "linear"), ("head_dim", 9),
+        ("width", 1e9), ("width", []), ("arch", "vgg"), ("dataset", "nowhere"), ("epochs", 0),
+        ("seed", 10**5000), ("run", "../../x"), ("run", None), ("unknown", 1), ("head_dim", 9),
     ):  # fmt: skip
         config = {**state["config"], key: value}
         cases[f"config.{key} is {utils.shown(value)}"] = {**state, "config": config}, READERS
@@ -479,7 +473,7 @@ def colours_and_alpha(x: np.ndarray) -> Good:
     shallow = np.round(deep / 257).astype(np.uint8)
     alpha = random.integers(0, 256, x.shape[:2], dtype=np.uint8)
     grey, shallow_grey = (a[..., :1].repeat(3, 2) for a in (x, shallow))
-    keyed = np.where((x == x[0, 0]).all(2), 0, 255)
+    key, keyed = tuple(map(int, x[0, 0])), np.where((x == x[0, 0]).all(2), 0, 255)
     palette, ink = Image.new("P", (2, 1)), Image.new("CMYK", (2, 1))
     palette.putpalette([200, 10, 30, 20, 90, 60])
     palette.putpixel((1, 0), 1)
@@ -492,15 +486,10 @@ def colours_and_alpha(x: np.ndarray) -> Good:
         "16-bit RGB.png": (deep_png, shallow, 1),
         "grey and alpha.png": (encoded(np.dstack([x[..., 0], alpha])), on_white(grey, alpha), 1),
         "RGB and alpha.png": (encoded(np.dstack([x, alpha])), on_white(x, alpha), 1),
-        "colour key.png": (
-            encoded(x, transparency=tuple(map(int, x[0, 0]))),
-            on_white(x, keyed),
-            0,
-        ),
+        "colour key.png": (encoded(x, transparency=key), on_white(x, keyed), 0),
         "palette.png": (encoded(palette), two, 0),
         "palette of shares.png": (encoded(palette, transparency=bytes([0, 128])), half, 1),
         "palette, clear.png": (encoded(palette, transparency=0), first, 0),
-        "palette, clear.gif": (encoded(palette, "gif", transparency=0), first, 0),
         "CMYK.tif": (encoded(ink, "tiff"), np.array([[[255] * 3, [0, 255, 255]]]), 0),
     }
 
@@ -538,26 +527,10 @@ def write_bytes(folder: Path, name: str, content: bytes) -> Path:
 def strange_places(folder: Path) -> dict[str, Path]:
     """What has the name of an image and cannot be read as a file."""
     os.mkfifo(folder / "pipe.jpg")
-    os.symlink(folder / "itself.jpg", folder / "itself.jpg")
     os.symlink(folder / "nowhere", folder / "dangling.png")
     (folder / "folder.jpg").mkdir()
-    write_bytes(folder, "locked.png", encoded(noise())).chmod(0)
-    names = ("pipe.jpg", "itself.jpg", "dangling.png", "folder.jpg", "locked.png", "gone.png")
-    return {name: folder / name for name in names} | {"/dev/zero": Path("/dev/zero")}
-
-
-@contextlib.contextmanager
-def as_nobody(folder: Path) -> Iterator[None]:
-    """Context manager that gives up the rights of root, who can read every file."""
-    folder.chmod(0o755)
-    root = os.geteuid() == 0
-    if root:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if root:
-            os.seteuid(0)
+    names = ("pipe.jpg", "dangling.png", "folder.jpg", "gone.png")
+    return {name: folder / name for name in names}
 
 
 def judge_good(path: Path, pixels: np.ndarray, tolerance: int) -> str:
@@ -591,7 +564,7 @@ def train(*flags: str) -> None:
 
 
 def embed() -> None:
-    load_simCLR.main(["folder_resnet10", "--embed", "photos", "--checkpoints", "c"])
+    load_simCLR.main(["photos_resnet10", "--embed", "photos", "--checkpoints", "c"])
 
 
 def whole_runs(folder: Path, count: Count) -> None:
@@ -611,25 +584,6 @@ def whole_runs(folder: Path, count: Count) -> None:
     count.must_be_refused("a run with a pipe", other, "pipe.jpg")
     count.must_run("an embedding with a pipe", embed)
     (photos / "pipe.jpg").unlink()
-    vanished(photos, count)
-
-
-def vanished(photos: Path, count: Count) -> None:
-    """The folder goes away after an epoch: an error, and the run goes on when it is back."""
-    real = simclr.epoch_row
-
-    def epoch_row(*arguments: Any) -> dict:
-        row = real(*arguments)
-        if photos.exists():
-            photos.rename("away")
-        return row
-
-    run = functools.partial(train, "--run", "vanished")
-    with mock.patch.object(simclr, "epoch_row", epoch_row):
-        count.must_be_refused("a folder that vanishes", run, "photos")
-    count.must_be_refused("a folder that is not there", run, "photos")
-    Path("away").rename(photos)
-    count.must_run("a folder that comes back", run)
 
 
 def images(every: int = 1) -> list[Outcome]:
@@ -642,46 +596,13 @@ def images(every: int = 1) -> list[Outcome]:
         for name, content in bad_images().items():
             count.add(name, judge_bad(write_bytes(folder, name, content)))
         for name, path in strange_places(folder).items():
-            with as_nobody(folder):
-                count.add(name, judge_bad(path))
+            count.add(name, judge_bad(path))
     with temporary() as folder:
         whole_runs(folder, count)
         return [count]
 
 
 # -------------------------------------------------------------------------------------- data sets
-
-
-def make_fashion(root: Path, images: np.ndarray, labels: np.ndarray) -> Path:
-    """FashionMNIST's files, as torchvision looks for them."""
-    raw = root / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True, exist_ok=True)
-    for part in ("train", "t10k"):
-        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
-            shape = b"".join(n.to_bytes(4, "big") for n in array.shape)
-            head = bytes([0, 0, 8, array.ndim]) + shape
-            (raw / f"{part}-{kind}-ubyte").write_bytes(head + array.astype(np.uint8).tobytes())
-    return raw
-
-
-def damaged_sets(folder: Path, count: Count) -> None:
-    """Fashion-MNIST's files, cut or changed, or with wrong labels."""
-    load = functools.partial(utils.load_images, "fashion-mnist", "train", folder)
-    pixels, error = np.zeros((3, 28, 28)), "fashion-mnist could not be read"
-    for name, images, labels in (
-        ("labels of 200", pixels, np.full(3, 200)), ("fewer labels", pixels, np.zeros(2)),
-        ("no images", pixels[:0], np.zeros(0)), ("flat images", pixels[:, 0], np.zeros(3)),
-    ):  # fmt: skip
-        make_fashion(folder, images, labels)
-        count.must_be_refused(f"Fashion-MNIST of {name}", load, error)
-    file = make_fashion(folder, pixels, np.zeros(3)) / "train-images-idx3-ubyte"
-    whole = file.read_bytes()
-    for name, content in {
-        "cut": whole[:-100], "empty": b"", "of a strange kind": b"\1" + whole[1:],
-        "of terabytes": whole[:4] + b"\x7f\xff\xff\xff" * 3 + whole[16:],
-    }.items():  # fmt: skip
-        file.write_bytes(content)
-        count.must_be_refused(f"Fashion-MNIST {name}", load, error)
 
 
 def lay(*classes: tuple[str, int]) -> None:
@@ -694,9 +615,14 @@ def lay(*classes: tuple[str, int]) -> None:
             write_bytes(Path("photos") / name, f"{i}.png", encoded(noise(16, 16, i)))
 
 
-def odd_folders(folder: Path, count: Count) -> None:
+def data_sets() -> list[Outcome]:
     """Folders of images with strange classes: whole runs."""
-    flags = words("folder_resnet10 --tasks knn linear --checkpoints c --figures f")
+    with temporary():
+        return [odd_folders(Count("strange data sets"))]
+
+
+def odd_folders(count: Count) -> Count:
+    flags = words("photos_resnet10 --tasks knn linear --checkpoints c --figures f")
     for name, classes in {
         "one class": [("a", 4)], "a class of one image": [("a", 8), ("b", 1)],
         "classes of one image": [("a", 1), ("b", 1), ("c", 1)],
@@ -718,48 +644,19 @@ def odd_folders(folder: Path, count: Count) -> None:
     count.must_be_refused("a class of broken images", train, "photos/b/")
     lay(("a", 0))
     count.must_be_refused("no images at all", train, "no images")
-    lay(("a", 4), ("b", 4))
-    Path("photos/b").chmod(0)
-    load = functools.partial(utils.load_images, "folder", "pretrain", "photos")
-    with as_nobody(folder):
-        count.must_be_refused("a class folder that cannot be read", load, "photos/b")
-    Path("photos/b").chmod(0o755)
-
-
-def data_sets(runs: bool = True) -> list[Outcome]:
-    """Data sets that are damaged, dangerous or strange. runs: also whole runs on folders."""
-    count = Count("strange data sets")
-    source = torchvision.datasets.FashionMNIST
-    with temporary() as folder, mock.patch.object(source, "mirrors", ["http://127.0.0.1:9"]):
-        damaged_sets(folder, count)
-    with temporary() as folder:
-        if runs:
-            odd_folders(folder, count)
-    return [count]
+    return count
 
 
 # ---------------------------------------------------------------------------------- command lines
 
 
-WHOLE = words(
-    """0 1 2 3 7 8 16 64 -1 -5 1000 65536 4096 10000 1000000 2147483648 9223372036854775808 1e3
-    0x10 1_0 ５ nan 1.5 -0 +3 --5 many""", "", " 5", "9" * 400, "9" * 5000,
+VALUES = words(
+    """0 1 2 8 16 65536 4096 2147483648 9223372036854775808 -1 --5 0x10 1_0 ５ 0.5 1e-3 1,5 nan inf
+    -inf 1e308 1e-308 1e400 . a/b ../up nowhere photos photos/0.png /proc/x /dev/null/x views.png
+    views.xyz new/views.pdf out.csv out.npz cpu cuda:99 cuda:-1 meta 1% 101% 1/2 2/1 1/0 digits
+    many""", "", " ", "a\nb", "🦎", "\udcff", "\x1b[31m", "'; touch x; '", "x" * 5000, "9" * 5000,
 )  # fmt: skip
-REAL = words(
-    """0 1 0.5 0.1 1e-3 100 -1 -0.0 nan inf -inf 1e308 -1e308 1e-308 1e400 1e-400 16 17 0.999 1,5 ½
-    0x1p3 many""", "", "9" * 5000,
-)  # fmt: skip
-TEXT = words(
-    """. .. nowhere a/b file file/x folder pipe empty photos /proc/x /proc/self/x/y /dev/null/x
-    ../up ~ * $HOME views.png views.xyz folder.png new/views.pdf /proc/x.png out.csv out.npz cpu
-    cuda:99 meta cpu:7 cuda:-1 mps 1% 101% 1e-9 3 0 1/2 2/1 1/0 ½/2 digits cifar10 None""",
-    "", " ", "a\nb", "a\tb", "🦎", "\udcff", "\x1b[31m", "'; touch x; '", "x" * 300, "x" * 5000,
-    "/".join("ab" * 3000),
-)  # fmt: skip
-WORDS = words(
-    """nowhere r c/r c/r/last.pt file folder all temperature -- - --nonsense --epoch 3 --help --=x
-    --lr= -h --overwrite --show-views""", "", "x" * 5000, "🦎", "\udcff", "a\nb",
-)  # fmt: skip
+WORDS = words("nowhere r c/r temperature all -- - --nonsense --epoch 3 --help --=x --lr= -h", "🦎")
 NEEDED = {  # so that a line without faults is a run of little work
     "simclr.py": words("--arch resnet10 --width 0.0625 --epochs 1 --batch-size 8 --warmup-epochs 0 "
                        "--head-dim 8 --device cpu"),
@@ -835,32 +732,6 @@ def little_work(all_of_it: bool = False) -> Iterator[None]:
         yield
 
 
-def furnish(folder: Path) -> None:
-    """What the command lines find: a run, a file, a folder, a pipe, photographs."""
-    (folder / "file").write_text("a file\n")
-    (folder / "folder").mkdir()
-    (folder / "folder.png").mkdir()
-    (folder / "empty").touch()
-    os.mkfifo(folder / "pipe")
-    for i in range(8):
-        write_bytes(folder / "photos" / "ab"[i % 2], f"{i}.png", encoded(noise(8 + i % 2, 8, i)))
-    base = Base(folder / "made")
-    config = {**base.state["config"], "checkpoints": "c", "figures": "f"}
-    utils.save_checkpoint(folder / "c" / "r" / utils.CHECKPOINT, {**base.state, "config": config})
-    shutil.rmtree(folder / "made")
-
-
-def content_of(folder: Path) -> dict[str, bytes | None]:
-    """Files below a folder and their content, but for locks; None for pipes."""
-    files = {}
-    for place, _, names in os.walk(folder):
-        for name in names:
-            path = os.path.join(place, name)
-            if name != ".lock":
-                files[path] = Path(path).read_bytes() if os.path.isfile(path) else None
-    return files
-
-
 def random_line(script: str, random: Random) -> list[str]:
     """A command line: what is needed, mostly, and up to four flags and words."""
     line = NEEDED[script] if random.random() < 0.9 else NEEDED[script][:1]
@@ -876,90 +747,57 @@ def random_flag(field: dataclasses.Field, random: Random) -> list[str]:
     name, choices = utils.flag(field.name), field.metadata["choices"]
     if field.type == "bool":
         return [random.choice([name, name.replace("--", "--no-"), f"{name}=1"])]
-    values = {"int": WHOLE, "float": REAL}.get(field.type, TEXT)
-    values = [*choices, *TEXT[:12]] if choices else values
+    values = [*choices, *VALUES[:12]] if choices else VALUES
     if isinstance(field.default, tuple):
         return [name, *random.choices(values, k=random.randrange(4))]
     value = random.choice(values)
-    joined = f"{name}={value}"
-    return random.choice([[joined], [joined], [name, value], [name]])
-
-
-def command_line(script: str, argv: list[str], above: Path) -> tuple[Trial, str]:
-    """What becomes of a command line, and what is wrong with that, or "". Tidies up."""
-    before = content_of(above)
-    trial = attempt(lambda: SCRIPTS[script][0](argv))
-    after = content_of(above)
-    fault = trial.text if trial.how == "broken" else ""
-    begun = "not finite" in trial.text  # a run whose first checkpoint is kept
-    if trial.how == "refused" and after != before and not begun:
-        changed = [path for path in {**before, **after} if before.get(path) != after.get(path)]
-        changed += before.keys() ^ after.keys()
-        fault = f"it changes {sorted(changed)[0]!r}: {trial.text}"
-    if len(trial.text) > utils.LONGEST_MESSAGE + 50:
-        fault = fault or f"a line of {len(trial.text):,} characters"
-    for path in above.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    prepare(above)
-    return trial, fault
-
-
-def prepare(above: Path) -> None:
-    """Make a furnished folder below `above`, and go there."""
-
-    def copy(source: str, target: str) -> None:
-        shutil.copy(source, target) if os.path.isfile(source) else os.mkfifo(target)
-
-    shutil.copytree(above.parent / "furnished", above / "work", copy_function=copy)
-    os.chdir(above / "work")
+    return random.choice([[f"{name}={value}"], [name, value], [name]])
 
 
 def commands(tries: int = 2000, seed: int = 0) -> list[Outcome]:
     """Random command lines of all scripts, and some that are run to their end."""
     with temporary() as folder:
-        (folder / "furnished").mkdir()
-        furnish(folder / "furnished")
-        above = folder / "above"
-        above.mkdir()
-        prepare(above)
+        work = folder / "work"  # a line may write to "../up"
+        Base(work)
+        os.chdir(work)
+        for i in range(8):
+            write_bytes(work / "photos" / "ab"[i % 2], f"{i}.png", encoded(noise(8 + i % 2, 8, i)))
         random, outcomes = Random(seed), []
-        for script in SCRIPTS:
+        for script, (main, _) in SCRIPTS.items():
             count, ran = Count(f"command lines of {script}"), 0
             with little_work():
                 for _ in range(max(1, tries // len(SCRIPTS))):
                     argv = random_line(script, random)
-                    trial, fault = command_line(script, argv, above)
+                    trial = attempt(functools.partial(main, argv))
+                    broken = trial.how == "broken" or len(trial.text) > utils.LONGEST_MESSAGE + 50
                     ran += trial.how == "run"
-                    count.add(" ".join(word[:60] for word in argv), fault)
+                    count.add(" ".join(word[:60] for word in argv), trial.text if broken else "")
             count.note = f"{ran} ran, the others were refused"
             outcomes.append(count)
         whole = Count("command lines run to their end")
         with little_work(all_of_it=True):
             for line in WHOLE_LINES[:: 1 if tries >= 1000 else 10]:
                 script, *argv = line.split()
-                _, fault = command_line(script, [*NEEDED[script], *argv], above)
-                whole.add(line, fault)
+                trial = attempt(functools.partial(SCRIPTS[script][0], [*NEEDED[script], *argv]))
+                whole.add(line, trial.text if trial.how == "broken" else "")
         return [*outcomes, whole]
 
 
 WHOLE_LINES = [
     "simclr.py", "simclr.py --batch-size 1000000000", "simclr.py --image-size 256",
-    "simclr.py --head-dim 65536", "simclr.py --arch resnet152 --width 16",
+    "simclr.py --arch resnet152 --width 16", "simclr.py --head-dim 65536",
     "simclr.py --head-hidden 65536 --head-dim 65536 --width 4", "simclr.py --temperature 1e-30",
     "simclr.py --temperature 1e30", "simclr.py --lr 1e30", "simclr.py --color-strength 1e30",
     "simclr.py --seed 9223372036854775807", "simclr.py --weight-decay 1e30",
-    "simclr.py --rotation 180", "simclr.py --crop-min 1e-30", "simclr.py --batch-size 2",
+    "simclr.py --crop-min 1e-30", "simclr.py --batch-size 2", "simclr.py --projection none",
     "simclr.py --dataset folder --data-dir photos --workers 10000 --image-size 8",
     "simclr.py --dataset folder --data-dir photos --workers 0 --image-size 300",
-    "simclr.py --precision bfloat16 --blur-p 1 --flip 1", "simclr.py --projection none",
-    "simclr.py --show-views views.png --image-size 4096",
-    "simclr.py --keep-every 1 --optimizer lars",
-    "load_simCLR.py --tasks knn linear", "load_simCLR.py --embed photos --workers 10000",
-    "load_simCLR.py --embed photos --image-size 2000",
+    "simclr.py --precision bfloat16 --blur-p 1 --flip 1 --keep-every 1 --optimizer lars",
+    "simclr.py --show-views views.png --image-size 4096", "load_simCLR.py --tasks knn linear",
+    "load_simCLR.py --embed photos --workers 10000 --image-size 2000",
     "load_simCLR.py --export x.pt --image-size 9",
-    "load_simCLR.py --classify photos --out x.csv", "tSNE.py", "tSNE.py --thumbnails --images 2",
-    "tSNE.py --method tsne --perplexity 2", "tSNE.py --method tsne --perplexity 1 --images 4",
-    "tSNE.py --panels pixels --format svg",
+    "load_simCLR.py --classify photos --out x.csv", "tSNE.py --thumbnails --images 2",
+    "tSNE.py --method tsne --perplexity 1 --images 4", "tSNE.py --panels pixels --format svg",
     "ablation_SimCLR.py --epochs 1 --batch-size 8 --dry-run",
 ]  # fmt: skip
 
@@ -984,88 +822,28 @@ def embeddings() -> dict[str, torch.Tensor]:
     }  # fmt: skip
 
 
-ValueAndGradient = tuple[torch.Tensor, torch.Tensor]
-
-
-def value_and_gradient(
-    loss: simclr.Loss, z: torch.Tensor, tau: float, autocast: bool = False
-) -> ValueAndGradient:
-    z = z.clone().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        value = loss(*z.chunk(2), tau)
-    value.backward()
-    return value.detach(), z.grad
-
-
-def losses(count: Count) -> None:
-    """Value and gradient of each loss are finite, and those of float64."""
+def losses(count: Count) -> Count:
+    """Value and gradient of each loss are finite, and the value is float64's."""
     for name in ablation_SimCLR.LOSSES:
         loss = ablation_SimCLR.Variant(loss_function=name, margin=0.5).loss(simclr.Config())
-        for kind, z in embeddings().items():
-            cosine = name != "nt-xent-dot"
-            if not cosine and kind in ("huge", "of all sizes"):
+        for (kind, z), tau in itertools.product(embeddings().items(), TEMPERATURES):
+            if name == "nt-xent-dot" and kind in ("huge", "of all sizes"):
                 continue  # its value is beyond float32; check_finite() ends such a run
-            for tau in TEMPERATURES:
-                exact = value_and_gradient(loss, z, tau)
-                if "semi-hard" in name:  # of equal negatives either may be taken
-                    exact = exact[0], torch.full_like(z, torch.nan)
-                for dtype in (torch.float32, torch.bfloat16):
-                    low = z.to(dtype)
-                    for autocast in (False, True) if torch.equal(low.double(), z) else ():
-                        got = value_and_gradient(loss, low, tau, autocast)
-                        fault = differs(got, exact, z, 1 if "margin" in name else tau, cosine)
-                        case = f"{name}, {kind}, tau {tau}, {dtype}, autocast {autocast}"
-                        count.add(case, fault)
+            size = z.norm(dim=1).max().item() ** 2 if name == "nt-xent-dot" else 1.0
+            exact = loss(*z.chunk(2), tau).item()
+            near = 1e-5 * abs(exact) + 4e-6 * size / tau  # float32 has 7 digits of a similarity
+            for dtype in (torch.float32, torch.bfloat16):
+                low = z.to(dtype).requires_grad_()
+                if torch.equal(low.double(), z):
+                    value = loss(*low.chunk(2), tau)
+                    value.backward()
+                    right = low.grad.isfinite().all() and abs(value.item() - exact) <= near
+                    text = f"{value.item()} instead of {exact}, or the gradient is not finite"
+                    count.add(f"{name}, {kind}, tau {tau}, {dtype}", "" if right else text)
+    return count
 
 
-def differs(
-    got: ValueAndGradient, exact: ValueAndGradient, z: torch.Tensor, tau: float, cosine: bool
-) -> str:
-    """Whether a value and a gradient (2N, D) are not float64's, as far as their dtype resolves.
-
-    float32 has 7 digits of a similarity, which is divided by tau, and the gradient by it again. A
-    gradient of cosines is inversely proportional to the length of z, and so is compared times it.
-    """
-    value, gradient = got[0].double(), got[1].double()
-    if not (value.isfinite() and gradient.isfinite().all()):
-        return f"not finite: {value.item()}, gradient {gradient.norm().item()}"
-    lengths = z.norm(dim=1, keepdim=True)
-    size = 1.0 if cosine else lengths.max().item()
-    digits = 4e-6 * size**2 / tau
-    if abs(value - exact[0]) > 1e-5 * abs(exact[0]) + digits:
-        return f"{value.item()} instead of {exact[0].item()}"
-    scale = lengths.clamp(min=1e-12) if cosine else 1.0
-    error, right = ((gradient - exact[1]) * scale).norm(dim=1), (exact[1] * scale).norm(dim=1)
-    share = 0.02 if got[1].dtype == torch.bfloat16 else 1e-4
-    if (error > share * right + (digits + 1e-6) * size / tau).any():  # never where right is NaN
-        return f"gradient off by {error.max().item()} of {right.max().item()}"
-    return ""
-
-
-def classifiers(count: Count) -> None:
-    """Features and labels from which there is nothing to learn."""
-    random = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
-    kinds = {
-        "constant": torch.ones(12, 5), "zero": torch.zeros(12, 5), "random": random,
-        "huge": random * 1e30, "tiny": random * 1e-30, "one feature": random[:, :1],
-    }  # fmt: skip
-    numbers = torch.arange(12)
-    labellings = {
-        "two": numbers % 2, "one class": 0 * numbers, "one image each": numbers,
-        "one of one": (numbers == 0).long(),
-    }  # fmt: skip
-    for kind, x in kinds.items():
-        for name, y in labellings.items():
-            classes, case = int(y.max()) + 1, f"of {kind} features, {name}"
-            trial = attempt(lambda x=x, y=y, k=classes: utils.knn_predict(x, y, x, k))
-            fine = trial.how == "run" and trial.value.min() >= 0 and trial.value.max() < classes
-            count.add(f"kNN {case}", "" if fine else trial.text or "no class")
-            trial = attempt(lambda x=x, y=y, k=classes: utils.fit_linear_classifier(x, y, k)(x))
-            fine = trial.how == "run" and trial.value.isfinite().all()
-            count.add(f"linear {case}", "" if fine else trial.text or "not finite")
-
-
-def collapsed(count: Count) -> None:
+def collapsed(count: Count) -> Count:
     """A run whose views are all alike says so, once, and in its log; another does not."""
     with temporary() as folder:
         base = Base(folder)
@@ -1081,18 +859,11 @@ def collapsed(count: Count) -> None:
             marked, text = [row.get("collapsed", False) for row in log], printed.getvalue()
             right = marked == [alike] * 3 and text.count("\n") == text.count("collapsed") == alike
             count.add(f"collapse of {name}", "" if right else f"{marked}, {text!r}")
+    return count
 
 
 def numbers() -> list[Outcome]:
-    """Losses at extremes, classifiers with nothing to learn, collapse."""
-    outcomes = []
-    for part, name in (
-        (losses, "losses at extremes"), (classifiers, "classifiers at extremes"),
-        (collapsed, "collapse, named in the log"),
-    ):  # fmt: skip
-        outcomes.append(Count(name))
-        part(outcomes[-1])
-    return outcomes
+    return [losses(Count("losses at extremes")), collapsed(Count("collapse, named in the log"))]
 
 
 def main() -> None:

@@ -30,7 +30,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from torchvision import transforms
 
 import benchmark  # which also makes the scripts known
 import simclr
@@ -161,8 +160,7 @@ class Race:
             raise InputError("the usual loop has no blur and no rotation here")
         model = simclr.make_model(config).to(device)
         optimizer = simclr.make_optimizer(config, model)
-        pipeline = benchmark.pil_pipeline(config, transforms)
-        augment = benchmark.Twice(transforms.Compose([pipeline, transforms.ToTensor()]))
+        augment = benchmark.Twice(benchmark.pil_pipeline(config))
         loader = DataLoader(
             benchmark.Views(images.images, augment, len(images)), config.batch_size, shuffle=True,
             drop_last=True, num_workers=utils.cpu_cores(), pin_memory=device.type == "cuda",
@@ -174,8 +172,7 @@ class Race:
                 model.train()
                 z1, z2 = (model(x.to(device, non_blocking=True))[1] for x in views)
                 loss = benchmark.plain_nt_xent(z1, z2, config.temperature)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate(config, clock.progress)
+                simclr.set_rate(optimizer, rate(config, clock.progress))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

@@ -1,7 +1,5 @@
 """Augmentation (Section 3): every step against torchvision, and what must be random."""
 
-import colorsys
-import itertools
 import math
 
 import pytest
@@ -16,31 +14,18 @@ from simclr import RandomResizedCrop
 ADJUST = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)
 
 
-def jitter_one(images, kind, factor):
-    """color_jitter with one of its three blends and the others left out."""
-    factors = torch.ones(len(images), 3)
-    factors[:, kind] = factor
-    return simclr.color_jitter(images, factors, torch.arange(3).repeat(len(images), 1))
-
-
 def crop_boxes(crop, u, height, width):
     """Boxes (N, 4) for images of one size."""
     return crop.boxes(u, *(torch.full((len(u),), side) for side in (height, width)))
 
 
-@pytest.mark.parametrize("size", [8, 20, 24, 40])
-@pytest.mark.parametrize("box", [(0, 0, 24, 20), (3, 5, 11, 13), (20, 2, 4, 18), (23, 19, 1, 1)])
-def test_crop_equals_torchvision(images, size, box):
-    ours = simclr.resized_crop(images, torch.tensor(box).repeat(len(images), 1), size)
-    theirs = TF.resized_crop(images, *box, [size, size], antialias=True)
-    assert (ours - theirs).abs().max() <= 1e-4
-
-
-def test_crop_takes_each_images_own_box(images):
+@pytest.mark.parametrize("size", [8, 16, 40])
+def test_crop_takes_each_images_own_box_and_equals_torchvision(images, size):
     boxes = torch.tensor([[i % 8, i % 5, 6 + i % 10, 4 + i % 12] for i in range(len(images))])
-    ours = simclr.resized_crop(images, boxes, 16)
+    boxes[:4] = torch.tensor([(0, 0, 24, 20), (3, 5, 11, 13), (20, 2, 4, 18), (23, 19, 1, 1)])
+    ours = simclr.resized_crop(images, boxes, size)
     for image, box, crop in zip(images, boxes.tolist(), ours, strict=True):
-        theirs = TF.resized_crop(image, *box, [16, 16], antialias=True)
+        theirs = TF.resized_crop(image, *box, [size, size], antialias=True)
         assert (crop - theirs).abs().max() <= 1e-4
 
 
@@ -76,36 +61,10 @@ def test_rotation_equals_torchvision(images, angle):
     assert (ours - theirs).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("kind", [0, 1, 2], ids=["brightness", "contrast", "saturation"])
-@pytest.mark.parametrize("factor", [0.0, 0.2, 1.0, 1.8])
-def test_blends_equal_torchvision(images, kind, factor):
-    theirs = ADJUST[kind](images, factor)
-    assert (jitter_one(images, kind, factor) - theirs).abs().max() <= 1e-4
-
-
 @pytest.mark.parametrize("turns", [-0.5, -0.2, 0.0, 0.1, 0.5])
 def test_hue_equals_torchvision(images, turns):
     ours = simclr.adjust_hue(images, torch.full((len(images),), turns))
     assert (ours - TF.adjust_hue(images, turns)).abs().max() <= 2e-3
-
-
-def test_hue_equals_pythons_colorsys():
-    colors = torch.tensor(list(itertools.product([0.0, 0.25, 0.6, 1.0], repeat=3)))  # (64, 3)
-    ours = simclr.adjust_hue(colors.view(64, 3, 1, 1), torch.full((64,), 0.17)).view(64, 3)
-    for color, shifted in zip(colors.tolist(), ours.tolist(), strict=True):
-        h, s, v = colorsys.rgb_to_hsv(*color)
-        assert shifted == pytest.approx(colorsys.hsv_to_rgb((h + 0.17) % 1, s, v), abs=1e-5)
-
-
-@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
-def test_jitter_in_any_order_equals_torchvision(images, order):
-    factors = torch.tensor([0.6, 1.5, 1.7])
-    n = len(images)
-    ours = simclr.color_jitter(images, factors.repeat(n, 1), torch.tensor(order).repeat(n, 1))
-    theirs = images
-    for k in order:
-        theirs = ADJUST[k](theirs, factors[k].item())
-    assert (ours - theirs).abs().max() <= 1e-4
 
 
 def test_jitter_is_torchvisions_steps_by_the_numbers_of_u(images):
@@ -126,31 +85,13 @@ def test_jitter_is_torchvisions_steps_by_the_numbers_of_u(images):
     assert len(orders) >= 3
 
 
-def test_the_place_of_hue_changes_next_to_nothing():
-    """Hue before brightness is hue after it; before all three blends, almost (see ColorJitter)."""
-    random = torch.Generator().manual_seed(9)
-    images = 0.25 + 0.3 * torch.rand(64, 3, 8, 8, generator=random)  # no blend is clamped
-    turns = lerp_rows(random, 64, -0.1, 0.1)
-    brighter = torch.stack([lerp_rows(random, 64, 0.6, 1.4), *torch.ones(2, 64)], 1)
-    all_three = torch.stack([lerp_rows(random, 64, 0.6, 1.4) for _ in range(3)], 1)
-    order = torch.rand(64, 3, generator=random).argsort(1)
-    for factors, tolerance in ((brighter, 1e-5), (all_three, 0.01)):
-        first = simclr.color_jitter(simclr.adjust_hue(images, turns), factors, order)
-        last = simclr.adjust_hue(simclr.color_jitter(images, factors, order), turns)
-        assert (first - last).abs().mean() <= tolerance
-
-
-def lerp_rows(random, n, low, high):
-    return simclr.lerp(low, high, torch.rand(n, generator=random))
-
-
 def test_grayscale_equals_torchvision(images):
     theirs = TF.rgb_to_grayscale(images, num_output_channels=3)
     assert (simclr.luma(images) - theirs).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 2.0])
-@pytest.mark.parametrize("kernel", [3, 7, 23])
+@pytest.mark.parametrize("sigma", [0.1, 2.0])
+@pytest.mark.parametrize("kernel", [3, 23])
 def test_blur_equals_torchvision(images, sigma, kernel):
     if kernel // 2 >= min(images.shape[-2:]):
         images = images.repeat(1, 1, 2, 2)
@@ -159,25 +100,9 @@ def test_blur_equals_torchvision(images, sigma, kernel):
     assert (ours - theirs).abs().max() <= 1e-4
 
 
-def test_blur_kernel_is_a_tenth_of_the_side():
-    assert simclr.RandomBlur(0.5, 224).kernel in (21, 23)  # odd, next to 22.4
-    assert simclr.RandomBlur(0.5, 96).kernel in (9, 11)
-
-
 def paper(**changes):
     """The augmentation of the paper for ImageNet, to 16 px."""
     return simclr.make_augment(simclr.Config(image_size=16, **{"blur_p": 0.5, **changes}))
-
-
-def test_augment_output(images, device):
-    augment = paper()
-    for x in (images, (images * 255).to(torch.uint8)):
-        views = augment(x.to(device))
-        assert views.shape == (len(images), 3, 16, 16)
-        assert views.dtype == torch.float32
-        assert views.device.type == device.type
-        assert views.min() >= 0
-        assert views.max() <= 1
 
 
 def test_same_randomness_same_views_on_every_device_and_in_pieces(images, device, monkeypatch):
@@ -227,39 +152,6 @@ def test_probabilities(p):
             u[:, 1] = 0.5  # a sigma that is large enough to see
         changed = ((step(image, u) - image).abs().amax((1, 2, 3)) > 1e-4).float().mean().item()
         assert abs(changed - p) < 4 * math.sqrt(p * (1 - p) / n), type(step).__name__
-
-
-def test_jitter_factors_span_the_papers_range():
-    """On a grey image brightness is the only change: s = 1 gives factors 0.2 to 1.8."""
-    n = 4000
-    step = simclr.ColorJitter(1.0, 0.8, 0.0, 0.0, 0.0)
-    u = torch.rand(n, step.draws, generator=torch.Generator().manual_seed(6))
-    values = step(torch.full((n, 3, 2, 2), 0.5), u)[:, 0, 0, 0] / 0.5
-    assert stats.kstest(values.tolist(), stats.uniform(0.2, 1.6).cdf).pvalue > 1e-3
-
-
-def test_ablation_can_filter_the_list_of_steps(images):
-    augment = paper()
-    augment.steps = [s for s in augment.steps if isinstance(s, RandomResizedCrop)]
-    u = augment.draw(len(images))
-    boxes = crop_boxes(augment.steps[0], u, 24, 20)
-    assert torch.equal(augment(images, u), simclr.resized_crop(images, boxes, 16).clamp(0, 1))
-
-
-def test_digits_recipe_neither_flips_nor_shifts_colours():
-    config = simclr.make_config(dataset="digits", image_size=16)
-    kinds = [type(step) for step in simclr.make_augment(config).steps]
-    assert simclr.RandomFlip not in kinds
-    gray = torch.rand(64, 1, 16, 16).repeat(1, 3, 1, 1)
-    views = simclr.make_augment(config)(gray)
-    assert (views - views[:, :1]).abs().max() < 1e-5
-
-
-def test_compiles_without_graph_breaks(images):
-    augment = paper(rotation=10.0)
-    u = augment.draw(len(images))
-    compiled = torch.compile(augment.__call__, fullgraph=True, backend="eager")
-    assert (compiled(images, u) - augment(images, u)).abs().max() <= 1e-5
 
 
 def test_every_setting_of_the_augmentation_is_passed_on():

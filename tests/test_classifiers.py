@@ -8,8 +8,6 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 import utils
-from simclr import Encoder
-from utils import ImageSet
 
 
 @pytest.fixture(scope="module")
@@ -22,21 +20,12 @@ def clusters():
     return x[:300], y[:300], x[300:], y[300:]
 
 
-@pytest.mark.parametrize("k", [1, 10, 77])
-def test_knn_equals_scikit_learn(clusters, device, k):
+@pytest.mark.parametrize(("k", "temperature"), [(1, None), (10, None), (77, None), (50, 0.1)])
+def test_knn_equals_scikit_learn(clusters, device, k, temperature):
     x, y, x_test, _ = clusters
-    theirs = KNeighborsClassifier(k, metric="cosine").fit(x, y).predict(x_test)
-    ours = utils.knn_predict(x.to(device), y.to(device), x_test.to(device), 4, k)
-    assert (ours.cpu().numpy() == theirs).all()
-
-
-def test_weighted_knn_equals_scikit_learn(clusters, device):
-    x, y, x_test, _ = clusters
-    theirs = KNeighborsClassifier(
-        50, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.1)
-    )
-    theirs = theirs.fit(x, y).predict(x_test)
-    ours = utils.knn_predict(x.to(device), y.to(device), x_test.to(device), 4, 50, temperature=0.1)
+    weights = (lambda distance: np.exp((1 - distance) / temperature)) if temperature else "uniform"
+    theirs = KNeighborsClassifier(k, metric="cosine", weights=weights).fit(x, y).predict(x_test)
+    ours = utils.knn_predict(x.to(device), y.to(device), x_test.to(device), 4, k, temperature)
     assert (ours.cpu().numpy() == theirs).all()
 
 
@@ -66,33 +55,6 @@ def test_logistic_regression_equals_scikit_learn(clusters, device, c):
     assert (predicted.argmax(1) == theirs.predict(x_test)).all()
 
 
-def test_logistic_regression_with_fewer_rows_than_features(device):
-    random = torch.Generator().manual_seed(0)
-    x, y = torch.randn(30, 100, generator=random).double(), torch.arange(30) % 3
-    theirs = LogisticRegression(tol=1e-10, max_iter=5000).fit(x, y)
-    weight, _ = utils.fit_logistic_regression(x.to(device), y.to(device), 3, tolerance=1e-9)
-    assert np.abs(weight.T.cpu().numpy() - theirs.coef_).max() < 1e-4 * np.abs(theirs.coef_).max()
-
-
-@pytest.mark.parametrize("rows", [30, 100])
-def test_principal_axes(device, monkeypatch, rows):
-    """Of fewer and of more rows than features, decomposed on the CPU: other devices may lack it."""
-    x = torch.randn(rows, 40, generator=torch.Generator().manual_seed(0)).double().to(device)
-    x -= x.mean(0)
-    for name in ("eigh", "svd"):
-        real = getattr(torch.linalg, name)
-
-        def on_cpu(matrix, real=real, **options):
-            assert (matrix.device.type, matrix.dtype) == ("cpu", x.dtype)
-            return real(matrix, **options)
-
-        monkeypatch.setattr(torch.linalg, name, on_cpu)
-    variances, axes = utils.principal_axes(x)
-    assert (variances.device, axes.device) == (x.device, x.device)
-    assert torch.allclose(axes.mT @ axes, torch.eye(min(rows, 40), dtype=x.dtype, device=device))
-    assert torch.allclose((x @ axes).square().mean(0), variances)
-
-
 def test_standardize_equals_scikit_learn(clusters):
     x, _, x_test, _ = clusters
     x, x_test = x.clone(), x_test.clone()
@@ -106,20 +68,16 @@ def test_standardize_equals_scikit_learn(clusters):
     assert (ours_test[:, 3] == 0).all()
 
 
-def test_embedding_does_not_touch_the_encoder(device):
-    encoder = Encoder("resnet10", 0.125, "small").to(device).train()
-    before = {k: v.clone() for k, v in encoder.state_dict().items()}
-    data = ImageSet(torch.randint(0, 256, (20, 3, 16, 16), dtype=torch.uint8))
-    h = utils.embed(encoder, data, 16, device, batch_size=7)
-    assert h.shape == (20, 64)
-    assert h.dtype == torch.float32
-    assert not h.requires_grad
-    assert encoder.training
-    assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
-    encoder.eval()
-    with torch.no_grad():
-        by_hand = encoder(data.images.to(device).float() / 255)
-    assert torch.allclose(h, by_hand, atol=1e-5)
+def test_batches_of_an_embedding_have_one_size():
+    data, sizes = utils.ImageSet(torch.randint(0, 256, (20, 3, 4, 4), dtype=torch.uint8)), []
+
+    def encoder(images):
+        sizes.append(len(images))
+        return images.flatten(1)
+
+    pixels = utils.embed(encoder, data, 4, torch.device("cpu"), batch_size=8)
+    assert sizes == [7, 7, 7]  # and not 8, 8, 4
+    assert torch.equal(pixels, data.images.flatten(1) / 255)
 
 
 def test_raw_pixels_are_averaged_down_to_32_px():

@@ -1,7 +1,6 @@
 """The command line: what is printed, and that bad input is one line and exit code 2."""
 
 import json
-import os
 import shlex
 import signal
 import subprocess
@@ -12,22 +11,18 @@ import pytest
 
 import simclr
 import utils
-from conftest import ROOT
+from conftest import ROOT, error_of
 
 TINY_FLAGS = ["--width", "0.02", "--epochs", "2", "--batch-size", "300", "--warmup-epochs", "1"]
 
 
 def fails(capsys, tmp_path, *argv):
-    """Runs simclr.py in this process; returns its one line of error."""
-    with pytest.raises(SystemExit) as left:
-        simclr.main([*argv, "--checkpoints", str(tmp_path / "c"), "--figures", str(tmp_path / "f")])
-    assert left.value.code == 2
-    err = capsys.readouterr().err
-    assert err.startswith("simclr.py: error: ")
-    assert err.count("\n") == 1
+    """The line of error of simclr.py, which leaves no folder."""
+    places = ("--checkpoints", tmp_path / "c", "--figures", tmp_path / "f")
+    error = error_of(capsys, simclr.main, *argv, *places)
     assert not (tmp_path / "c").exists()
     assert not (tmp_path / "f").exists()
-    return err
+    return error
 
 
 @pytest.mark.parametrize(
@@ -39,51 +34,33 @@ def fails(capsys, tmp_path, *argv):
         ("--batch-size 1", "--batch-size must be at least 2"),
         ("--batch-size many", "invalid int value: 'many'"),
         ("--temperature 0", "--temperature must be at least 1e-06, got 0.0"),
-        ("--temperature nan", "--temperature must be at least 1e-06, got nan"),
         ("--range 5 1", "--range must be two numbers, the smaller one first, got (5.0, 1.0)"),
-        ("--range 0 nan", "--range must be two numbers"),
         ("--range 0 255", "--range is for folders of pictures, not for digits"),
         ("--lr inf", "--lr must be 1e-12 to 1e+30, got inf"),
-        ("--contrast inf", "--contrast must be 0 to 9.22337e+18, got inf"),
-        ("--lr -1", "--lr must be 1e-12 to 1e+30, got -1"),
         ("--epochs 0", "--epochs must be at least 1"),
         ("--image-size 7", "images of 7 px and views of 7 px: both need at least 8"),
         ("--view-size 5000", "--view-size must be 0 to 4096, got 5000"),
         ("--width 0", "--width must be 0.015625 to 16"),
         ("--crop-min 0", "--crop-min must be 1e-06 to 1"),
-        ("--crop-min 1.5", "--crop-min must be 1e-06 to 1"),
-        ("--flip 2", "--flip must be 0 to 1"),
         ("--hue 0.9 --color-strength 1", "--hue 0.9 times s must be at most 0.5 turns"),
-        ("--rotation -1", "--rotation must be 0 to 180"),
         ("--momentum 1", "--momentum must be 0 to 0.9999"),
-        ("--weight-decay -1", "--weight-decay must be at least 0"),
         ("--warmup-epochs 100", "--warmup-epochs must be at most epochs=90"),
-        ("--head-dim 0", "--head-dim must be 1 to 65536"),
         ("--head-dim 100000000000", "--head-dim must be 1 to 65536"),
-        ("--head-hidden 70000", "--head-hidden must be 0 to 65536"),
         ("--seed -1", "--seed must be at least 0"),
         ("--workers -2", "--workers must be at least -1"),
         ("--run ../../etc", "must be a plain name"),
-        ("--run /tmp/x", "must be a plain name"),
         ("--stop-at-knn 90", "--stop-at-knn must be 0 to 1"),
         ("--stop-at-knn 0.9 --knn-every 0", "--knn-every must be at least 1"),
         ("--micro-batch 7", "--micro-batch 7 does not divide the batch of 256 images"),
-        ("--micro-batch 512", "--micro-batch 512 does not divide the batch of 256 images"),
-        ("--micro-batch -1", "--micro-batch must be at least 0"),
         ("--epoch 3", "unrecognized arguments: --epoch 3"),
-        ("surplus", "unrecognized arguments: surplus"),
         ("--device warp", "--device warp is not available here"),
+        ("--device cuda", "--device cuda is not available here"),
         ("--device meta", "--device meta: expected auto"),
         ("--dataset folder --data-dir nowhere", "--data-dir nowhere is not a folder"),
     ],
 )
 def test_bad_input_is_one_line(capsys, tmp_path, argv, message):
     assert message in fails(capsys, tmp_path, *argv.split())
-
-
-@pytest.mark.skipif(simclr.torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_without_cuda(capsys, tmp_path):
-    assert "--device cuda is not available here" in fails(capsys, tmp_path, "--device", "cuda")
 
 
 def test_folders_that_cannot_be_learned_from(capsys, tmp_path, write_image):
@@ -96,12 +73,6 @@ def test_folders_that_cannot_be_learned_from(capsys, tmp_path, write_image):
     write_image(photos / "b.png", size=(5, 5))
     write_image(photos / "a.png", size=(5, 5))
     assert "images of 5 px" in fails(capsys, tmp_path, *folder)
-    (photos / "b.png").write_text("text")
-    with pytest.raises(SystemExit, match="2"):
-        simclr.main([*folder, "--checkpoints", str(tmp_path / "c")])
-    warning, error = capsys.readouterr().err.splitlines()
-    assert "b.png" in warning
-    assert error.startswith("simclr.py: error: ")
 
 
 def content(folder):
@@ -127,24 +98,8 @@ def test_output_that_cannot_be_written(capsys, tmp_path, monkeypatch, blocked, h
         )  # root may write anywhere
     before = content(tmp_path)
     argv = [*TINY_FLAGS, *overwrite, *(str(x) for pair in places.items() for x in pair)]
-    with pytest.raises(SystemExit) as left:
-        simclr.main(argv)
-    assert left.value.code == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert "cannot write" in err
+    assert "cannot write" in error_of(capsys, simclr.main, *argv)
     assert content(tmp_path) == before
-
-
-def test_nobody_reads_on(monkeypatch):
-    """As after `| head -1`: no word, and the status of a tool that SIGPIPE ended."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    with open(writer, "w") as nowhere:
-        monkeypatch.setattr(sys, "stdout", nowhere)
-        with pytest.raises(SystemExit) as left:
-            simclr.main(["--help"])
-        assert left.value.code == 141
 
 
 def test_ctrl_c_outside_training_does_not_claim_a_checkpoint(capsys, monkeypatch):
@@ -172,11 +127,6 @@ def test_help_teaches_every_flag_and_recipe(capsys):
     assert "at most 10% of it" in text
 
 
-def test_next_steps_are_those_of_this_run(finished):
-    assert f"load_simCLR.py {finished.folder}\n" in finished.said
-    assert utils.from_here(sys.executable) in finished.said
-
-
 def test_flags_override_the_recipe_and_the_recipe_the_defaults():
     config, overwrite, _ = simclr.parse_command_line(
         ["--dataset", "cifar100", "--temperature", "0.9", "--overwrite", "--no-decay-all"]
@@ -202,12 +152,6 @@ def test_every_recipe_is_valid(name):
     config = simclr.make_config(recipe=name, dataset="cifar10")
     assert config.recipe == name
     simclr.make_augment(simclr.dataclasses.replace(config, image_size=32))
-
-
-def test_digits_of_any_kind_are_not_flipped():
-    assert simclr.make_config(dataset="digits").flip == 0
-    svhn = simclr.make_config(dataset="svhn")
-    assert (svhn.recipe, svhn.flip, svhn.arch) == ("svhn", 0, "resnet18")
 
 
 def command(tmp_path, *argv):
@@ -247,9 +191,8 @@ def test_a_signal_saves_and_says_how_to_continue(tmp_path):
 
 def test_importing_does_nothing(tmp_path):
     code = (
-        "import random, torch; states = random.getstate(), torch.get_rng_state();"
-        "import load_simCLR, simclr, tSNE, utils; assert random.getstate() == states[0];"
-        "assert torch.equal(torch.get_rng_state(), states[1])"
+        "import torch; state = torch.get_rng_state(); import ablation_SimCLR, load_simCLR, tSNE;"
+        "assert torch.equal(torch.get_rng_state(), state)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, check=False,

@@ -1,21 +1,17 @@
 """Data sets: the embedded one, torchvision's file formats, and folders of any kind of image."""
 
-import gzip
 import hashlib
-import io
 import math
 import os
 import pickle
 import shutil
-import struct
 
 import numpy as np
 import pytest
 import scipy.io
 import torch
 import torchvision
-from PIL import Image, ImageFile
-from PIL.PngImagePlugin import PngImageFile
+from PIL import Image
 from sklearn.datasets import load_digits
 
 import simclr
@@ -33,12 +29,7 @@ def test_digits():
     assert (train.images[:, :1] == train.images).all()
     assert test.labels.bincount().min() >= 35  # stratified: 178 / 5 and more
     assert torch.equal(load_images("digits", "pretrain").images, train.images)
-
-
-def test_digits_splits_are_disjoint_and_complete():
-    """Every scan is in one split: the mean brightness of the whole set adds up."""
-    train, test = load_images("digits", "train"), load_images("digits", "test")
-    both = torch.cat([train.images, test.images])
+    both = torch.cat([train.images, test.images])  # each scan is in one split
     brightness = both.float().mean().item() / 255
     assert brightness == pytest.approx(load_digits().images.mean() / 16, abs=1e-3)
     assert len({image.numpy().tobytes() for image in both}) == 1797
@@ -100,13 +91,6 @@ def test_damaged_cifar_is_refused(tmp_path, monkeypatch):
     assert folder.exists()
 
 
-def test_a_folder_that_is_only_read_needs_no_lock(tmp_path, monkeypatch):
-    make_cifar(tmp_path, monkeypatch, "cifar10")
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    assert len(load_images("cifar10", "test", tmp_path)) == 2
-    assert not (tmp_path / ".lock").exists()
-
-
 def test_svhn(tmp_path, monkeypatch):
     content = {"X": pixels(32, 32, 3, 4), "y": np.array([[10], [1], [2], [3]])}
     for split in ("train", "test"):
@@ -123,17 +107,14 @@ def test_svhn(tmp_path, monkeypatch):
 
 
 def test_fashion_mnist(tmp_path):
+    images = pixels(3, 28, 28)
     raw = tmp_path / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
-    images, labels = pixels(3, 28, 28), np.array([9, 0, 4], dtype=np.uint8)
-    for prefix in ("train", "t10k"):
-        header = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in images.shape)
-        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(header + images.tobytes())
-        header = bytes([0, 0, 8, 1]) + (3).to_bytes(4, "big")
-        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
-        for name in ("images-idx3", "labels-idx1"):
-            with gzip.open(raw / f"{prefix}-{name}-ubyte.gz", "wb") as file:
-                file.write(b"")
+    for part in ("train", "t10k"):
+        for kind, array in (("images-idx3", images), ("labels-idx1", np.array([9, 0, 4], "u1"))):
+            shape = b"".join(n.to_bytes(4, "big") for n in array.shape)
+            content = bytes([0, 0, 8, array.ndim]) + shape + array.tobytes()
+            (raw / f"{part}-{kind}-ubyte").write_bytes(content)
     data = load_images("fashion-mnist", "train", tmp_path)
     assert data.images.shape == (3, 3, 28, 28)
     assert np.array_equal(data.images[:, 1].numpy(), images)
@@ -167,13 +148,6 @@ def test_stl10_pretrains_on_train_and_unlabelled(tmp_path, monkeypatch):
     assert load_images("stl10", "test", tmp_path).labels.tolist() == [4]
 
 
-def test_unknown_names_are_refused():
-    with pytest.raises(InputError, match="unknown data set 'imagenette'"):
-        load_images("imagenette", "train")
-    with pytest.raises(InputError, match="unknown split 'val'"):
-        load_images("digits", "val")
-
-
 # ---------------------------------------------------------------------------------------- folders
 
 
@@ -190,13 +164,6 @@ def test_folder_with_train_and_val(tmp_path, write_image):
     assert train.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert train.classes == test.classes == ("cat", "dog", "eel")
     assert test.labels.tolist() == [1, 1, 2, 2]
-
-
-def test_folder_with_an_unknown_class_in_test(tmp_path, write_image):
-    for place in ("train/a", "train/b", "test/a", "test/zebra"):
-        write_image(tmp_path / place / "x.png")
-    with pytest.raises(InputError, match=r"test has classes .*zebra"):
-        load_images("folder", "test", tmp_path)
 
 
 def found(root, write_image, names):
@@ -269,14 +236,12 @@ def test_class_names_that_look_alike(tmp_path, write_image):
     as_macos_writes_it = "cafe\N{COMBINING ACUTE ACCENT}"
     write_image(tmp_path / "test" / as_macos_writes_it / "1.png")
     assert load_images("folder", "test", tmp_path).labels.tolist() == [0, 1]
-    for other in ("b  b", "b\N{NO-BREAK SPACE}b", "b b\r", "b\N{ZERO WIDTH SPACE} b"):
-        (tmp_path / "test" / "b b").rename(tmp_path / "test" / other)
+    for before, other in (("b b", "b\N{NO-BREAK SPACE}b"), ("b\N{NO-BREAK SPACE}b", "zebra")):
+        (tmp_path / "test" / before).rename(tmp_path / "test" / other)
         with pytest.raises(InputError) as info:
             load_images("folder", "test", tmp_path)
-        assert f"test has the class {other!a}, but the images to learn from have 'b b'" in str(
-            info.value
-        )
-        (tmp_path / "test" / other).rename(tmp_path / "test" / "b b")
+        assert ascii(other) in str(info.value)
+        assert ("the images to learn from have 'b b'" in str(info.value)) == (other != "zebra")
 
 
 def test_images_are_known_by_any_ending_that_pil_knows(tmp_path, write_image, capsys):
@@ -291,13 +256,11 @@ def test_images_are_known_by_any_ending_that_pil_knows(tmp_path, write_image, ca
     assert all(kind in line for kind in (".h5 (1)", ".mp4 (1)", "no ending (1)"))
 
 
-@pytest.mark.parametrize("content", [b"", b"not found", None])
-def test_a_small_set_is_used_without_its_unreadable_images(tmp_path, write_image, content, capsys):
+def test_a_small_set_is_used_without_its_unreadable_images(tmp_path, write_image, capsys):
     for i in range(10):
         for name in ("a", "b"):
             write_image(tmp_path / name / f"{i}.png", seed=i)
-    bad = tmp_path / "a" / "3.png"
-    bad.write_bytes(bad.read_bytes()[:200] if content is None else content)
+    (tmp_path / "a" / "3.png").write_bytes(b"not found")
     with pytest.raises(InputError, match=r"a/3\.png.* more than --max-bad 0 allows"):
         load_images("folder", "pretrain", tmp_path)
     assert "a/3.png" in capsys.readouterr().err
@@ -381,101 +344,12 @@ def test_grey_pictures_of_any_depth_use_all_levels(tmp_path, capsys, kind, said)
     assert "under a tenth of this range" in capsys.readouterr().err
 
 
-def test_modes_and_formats(tmp_path):
-    def read(image, name, **options):
-        image.save(tmp_path / name, **options)
-        return utils.read_image(tmp_path / name)
-
-    red = read(Image.new("RGB", (3, 2), (200, 10, 30)), "rgb.png")
-    assert red.shape == (3, 2, 3)
-    assert red[:, 0, 0].tolist() == [200, 10, 30]
-    assert read(Image.new("L", (2, 2), 77), "grey.png").unique().tolist() == [77]
-    deep = Image.fromarray(np.full((2, 2), 257 * 77, dtype=np.uint16))
-    assert read(deep, "16bit.png").unique().tolist() == [77]
-    clear = Image.new("RGBA", (2, 2), (200, 10, 30, 0))
-    assert read(clear, "clear.png").unique().tolist() == [255]  # white shows through
-    palette = Image.new("P", (2, 2), 1)
-    palette.putpalette([0, 0, 0, 10, 20, 30])
-    assert read(palette, "palette.png")[:, 0, 0].tolist() == [10, 20, 30]
-    cmyk = read(Image.new("CMYK", (8, 8), (0, 0, 0, 0)), "cmyk.jpg")
-    assert cmyk.float().mean() > 250
-    frames = [Image.new("RGB", (2, 2), colour) for colour in ("red", "blue")]
-    first = read(frames[0], "two.gif", save_all=True, append_images=frames[1:])
-    assert first[:, 0, 0].tolist() == [255, 0, 0]
-    assert read(Image.new("1", (2, 2), 1), "bits.png").unique().tolist() == [255]
-
-
-def exif(*entries):
-    """EXIF of raw entries (tag, type, count, value of up to 4 bytes)."""
-    directory = struct.pack("<H", len(entries))
-    for tag, kind, count, value in entries:
-        directory += struct.pack("<HHI", tag, kind, count) + value.ljust(4, b"\0")
-    return b"Exif\0\0II*\0\x08\0\0\0" + directory + bytes(4)
-
-
-TURNED = (0x0112, 3, 1, b"\x06\0")
-
-
-@pytest.mark.parametrize(
-    ("content", "upright"),
-    [
-        (exif(TURNED), (6, 4)),
-        (exif(TURNED, (0x0100, 2, 3, b"ab\0")), (6, 4)),  # a width in letters
-        (exif(TURNED, (0x0100, 9, 1, b"\xff\xff\xff\xff")), (6, 4)),  # a negative one
-        (exif((0x0112, 2, 2, b"6\0")), (4, 6)),  # the orientation in letters
-        (exif(TURNED)[:18], (4, 6)),  # torn
-        (b"Exif\0\0nonsense", (4, 6)),
-    ],
-)
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_odd_exif_costs_no_photograph(tmp_path, content, upright):
-    file = tmp_path / "odd.jpg"
-    Image.fromarray(pixels(4, 6, 3)).save(file, exif=content)
-    assert utils.image_size(file) == upright
-    assert utils.read_image(file).shape[1:] == upright
-
-
-@pytest.mark.parametrize("error", [struct.error, TypeError, AttributeError, KeyError])
-def test_whatever_a_decoder_raises_names_the_file(tmp_path, monkeypatch, write_image, error):
-    def load(_):
-        raise error("strange")
-
-    file = write_image(tmp_path / "strange.png")
-    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
-    with pytest.raises(InputError, match=r"cannot read the image .*strange\.png \("):
-        utils.read_image(file)
-
-
-def test_exif_that_cannot_be_read_counts_as_upright(tmp_path, monkeypatch, write_image):
-    def getexif(_):
-        raise TypeError("a tag of an odd type")
-
-    file = write_image(tmp_path / "photo.png", size=(6, 4))
-    monkeypatch.setattr(Image.Image, "getexif", getexif)
-    monkeypatch.setattr(PngImageFile, "getexif", getexif)
-    assert utils.image_size(file) == (4, 6)
-    assert utils.read_image(file).shape == (3, 4, 6)
-
-
 @pytest.mark.parametrize("shape", [(9, 3), (3, 10), (12, 12), (24, 23)])
 def test_center_view_equals_torchvision(shape):
     image = torch.from_numpy(pixels(1, 3, *shape))
     tv = torchvision.transforms.v2.functional
     theirs = tv.center_crop(tv.resize(image.float() / 255, [8], antialias=True), [8, 8])
     assert (utils.center_view(image, 8) - theirs).abs().max() <= 1e-4
-
-
-@pytest.mark.parametrize("shape", [(8000, 2), (3, 9001)])
-def test_center_view_of_a_strip_is_its_middle_and_stays_small(shape, monkeypatch):
-    strip = torch.linspace(0, 1, max(shape)).expand(1, 3, min(shape), -1)
-    strip = strip if shape[1] > shape[0] else strip.mT
-    largest, real = [], utils.TF.resize
-    monkeypatch.setattr(
-        utils.TF, "resize", lambda *a, **k: largest.append(real(*a, **k)) or largest[-1]
-    )
-    view = utils.center_view(strip, 32)
-    assert (view - 0.5).abs().max() < 0.01
-    assert max(largest[0].shape) <= (utils.LONGEST_ASPECT + 1) * 32
 
 
 def test_panoramas_are_read_and_small_files_that_claim_a_size_are_not(tmp_path, monkeypatch):
@@ -489,33 +363,6 @@ def test_panoramas_are_read_and_small_files_that_claim_a_size_are_not(tmp_path, 
     for name in ("larger", "claims"):
         with pytest.raises(InputError, match=rf"{name}\.png \(.* pixels in .* are too many\)"):
             utils.read_image(tmp_path / f"{name}.png")
-
-
-@pytest.mark.parametrize("content", [b"", b"no image at all", None])
-def test_unreadable_images_are_named(tmp_path, write_image, content):
-    if content is None:
-        buffer = io.BytesIO()
-        Image.fromarray(pixels(64, 64, 3)).save(buffer, "jpeg")
-        content = buffer.getvalue()[:400]
-    for name in ("a", "c"):
-        write_image(tmp_path / f"{name}.jpg", size=(64, 64))
-    (tmp_path / "b.jpg").write_bytes(content)
-    with pytest.raises(InputError, match=r"b\.jpg"):
-        load_images("folder", "pretrain", tmp_path)
-    files = ImageFiles(tmp_path, np.array([b"a.jpg", b"b.jpg"]))
-    for workers in (0, 1):
-        with pytest.raises(InputError, match=r"^cannot read the image .*b\.jpg"):
-            list(files.batches(16, 2, torch.device("cpu"), workers))
-
-
-def test_empty_and_missing_folders(tmp_path):
-    with pytest.raises(InputError, match="no images in"):
-        load_images("folder", "pretrain", tmp_path)
-    (tmp_path / "train").mkdir()
-    with pytest.raises(InputError, match="no images in"):
-        load_images("folder", "pretrain", tmp_path)
-    with pytest.raises(InputError, match="is not a folder"):
-        load_images("folder", "pretrain", tmp_path / "nowhere")
 
 
 def test_linked_folders_are_followed_and_loops_end(tmp_path, write_image):

@@ -2,13 +2,9 @@
 
 import argparse
 import csv
-import io
 import json
-import math
-import pickle
 import sys
 
-import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -23,10 +19,10 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 import load_simCLR
 import simclr
 import utils
+from conftest import CPU, error_of
+from hostile import Calls
 from load_simCLR import Evaluation, Options, Source, load_encoder, load_source
 from utils import ImageSet, InputError, LabelTraining
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -55,14 +51,6 @@ def evaluation_of(file, **overrides):
 # ------------------------------------------------------------------------------- the frozen encoder
 
 
-def test_smaller_views_of_the_training_are_not_those_of_the_evaluation(trained):
-    source = load_source(trained)
-    source.config.view_size = 12
-    config, _ = load_simCLR.evaluation_setup(source, Options(), CPU)
-    assert (config.image_size, config.view_side) == (16, 16)
-    assert simclr.make_augment(config).size == 16
-
-
 def test_load_encoder_is_the_trained_encoder_frozen(trained):
     encoder = load_encoder(trained.parent)
     images = utils.load_images("digits", "test").images[:8].float() / 255
@@ -76,9 +64,6 @@ def test_load_encoder_is_the_trained_encoder_frozen(trained):
 @pytest.mark.parametrize("part", ["parameter", "buffer", "hidden buffer"])
 def test_a_changed_encoder_voids_the_evaluation(part):
     encoder = simclr.Encoder("resnet10", 0.125, "small")
-    with utils.frozen(encoder):
-        encoder(torch.rand(4, 3, 16, 16))  # in eval mode here: nothing moves
-    assert encoder.training
     hidden = utils.Normalized(encoder, "cifar10")
     changed = {
         "parameter": encoder.conv1.weight, "buffer": encoder.bn1.running_mean,
@@ -86,23 +71,9 @@ def test_a_changed_encoder_voids_the_evaluation(part):
     }[part]  # fmt: skip
     with pytest.raises(RuntimeError, match="changed the encoder"), utils.frozen(hidden):
         changed.data.view(-1)[0] += 1e-7
-    with pytest.raises(RuntimeError, match="changed the encoder"), utils.frozen(encoder):
-        encoder.train()(torch.rand(4, 3, 16, 16))  # the classic mistake: BatchNorm moves
-
-
-def test_every_part_is_in_its_old_mode_after_embedding():
-    encoder = simclr.Encoder("resnet10", 0.125, "small")
-    whole = nn.Sequential(encoder, nn.Linear(64, 8)).train()
-    encoder.eval()
-    data = ImageSet(torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8))
-    utils.embed(whole, data, 16, CPU)
-    assert whole.training
-    assert whole[1].training
-    assert not any(module.training for module in encoder.modules())
 
 
 def test_all_frozen_tasks_leave_the_encoder_alone(trained, few_digits, monkeypatch):
-    """Through the program's own guard, and by the bytes of each tensor."""
     monkeypatch.setattr(LabelTraining, "steps", lambda *_: 5)
     tasks = ("knn", "linear", "linear-augmented", "semi")
     evaluation = evaluation_of(trained, tasks=tasks, labels=("1",), seeds=1, epochs=1)
@@ -129,32 +100,11 @@ def test_an_encoder_that_moves_is_caught_by_the_program(trained):
 # -------------------------------------------------------------------------------------- classifiers
 
 
-@pytest.fixture(scope="module")
-def overlapping():
-    """Classes that overlap, features of very different scale: (x, y, x_test, y_test)."""
-    random = torch.Generator().manual_seed(0)
-    y = torch.arange(900) % 3
-    x = torch.randn(3, 20, generator=random)[y] + 2.5 * torch.randn(900, 20, generator=random)
-    x = x * torch.logspace(-1, 1, 20)
-    return x[:600], y[:600], x[600:], y[600:]
-
-
-@pytest.mark.parametrize("l2", [1e-4, 1e-2, 1.0])
-def test_linear_classifier_equals_scikit_learn(overlapping, l2):
-    x, y, x_test, y_test = overlapping
-    ours = utils.fit_linear_classifier(x, y, 3, strengths=(l2,))
-    mean, std = x.mean(0), x.std(0, correction=0)
-    theirs = LogisticRegression(C=1 / (l2 * len(x)), tol=1e-10, max_iter=10_000)
-    theirs.fit(((x - mean) / std).double().numpy(), y.numpy())
-    coefficients = (ours.weight * std[:, None]).T.numpy()
-    assert np.abs(coefficients - theirs.coef_).max() < 0.02 * np.abs(theirs.coef_).max()
-    accuracy = theirs.score(((x_test - mean) / std).double().numpy(), y_test.numpy())
-    assert abs(utils.accuracy(ours(x_test).argmax(1), y_test) - accuracy) <= 0.0034  # an image
-
-
-def test_the_strength_is_chosen_on_held_out_training_images(overlapping):
+def test_the_strength_is_chosen_on_held_out_training_images():
     """The same search with scikit-learn, on the same split, chooses the same strength."""
-    x, y, _, _ = overlapping
+    random, y = torch.Generator().manual_seed(0), torch.arange(600) % 3
+    x = torch.randn(3, 20, generator=random)[y] + 2.5 * torch.randn(600, 20, generator=random)
+    x = x * torch.logspace(-1, 1, 20)  # features of very different scale
     strengths = tuple(10.0 ** (2 - i) for i in range(7))
     calls = []
     chosen = utils.fit_linear_classifier(x, y, 3, strengths, lambda: calls.append(1)).l2
@@ -169,12 +119,6 @@ def test_the_strength_is_chosen_on_held_out_training_images(overlapping):
         scores.append(model.score(scaled[held_out], y[held_out]))
     assert scores[strengths.index(chosen)] >= max(scores) - 1 / 120
     assert max(scores) > min(scores)  # the choice matters here
-
-
-def test_of_equal_strengths_the_strongest_is_taken():
-    x = torch.cat([torch.randn(50, 4) - 9, torch.randn(50, 4) + 9])  # any strength separates these
-    y = torch.arange(100) // 50
-    assert utils.fit_linear_classifier(x, y, 2, strengths=(1.0, 0.1, 0.01)).l2 == 1.0
 
 
 @pytest.mark.parametrize("per_class", [1, 2, 4])
@@ -214,21 +158,20 @@ def test_the_linear_evaluation_is_that_of_the_run(finished):
 # ---------------------------------------------------------------------------- learning from labels
 
 
-def test_training_on_labels_equals_sgd_by_hand():
+def test_training_on_labels_is_nesterovs_sgd_with_a_cosine():
     random = torch.Generator().manual_seed(0)
     batches = [(torch.randn(6, 5, generator=random), torch.arange(6) % 3) for _ in range(4)]
     ours, theirs = nn.Linear(5, 3), nn.Linear(5, 3)
     theirs.load_state_dict(ours.state_dict())
     training = LabelTraining(momentum=0.8, weight_decay=0.01)
     utils.train_on_labels(ours, batches, 4, 0.3, training, "float32")
-    velocity = [0.0, 0.0]
-    for step, (x, y) in enumerate(batches):
-        rate = 0.3 * (1 + math.cos(math.pi * step / 4)) / 2
-        gradients = torch.autograd.grad(F.cross_entropy(theirs(x), y), list(theirs.parameters()))
-        for i, (p, g) in enumerate(zip(theirs.parameters(), gradients, strict=True)):
-            decayed = g + 0.01 * p.data
-            velocity[i] = 0.8 * velocity[i] + decayed
-            p.data -= rate * (decayed + 0.8 * velocity[i])  # Nesterov
+    solver = torch.optim.SGD(theirs.parameters(), 0.3, 0.8, weight_decay=0.01, nesterov=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(solver, 4)
+    for x, y in batches:
+        solver.zero_grad()
+        F.cross_entropy(theirs(x), y).backward()
+        solver.step()
+        schedule.step()
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
 
@@ -314,8 +257,7 @@ def test_evaluation_from_the_command_line(places, tmp_path, capsys):
     predictions = tmp_path / "p.csv"
     results = call("digits_resnet10", *places, "--predictions", predictions)
     out = capsys.readouterr().out
-    for name in ("raw pixels", "untrained encoder", "SimCLR h", "SimCLR z", "kNN, k = 10"):
-        assert name in out
+    assert all(name in out for name in ("raw pixels", "SimCLR h", "SimCLR z", "kNN, k = 10"))
     folder = tmp_path / "checkpoints" / "digits_resnet10"
     assert json.loads((folder / "evaluation.json").read_text()) == results
     by_title = {column["title"]: column["scores"] for column in results["columns"]}
@@ -330,9 +272,7 @@ def test_evaluation_from_the_command_line(places, tmp_path, capsys):
     right = np.mean([row["true"] == row["predicted"] for row in rows])
     assert right == pytest.approx(by_title["linear"]["simclr"][0])
     assert all(0.1 <= float(row["confidence"]) <= 1 for row in rows)
-    confusion = np.array(results["confusion"])
-    assert confusion.sum() == 360
-    assert np.trace(confusion) / 360 == pytest.approx(right)
+    assert np.trace(results["confusion"]) / 360 == pytest.approx(right)
     with Image.open(tmp_path / "figures" / "digits_resnet10" / "evaluation.png") as picture:
         assert picture.width > 1000
 
@@ -372,53 +312,24 @@ def test_other_settings_are_named_and_not_mixed(places, few_digits, monkeypatch)
     assert {c["task"] for c in other["columns"]} == ({"knn"} if mixed else {"knn", "supervised"})
 
 
-def test_class_names_that_are_no_mathematics_and_no_text():
-    classes = [r"$\frac$", "x\udcff", "a" * 40]
-    columns = [{"title": "linear", "scores": {"simclr": [0.5]}}]
-    names, style = utils.names_in_figures(classes)
-    results = {"columns": columns, "confusion": np.eye(3, dtype=int), "classes": names}
-    results["test_images"] = 3
-    tile = (np.zeros((4, 4, 3), np.uint8), utils.printable(names[0], 12))
-    with matplotlib.rc_context(style):
-        figure = load_simCLR.draw_evaluation(results, simclr.REPRESENTATIONS, [tile])
-        figure.savefig(io.BytesIO(), format="png")
-    ticks = [label.get_text() for label in figure.axes[1].get_yticklabels()]
-    assert ticks == [r"$\frac$", "x?", "a" * 13 + "…"]
-
-
 def test_transfer_to_a_folder_names_images_by_their_path(places, tmp_path, write_image):
     for split, n in (("train", 6), ("test", 3)):
-        for kind in ("a b", "ünï"):
+        for kind in (r"$\frac$", "ünï"):
             for i in range(n):
                 write_image(tmp_path / "photos" / split / kind / f"{i}.png", seed=i)
     results = call(
         *places, "--dataset", "folder", "--data-dir", tmp_path / "photos",
         "--predictions", tmp_path / "p.csv",
     )  # fmt: skip
-    assert results["classes"] == ["a b", "ünï"]
+    assert results["classes"] == [r"$\frac$", "ünï"]
     assert results["image_size"] == 16  # as in training
     with open(tmp_path / "p.csv", newline="", encoding="utf-8") as file:
         assert {row["image"] for row in csv.DictReader(file)} == {
-            f"{kind}/{i}.png" for kind in ("a b", "ünï") for i in range(3)
+            f"{kind}/{i}.png" for kind in (r"$\frac$", "ünï") for i in range(3)
         }
     folder = tmp_path / "checkpoints" / "digits_resnet10"
     assert (folder / "evaluation-folder.json").exists()
     assert not (folder / "evaluation.json").exists()
-
-
-def test_mistakes_are_ordered_by_confidence(trained):
-    evaluation = evaluation_of(trained)
-    test = evaluation.data.test
-    evaluation.predicted, evaluation.confidence = test.labels.clone(), torch.rand(len(test))
-    for row, confidence in ((3, 0.5), (5, 0.9), (8, 0.7)):
-        evaluation.predicted[row] = (test.labels[row] + 1) % 10
-        evaluation.confidence[row] = confidence
-    titles = [
-        title for _, title in load_simCLR.mistake_tiles(evaluation, evaluation.data.train.classes)
-    ]
-    expected = [f"{test.labels[row]} → {(test.labels[row] + 1) % 10}" for row in (5, 8, 3)]
-    assert [title.split("\n")[0] for title in titles] == expected
-    assert titles[0].endswith("90 %")
 
 
 def results_of(columns, **more):
@@ -445,17 +356,9 @@ def test_the_table_and_the_figure_show_the_scores():
     assert "85.0 ± 7.9 %" in few  # and the spread over seeds
     assert "50.0 ± 5.0 %" in few
     assert "sampling error of 100 images" in few
-    narrow = load_simCLR.table(columns, names, width=40)
-    assert narrow.count("SimCLR h") == 2  # a block for each column
     (axis,) = load_simCLR.draw_evaluation(results_of(columns), names).axes
     drawn = {c.get_label(): c.lines[0].get_xdata().tolist() for c in axis.containers}
     assert drawn["SimCLR h"] == pytest.approx([87.5, 85.0])
-    results = results_of(columns, confusion=[[3, 1], [0, 2]], classes="ab")
-    tile = (np.zeros((4, 4, 3), np.uint8), "a → b")
-    figure = load_simCLR.draw_evaluation(results, names, [tile])
-    assert any(text.get_text() == "3" for text in figure.axes[1].texts)
-    assert figure.axes[2].get_title() == "a → b"
-    assert len(load_simCLR.draw_evaluation(results, names).axes) == 2  # mistakes not looked for
 
 
 def test_uneven_classes_are_measured_and_said(places, tmp_path, write_image, capsys):
@@ -484,12 +387,6 @@ def test_class_measures_equal_those_by_hand():
     assert measures["mean_per_class"] == pytest.approx((3 / 4 + 1 / 2) / 2)
     assert measures["macro_f1"] == pytest.approx((3 / 4 + 1 / 2) / 2)
     assert measures["auroc"] == pytest.approx(6 / 8)
-
-
-def test_label_sets_of_the_same_images_count_once(trained, monkeypatch):
-    evaluation = evaluation_of(trained, labels=("1", "1%", "2"))
-    monkeypatch.setattr(evaluation, "few_labels", lambda amount, n: (amount, n))
-    assert evaluation.semi() == [("1", 10), ("2", 20)]
 
 
 # --------------------------------------------------------------------------------------- new images
@@ -795,7 +692,6 @@ def found_in(state):
     [
         ("imagenet", lambda s: {"state_dict": {**s, **randoms(FC)}}, "none"),  # as Google's
         ("imagenet", lambda s: s, "imagenet"),
-        ("imagenet", lambda s: {"epoch": 3, "model_state_dict": s}, "imagenet"),
         ("small", lambda s: s, "none"),
         ("small", lambda s: {"model": {  # as Barlow Twins', which has no such stem
             **{f"module.backbone.{name}": value for name, value in s.items()},
@@ -816,13 +712,7 @@ def test_an_unknown_origin_is_said(tmp_path, stem, wrap, guess):
     assert said in load_source(tmp_path / "y.pt").description
 
 
-PREFIXES = [
-    "", "_orig_mod.", "module._orig_mod.", "model.", "net.", "model.encoder.", "a.b.c.0.",
-    "classy_state_dict.base_model.model.trunk._feature_blocks.",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("prefix", ["", "module._orig_mod.", "a.b.c.0.", "base_model.trunk._x."])
 def test_the_encoder_is_found_below_any_prefix(prefix):
     tensors = simclr.Encoder("resnet10", 0.125, "small").state_dict()
     flat = {prefix + name: value for name, value in tensors.items()}
@@ -862,7 +752,6 @@ def test_images_of_another_range_are_refused(tmp_path, trained, imported):
         torch.save(simclr.Encoder("resnet10", 1.0, "imagenet").state_dict(), file)
     images = torch.rand(2, 3, 32, 32)
     for wrong, message in (
-        ((images * 255).byte(), r"give float images in \[0, 1\], not torch.uint8: images / 255"),
         (images * 255, r"give images in \[0, 1\], not .* to 25\d: images / 255"),
         ((images - 0.45) / 0.22, "do not normalise them"),
         (images[:, :1], r"give RGB images \(B, 3, S, S\), not \(2, 1, 32, 32\)"),
@@ -871,10 +760,7 @@ def test_images_of_another_range_are_refused(tmp_path, trained, imported):
             load_encoder(file)(wrong)
     encoder = load_encoder(file)
     h = encoder(images)
-    encoder(images * 255)  # checked once
     assert torch.equal(torch.jit.trace(encoder, images)(images), h)
-    if imported:
-        assert torch.allclose(torch.jit.script(load_encoder(file))(images), h, atol=1e-5)
 
 
 def test_exporting_an_imported_encoder(tmp_path):
@@ -897,19 +783,13 @@ def test_exporting_an_imported_encoder(tmp_path):
 
 @pytest.mark.parametrize("new", [True, False])
 def test_older_files(tmp_path, new):
-    """Of before torch 1.6, and without counters of batches, which have no effect."""
-    network = without_fc(torchvision.models.resnet18())
-    state = {k: v for k, v in network.state_dict().items() if "num_batches_tracked" not in k}
+    """Of before torch 1.6, in half precision, and without counters of batches."""
+    network = without_fc(torchvision.models.resnet18()).half().float()
+    state = {k: v.half() for k, v in network.state_dict().items() if "num_batches" not in k}
     torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=new)
     encoder = load_encoder(tmp_path / "old.pth", normalize="none")
     images = torch.rand(2, 3, 48, 48)
     assert torch.allclose(encoder(images), network.eval()(images), atol=1e-5)
-
-
-def test_half_precision_becomes_float32():
-    state = simclr.Encoder("resnet10", 0.125, "small").state_dict()
-    encoder = found_in({k: v.half() if v.ndim else v for k, v in state.items()})
-    assert {v.dtype for v in encoder.tensors.values() if v.ndim} == {torch.float32}
 
 
 def test_statistics_of_split_batchnorm_are_averaged(tmp_path):
@@ -932,7 +812,6 @@ def resnet18_state():
 SPOILED = [  # what becomes of a ResNet-18's tensors, None: it is gone, and why it must not load
     ({"layer3.1.bn2.running_var": None}, r"Missing key.*layer3\.1\.bn2\.running_var"),
     ({"layer2.1.conv9.weight": torch.zeros(1)}, r"Unexpected key.*layer2\.1\.conv9\.weight"),
-    ({"conv2.weight": torch.zeros(1)}, r"Unexpected key.*conv2\.weight"),  # CLIP's ResNet
     ({"layer4.0.conv1.weight": torch.zeros(512, 256, 1, 1)},
      r"size mismatch for layer4\.0\.conv1\.weight"),
     ({"layer4.1.conv1.weight": None}, r"not supported: basic blocks \(2, 2, 2, 1\)"),
@@ -952,13 +831,6 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, resnet18_state, cha
         load_encoder(tmp_path / "x.pt")
 
 
-def test_a_wide_resnet_is_refused(tmp_path):
-    torch.save(torchvision.models.wide_resnet50_2().state_dict(), tmp_path / "x.pt")
-    shapes = r"size mismatch for layer1\.0\.conv1\.weight"
-    with pytest.raises(InputError, match=shapes):
-        load_encoder(tmp_path / "x.pt")
-
-
 def test_a_file_without_a_resnet_is_refused():
     with pytest.raises(
         InputError, match=r"plain ResNet: .* \(it has 1 tensors: net\.block\.weight\)"
@@ -968,73 +840,41 @@ def test_a_file_without_a_resnet_is_refused():
         found_in({"state_dict": {"a": 1}})
 
 
-class Evil:
-    """Would make a file if it were unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
 @pytest.mark.parametrize("new", [True, False])
 def test_a_file_that_would_run_code_is_refused(tmp_path, new):
     file, trace = tmp_path / "evil.pt", tmp_path / "trace"
-    state = {"state_dict": {"conv1.weight": torch.zeros(1)}, "more": Evil(trace)}
+    state = {"state_dict": {"conv1.weight": torch.zeros(1)}, "more": Calls(open, str(trace), "w")}
     torch.save(state, file, _use_new_zipfile_serialization=new)
     with pytest.raises(InputError, match=r"evil\.pt is not a readable checkpoint"):
-        load_encoder(file)
-    file.write_bytes(pickle.dumps(Evil(trace)))
-    with pytest.raises(InputError, match="not a readable checkpoint"):
         load_encoder(file)
     assert not trace.exists()
 
 
-def write_file(kind, path):
-    """A file that is no checkpoint but comes where one should be."""
-    if kind == "model":
-        torch.save({"model": nn.Linear(2, 2)}, path)
-    elif kind == "numpy scalar":
-        torch.save({"state_dict": {}, "best": np.float64(1)}, path)
-    elif kind == "script":
-        torch.jit.trace(nn.Linear(2, 2), torch.rand(1, 2)).save(str(path))
-    elif kind == "npz":
-        with open(path, "wb") as file:
-            np.savez(file, a=np.zeros(2))
-    else:
-        path.write_bytes({
-            "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
-            "page": b"\n<!DOCTYPE html><html><title>Virus scan warning</title></html>",
-            "keras": b"\x89HDF\r\n\x1a\n" + bytes(99), "gzip": b"\x1f\x8b" + bytes(99),
-            "text": b"hello", "empty": b"",
-        }[kind])  # fmt: skip
+SCRIPTED = torch.jit.trace(nn.Linear(2, 2), torch.rand(1, 2))
+NO_CHECKPOINTS = {  # what is at the place of one: its bytes, or a function that writes it
+    lambda file: torch.save({"model": nn.Linear(2, 2)}, file):
+        r"but a whole model: .* save model\.state_dict\(\) with torch\.save",
+    lambda file: torch.save({"state_dict": {}, "best": np.float64(1)}, file):
+        r"but one that needs numpy.*scalar.*: if you trust it, save its state dict",
+    lambda file: SCRIPTED.save(str(file)): r"but TorchScript: save torch\.jit\.load\(FILE\)",
+    lambda file: np.savez(file.open("wb"), a=1): r"but NumPy's \.npz: save .*from_numpy",
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n": "but a pointer of git-lfs: ",
+    b"\n<!DOCTYPE html><html><title>Virus scan</title>": "but a web page: download the file",
+    b"\x89HDF\r\n\x1a\n" + bytes(99): "but HDF5, as Keras writes it",
+    b"\x1f\x8b" + bytes(99): "but compressed by gzip: unpack it",
+    b"hello": ".*",
+    b"": ".*",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("model", r"but a whole model: .* save model\.state_dict\(\) with torch\.save"),
-        (
-            "numpy scalar",
-            r"but one that needs numpy.*scalar.*: if you trust it, save its state dict",
-        ),
-        ("script", r"but TorchScript: save torch\.jit\.load\(FILE\)\.state_dict\(\)"),
-        ("npz", r"but NumPy's \.npz: save .*from_numpy"),
-        ("pointer", "but a pointer of git-lfs: .* git lfs pull"),
-        ("page", "but a web page: download the file itself"),
-        ("keras", "but HDF5, as Keras writes it"),
-        ("gzip", "but compressed by gzip: unpack it"),
-        ("text", ""),
-        ("empty", ""),
-    ],
-)
-def test_files_that_are_no_checkpoints_are_named(tmp_path, kind, message):
-    write_file(kind, tmp_path / "x.pt")
+@pytest.mark.parametrize(("content", "message"), NO_CHECKPOINTS.items())
+def test_files_that_are_no_checkpoints_are_named(tmp_path, content, message):
+    file = tmp_path / "x.pt"
+    file.write_bytes(content) if isinstance(content, bytes) else content(file)
     with pytest.raises(InputError, match=r"x\.pt is not a readable checkpoint .*" + message):
-        load_source(tmp_path / "x.pt")
+        load_source(file)
     with pytest.raises(InputError, match=message):  # where a run is continued, too
-        simclr.load_run(tmp_path / "x.pt")
+        simclr.load_run(file)
 
 
 def test_safetensors(tmp_path, monkeypatch):
@@ -1074,19 +914,17 @@ def test_evaluating_a_foreign_checkpoint(tmp_path, few_digits, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("a" * 300, "is neither a checkpoint nor a run under"),
+        ("--checkpoints none", "python simclr.py makes one"),
         ("nothing", "nothing is neither a checkpoint nor a run under"),
         ("--tasks best", "invalid choice: 'best'"),
         ("--labels 200%", "--labels 200%: give a share up to 100 %"),
         ("--labels 0", "--labels 0: give a share"),
-        ("--labels nan", "--labels nan: give a share"),
         ("--labels few", "--labels few: give a share"),
-        ("--labels -1", "--labels"),
         ("--tasks semi --labels 500", "class '0' has only 142 training images"),
         ("--seeds 0", "--seeds must be at least 1"),
         ("--epochs -1", "--epochs must be at least 0"),
         ("--image-size 4", "--image-size must be 0 or 8 to 4096"),
-        ("--embed nowhere", "--embed nowhere is not a folder"),
+        ("--embed nowhere", "--embed nowhere is not a folder or an image"),
         ("--out x.npz", "--out x.npz: it must end in .json"),
         ("--tasks knn --predictions p.csv", "add linear to --tasks"),
         ("--dataset folder --data-dir nowhere", "--data-dir nowhere is not a folder"),
@@ -1097,42 +935,8 @@ def test_evaluating_a_foreign_checkpoint(tmp_path, few_digits, capsys):
 )
 def test_bad_input_is_one_line(places, tmp_path, capsys, argv, message):
     before = sorted(tmp_path.rglob("*"))
-    error = fails(capsys, *places, *argv.split())
-    assert message in error
+    assert message in error_of(capsys, load_simCLR.main, *places, *argv.split())
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def fails(capsys, *argv):
-    with pytest.raises(SystemExit) as left:
-        load_simCLR.main([str(x) for x in argv])
-    assert left.value.code == 2
-    err = capsys.readouterr().err
-    assert err.startswith("load_simCLR.py: error: ")
-    assert err.count("\n") == 1
-    return err
-
-
-def test_no_run_yet(tmp_path, capsys):
-    error = fails(capsys, "--checkpoints", tmp_path / "none")
-    assert "no run under" in error
-    assert "python simclr.py makes one" in error
-
-
-def test_damaged_checkpoints(tmp_path, capsys, trained):
-    content = trained.read_bytes()
-    (tmp_path / "cut.pt").write_bytes(content[: len(content) // 2])
-    assert "not a readable checkpoint" in fails(capsys, tmp_path / "cut.pt")
-    flipped = bytearray(content)
-    flipped[len(content) // 2] ^= 1
-    (tmp_path / "flipped.pt").write_bytes(flipped)
-    assert "damaged" in fails(capsys, tmp_path / "flipped.pt")
-
-
-def test_images_without_labels_cannot_be_evaluated_by(places, tmp_path, capsys, write_image):
-    for i in range(4):
-        write_image(tmp_path / "flat" / f"{i}.png", seed=i)
-    folder = ("--dataset", "folder", "--data-dir", tmp_path / "flat")
-    assert "no labels" in fails(capsys, *places, *folder)
 
 
 def test_output_that_cannot_be_written(places, tmp_path, capsys, odd_folder):
@@ -1147,7 +951,7 @@ def test_output_that_cannot_be_written(places, tmp_path, capsys, odd_folder):
         (*places, "--embed", odd_folder, "--out", tmp_path / "file" / "h.npz", "--workers", "0"),
         blocked,
     ):
-        assert "cannot write" in fails(capsys, *flags)
+        assert "cannot write" in error_of(capsys, load_simCLR.main, *flags)
 
 
 def test_results_of_a_run_that_cannot_be_written_go_elsewhere(
@@ -1159,14 +963,6 @@ def test_results_of_a_run_that_cannot_be_written_go_elsewhere(
     call(*places, "--tasks", "knn")
     assert str(figures / "evaluation.json") in capsys.readouterr().out
     assert (figures / "evaluation.json").exists()
-    call(*places, "--tasks", "knn", "--out", tmp_path / "r.json")
-    assert (tmp_path / "r.json").exists()
     call(*places, "--embed", odd_folder, "--workers", "0")
     assert (figures / "features.npz").exists()
     assert sorted(run.rglob("*")) == before
-
-
-def test_help_shows_percent_signs_once(capsys):
-    with pytest.raises(SystemExit):
-        load_simCLR.main(["--help"])
-    assert "%%" not in capsys.readouterr().out

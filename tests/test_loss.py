@@ -61,10 +61,6 @@ def test_views_may_be_swapped_and_pairs_permuted(z1, z2):
     assert not torch.isclose(nt_xent(z1[order], z2, 0.3), loss)  # pairs torn apart
 
 
-def test_lengths_do_not_matter(z1, z2):
-    assert torch.isclose(nt_xent(3 * z1, 0.01 * z2, 0.3), nt_xent(z1, z2, 0.3))
-
-
 def test_gradient_by_finite_differences():
     z1 = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     z2 = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
@@ -90,14 +86,6 @@ def test_blocks_of_rows_equal_the_whole_matrix(z1, z2, monkeypatch, rows, dtype,
     assert contrastive_accuracy(z1, z2) == (logits.argmax(1) == partner).float().mean()
 
 
-def test_the_gradient_of_one_side_alone(z1, z2):
-    both = [z1.clone().requires_grad_(), z2.clone().requires_grad_()]
-    expected = torch.autograd.grad(nt_xent(*both, 0.2), both)
-    one = z1.clone().requires_grad_()
-    assert torch.equal(torch.autograd.grad(nt_xent(one, z2, 0.2), one)[0], expected[0])
-    assert not nt_xent(z1, z2, 0.2).requires_grad
-
-
 def test_float32_inside_autocast(z1, z2):
     with torch.autocast(z1.device.type, dtype=torch.bfloat16):
         inside = nt_xent(z1, z2, 0.1)
@@ -107,45 +95,9 @@ def test_float32_inside_autocast(z1, z2):
     assert torch.equal(low, nt_xent(z1.bfloat16().float(), z2.bfloat16().float(), 0.1))
 
 
-@pytest.mark.parametrize("tau", [1e-3, 1e-2, 100.0])
-def test_finite_at_extreme_temperatures(z1, z2, tau):
-    z1.requires_grad_()
-    loss = nt_xent(z1, z2, tau)
-    loss.backward()
-    assert loss.isfinite()
-    assert z1.grad.isfinite().all()
-
-
-def test_zero_embeddings_are_finite(device):
-    z = torch.zeros(4, 3, device=device, requires_grad=True)
-    loss = nt_xent(z, z, 0.1)
-    loss.backward()
-    assert loss.item() == pytest.approx(math.log(7))
-    assert z.grad.isfinite().all()
-
-
-def test_descending_the_loss_brings_partners_together(z1, z2):
-    z1.requires_grad_()
-    z2.requires_grad_()
-    solver = torch.optim.SGD([z1, z2], lr=1.0)
-    before = contrastive_accuracy(z1, z2)
-    for _ in range(100):
-        solver.zero_grad()
-        nt_xent(z1, z2, 0.2).backward()
-        solver.step()
-    assert before < 0.5
-    assert contrastive_accuracy(z1, z2) == 1.0
-
-
 def test_contrastive_accuracy_by_counting():
     z1 = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
     z2 = torch.tensor([[0.9, 0.1], [-1.0, 0.2], [-1.0, 0.1]])
     # a1 and a2 find each other; b1 = (0, 1) finds b2 (cos .196); c1 finds c2 (.9950, b2 has .981);
     # but b2 and c2 are nearest to each other (.9952): wrong
     assert contrastive_accuracy(z1, z2).item() == pytest.approx(4 / 6)
-
-
-@pytest.mark.parametrize("shapes", [((4, 3), (5, 3)), ((4, 3), (4, 2)), ((4,), (4,))])
-def test_bad_shapes_are_named(shapes):
-    with pytest.raises(ValueError, match=r"need \(N, D\)"):
-        nt_xent(torch.ones(shapes[0]), torch.ones(shapes[1]), 0.5)

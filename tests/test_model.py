@@ -22,27 +22,21 @@ def test_deeper_ones_have_torchvisions_weights(arch):
     ]
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
-def test_width_1_is_torchvisions(arch):
+@pytest.mark.parametrize(
+    ("arch", "stem"), [("resnet18", "imagenet"), ("resnet50", "imagenet"), ("resnet18", "small")]
+)
+def test_width_1_is_torchvisions(arch, stem):
     theirs = getattr(torchvision.models, arch)()
     theirs.fc = nn.Identity()
-    ours = Encoder(arch)
+    if stem == "small":
+        theirs.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
+        theirs.maxpool = nn.Identity()
+    ours = Encoder(arch, stem=stem)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     ours.load_state_dict(theirs.state_dict(), strict=True)
     x = torch.rand(2, 3, 64, 64)
     assert torch.equal(ours.eval()(x), theirs.eval()(x))
     assert ours.feature_dim == theirs(x).shape[1]
-
-
-def test_small_stem_changes_the_stem_alone():
-    theirs = torchvision.models.resnet18()
-    theirs.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
-    theirs.maxpool = nn.Identity()
-    theirs.fc = nn.Identity()
-    ours = Encoder("resnet18", stem="small")
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    x = torch.rand(2, 3, 32, 32)
-    assert torch.equal(ours.eval()(x), theirs.eval()(x))
 
 
 @pytest.mark.parametrize("arch", list(ARCHITECTURES))
@@ -57,14 +51,6 @@ def test_width_multiplies_every_channel_count(arch, width):
             if parameter.ndim == 4 and name != "conv1.weight":
                 assert scaled.shape[1] == width * parameter.shape[1], name
     assert encoder.feature_dim == 512 * block.expansion * width
-
-
-@pytest.mark.parametrize("size", [8, 16, 32])
-def test_forward_shapes(size):
-    config = make_config(dataset="digits", image_size=size, head_dim=24)
-    h, z = SimCLR(config)(torch.rand(4, 3, size, size))
-    assert h.shape == (4, 128)  # 512 / 4
-    assert z.shape == (4, 24)
 
 
 def test_imagenet_stem_is_chosen_above_64_px():

@@ -99,16 +99,6 @@ def test_schedule_at_its_corners():
     assert all(a > b for a, b in itertools.pairwise(rates[10:]))
 
 
-def test_cosine_equals_torchs_scheduler():
-    solver = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.7)
-    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(solver, T_max=50)
-    config = make_config(epochs=5, warmup_epochs=0, lr=0.7, lr_scaling="none")
-    for step in range(50):
-        assert learning_rate(config, step, 256, steps=10) == pytest.approx(theirs.get_last_lr()[0])
-        solver.step()
-        theirs.step()
-
-
 def test_peak_scales_with_the_batch():
     def peak(batch_size, **overrides):
         config = make_config(dataset="digits", batch_size=8192, **overrides)

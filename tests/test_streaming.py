@@ -1,12 +1,8 @@
 """Folders of images that are streamed: decoded fast, by workers that stay, whatever the files."""
 
-import errno
 import multiprocessing
 import os
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -15,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_processes import CONTEXT
 
 import simclr
 import utils
+from conftest import CPU, interrupt, log_of, position
 from utils import ImageFiles, InputError
 
-ROOT = Path(__file__).resolve().parents[1]
-CPU = torch.device("cpu")
 SIDE = 16  # px of all views here
 
 
@@ -65,12 +61,6 @@ def streamed_config(tiny_config):
         return tiny_config(**{**options, **overrides})
 
     return make
-
-
-@pytest.fixture
-def unjudged(no_figure, monkeypatch):
-    """Leaves the final evaluation and the figures out, which take longer than a tiny run."""
-    monkeypatch.setattr(simclr, "evaluate", lambda *_: {})
 
 
 def streamed(root, **options):
@@ -151,13 +141,6 @@ def test_whatever_is_not_reduced_is_decoded_as_ever(tmp_path):
         assert (views.int() - from_whole(tmp_path / name, boxes).int()).abs().max() <= 1, name
 
 
-def test_embedding_decodes_a_part_of_large_photographs(tmp_path):
-    Image.fromarray(smooth(200, 300)).save(tmp_path / "x.jpg", quality=90)
-    (view,) = streamed(tmp_path).batches(SIDE, 8, CPU)
-    whole = utils.center_view(utils.read_image(tmp_path / "x.jpg")[None], SIDE)
-    assert 0 < (view - whole).abs().mean() < 3 / 255
-
-
 # --------------------------------------------------------------------------------------- workers
 
 
@@ -185,31 +168,6 @@ def test_views_do_not_depend_on_workers_requests_or_where_an_epoch_begins(
     assert same_views(views_of(config, data), alone)
 
 
-def test_random_numbers_travel_with_their_images(photos):
-    """The batches' u come back as they were given, and choose the boxes in the workers."""
-    data, u = streamed(photos), torch.rand(20, 2, 3)
-    requests = [(torch.arange(20), u), (torch.tensor([4, 2]), u[:2])]
-    (crops, one), (_, two) = utils.decoded_batches(data, requests, SIDE, corner_boxes, 2, CPU)
-    assert one is u
-    assert two is requests[1][1]
-    assert crops.shape == (20, 2, 3, SIDE, SIDE)
-    whole = utils.read_image(photos / "a" / "04.jpg")
-    left = int(u[2, 1, 0] * 9)
-    assert torch.equal(crops[2, 1], whole[:, :SIDE, left : left + SIDE])
-
-
-def corner_boxes(sizes, u):
-    boxes = np.full((*u.shape[:2], 4), SIDE)
-    boxes[..., 0], boxes[..., 1] = 0, u[..., 0] * 9
-    return boxes
-
-
-def test_a_folder_is_found_from_where_the_run_is(photos, monkeypatch):
-    list(streamed(photos).batches(SIDE, 6, CPU, workers=1))  # begins a worker, elsewhere
-    monkeypatch.chdir(photos)
-    assert len(list(streamed(Path("a")).batches(SIDE, 5, CPU, workers=1))) == 2
-
-
 def workers_of(process):
     """Process ids of its children."""
     tasks = Path(f"/proc/{process}/task")
@@ -235,49 +193,30 @@ def test_workers_stay_and_ones_left_early_start_afresh(photos, streamed_config):
     assert same_views(views_of(config, data), first)
 
 
-def test_two_passes_at_a_time_do_not_meet(photos):
-    data = streamed(photos)
-    list(data.batches(SIDE, 3, CPU, workers=1))  # leaves a worker that one of them takes
-    one, two = (data.batches(SIDE, 3, CPU, workers=1) for _ in range(2))
-    assert same_views(*map(list, zip(*zip(one, two, strict=True), strict=True)))
-
-
-def script(code, *arguments, **environment):
-    """Starts Python code that finds its arguments in sys.argv and may import from tests/."""
-    here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parent)])
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)], text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": path, **environment},
-    )  # fmt: skip
-
-
-SLEEPER = """
-import sys, time
-import torch, test_streaming, utils
-from pathlib import Path
-data = test_streaming.streamed(Path(sys.argv[1]))
-with utils.file_lock(Path(sys.argv[2])) as free:
-    batches = data.batches(16, 1, torch.device("cpu"), workers=2)
-    one_of_each = next(batches), next(batches)  # so both have begun
-    print("working", flush=True)
-    time.sleep(100)
-"""
+def decode_and_sleep(root, lock, pipe):
+    """A run that has a lock and two workers, until it is killed."""
+    multiprocessing.set_start_method("fork", force=True)
+    with utils.file_lock(lock):
+        batches = streamed(root).batches(SIDE, 1, CPU, workers=2)
+        pipe.send([len(next(batches)), len(next(batches))])  # of each worker: so both have begun
+        time.sleep(100)
 
 
 @proc
 def test_workers_die_with_a_killed_run_and_keep_no_lock(photos, tmp_path):
-    with script(SLEEPER, photos, tmp_path / "lock") as process:
-        process.stdout.readline()
-        workers = workers_of(process.pid)
-        assert len(workers) == 2
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # are for the run, not them
-            for worker in workers:
-                os.kill(worker, number)
-        time.sleep(0.2)
-        assert workers_of(process.pid) == workers
-        process.send_signal(signal.SIGKILL)
+    here, there = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=decode_and_sleep, args=(photos, tmp_path / "lock", there))
+    process.start()
+    assert here.recv() == [1, 1]
+    workers = workers_of(process.pid)
+    assert len(workers) == 2
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # are for the run, not them
+        for worker in workers:
+            os.kill(worker, number)
+    time.sleep(0.2)
+    assert workers_of(process.pid) == workers
+    process.kill()
+    process.join()
     deadline = time.monotonic() + 20
     while any(alive(worker) for worker in workers) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -293,21 +232,6 @@ def alive(process):
         return False
 
 
-FAILING = """
-import sys
-import torch, test_streaming
-from pathlib import Path
-for views in test_streaming.streamed(Path(sys.argv[1])).batches(16, 1, torch.device("cpu"), 2):
-    raise SystemExit(3)
-"""
-
-
-def test_a_program_that_fails_does_not_wait_for_its_workers(photos):
-    process = script(FAILING, photos)
-    assert process.communicate(timeout=60) == ("", "")
-    assert process.returncode == 3
-
-
 def test_a_worker_that_dies_is_an_error_of_one_line(photos, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(utils.Photo, "__init__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
@@ -317,34 +241,13 @@ def test_a_worker_that_dies_is_an_error_of_one_line(photos, monkeypatch):
 
 
 def test_an_error_in_a_worker_is_raised_here(photos):
-    def batch(boxes):
-        requests = [(torch.arange(20), torch.zeros(20, 1, 1))] * 9
-        return list(utils.decoded_batches(streamed(photos), requests, SIDE, boxes, 2, CPU))
-
+    requests = [(torch.arange(20), torch.zeros(20, 1, 1))] * 9
     with pytest.raises(RuntimeError, match=r"(?s)^in a worker process:.*in lossless\n.*no box"):
-        batch(lossless)
-    with pytest.raises(MemoryError):
-        batch(greedy)
+        list(utils.decoded_batches(streamed(photos), requests, SIDE, lossless, 2, CPU))
 
 
 def lossless(*_):
     raise ConnectionError("no box")
-
-
-def greedy(*_):
-    raise MemoryError
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_too_few_file_handles_are_not_the_images_fault(photos, monkeypatch, workers):
-    def full(*_):
-        raise OSError(errno.EMFILE, "Too many open files")
-
-    monkeypatch.setattr(Image, "open", full)
-    data = streamed(photos, max_bad=1.0)
-    with pytest.raises(InputError, match=r"jpg: Too many open files \(see ulimit -n\)"):
-        list(data.batches(SIDE, 6, CPU, workers))
-    assert not data.unreadable
 
 
 def test_too_little_shared_memory_is_one_line(photos, monkeypatch):
@@ -398,37 +301,6 @@ def test_an_unreadable_file_is_replaced_named_once_and_counted(own_photos, strea
     assert same_views(views_of(config, streamed(own_photos)), [views])
 
 
-def test_a_damaged_folder_costs_one_try_a_file(own_photos, monkeypatch, capsys):
-    """Those that are known to be damaged are not tried again in the place of another."""
-    break_files(own_photos, *utils.list_images(own_photos)[1:13])
-    files, tried = streamed(own_photos), []
-    opened = utils.Photo.__init__
-    monkeypatch.setattr(
-        utils.Photo, "__init__", lambda self, path, *a: tried.append(path) or opened(self, path, *a)
-    )
-    requests = [(torch.arange(20), torch.zeros(20, 1, 1))]
-    ((crops, _),) = utils.decoded_batches(files, requests, SIDE, corner_boxes, 0, CPU)
-    assert torch.equal(crops[1:13], crops[13].expand(12, -1, -1, -1, -1))
-    assert len(files.unreadable) == 12
-    assert len(tried) <= 20 + 12
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 11
-    assert lines[10] == "warning: more images that cannot be read are only counted"
-
-
-def test_in_training_they_are_judged_at_the_end_of_an_epoch(own_photos, streamed_config):
-    names = ["a/00.jpg", "a/02.jpg", "b/01.jpg", "b/03.jpg"]
-    break_files(own_photos, *names)
-    data = streamed(own_photos)
-    views_of(streamed_config(own_photos, batch_size=20, workers=2), data)
-    assert utils.unreadable_error(data, 0.2) is None
-    error = str(utils.unreadable_error(data, 0.15))
-    assert "4 of 20 images cannot be read, more than --max-bad 0.15 allows: a/00.jpg" in error
-    break_files(own_photos, *utils.list_images(own_photos))
-    with pytest.raises(InputError, match=r"^none of the images can be read: cannot read the image"):
-        views_of(streamed_config(own_photos), data)
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_in_an_evaluation_they_are_an_error_or_rows_of_nan(own_photos, workers, capsys):
     whole = utils.embed(utils.flat_pixels, streamed(own_photos), SIDE, CPU)
@@ -464,13 +336,8 @@ def test_an_output_that_is_not_finite_is_an_error_that_names_the_image(own_photo
         utils.embed(divided, streamed(own_photos, max_bad=0.1), SIDE, CPU)
 
 
-def log(config):
-    rows = utils.read_jsonl(config.folder / "log.jsonl")
-    return [{k: v for k, v in r.items() if "second" not in k} for r in rows]
-
-
 def test_a_run_goes_on_with_unreadable_files_and_resumes_alike(
-    own_photos, streamed_config, monkeypatch, unjudged, capsys
+    own_photos, streamed_config, unjudged, no_figure, capsys
 ):
     data = simclr.load_data(streamed_config(own_photos), CPU)
     train, test = (os.fsdecode(part.paths[2]) for part in (data.train, data.test))
@@ -478,103 +345,16 @@ def test_a_run_goes_on_with_unreadable_files_and_resumes_alike(
     options = dict(max_bad=0.1, epochs=3, batch_size=4)
     whole, cut = (streamed_config(own_photos, run=run, **options) for run in ("whole", "cut"))
     simclr.run(whole)
-    assert [row["unreadable"] for row in log(whole)] == [1, 1, 1]
-    assert all("knn" in row for row in log(whole))
+    assert [row["unreadable"] for row in log_of(whole)] == [1, 1, 1]
+    assert all("knn" in row for row in log_of(whole))
     assert (whole.folder / "summary.json").exists()
 
-    real, steps = simclr.contrastive_accuracy, []
-
-    def stop_in_the_second_epoch(*z):
-        steps.append(1)
-        if len(steps) == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*z)
-
-    monkeypatch.setattr(simclr, "contrastive_accuracy", stop_in_the_second_epoch)
-    with pytest.raises(simclr.Interrupted):
-        simclr.run(cut)
-    state = utils.load_checkpoint(cut.folder / "last.pt")
-    assert state["position"]["epoch"] == 1
-    assert state["position"]["step"] == 2
-    assert len(state["unreadable"]) == 1
+    interrupt(lambda: simclr.run(cut), 6)
+    assert position(cut) == (1, 2)
+    assert len(utils.load_checkpoint(cut.folder / "last.pt")["unreadable"]) == 1
     assert train in capsys.readouterr().err
     simclr.run(streamed_config(own_photos, run="cut", **options, workers=2))
-    assert log(cut) == log(whole)
-
-
-def test_more_than_max_bad_ends_a_run_saved(own_photos, streamed_config, unjudged, capsys):
-    train = simclr.load_data(streamed_config(own_photos), CPU).train.paths
-    break_files(own_photos, *(os.fsdecode(name) for name in train[:2]))
-    config = streamed_config(own_photos, run="bad")
-    with pytest.raises(
-        InputError, match=r"2 of 16 images cannot be read, more than --max-bad 0\.01"
-    ):
-        simclr.run(config)
-    state = utils.load_checkpoint(config.folder / "last.pt")
-    assert sorted(state["unreadable"]) == [0, 1]
-
-
-# ---------------------------------------------------------------------------------- several ranks
-
-
-RANKS = """
-import sys
-import torch, test_streaming, utils
-from pathlib import Path
-with utils.process_group(CPU := torch.device("cpu")):
-    data = test_streaming.streamed(Path(sys.argv[1]), max_bad=1.0)
-    rows = torch.arange(20)[utils.rank() :: 2]
-    assert len(list(data.batches(16, 3, CPU, workers=utils.rank(), rows=rows))) == 4
-    utils.agree_on_unreadable(data)
-    print([*data.unreadable], flush=True)
-    features = utils.embed(utils.flat_pixels, data, 16, CPU)
-    print((~utils.rows_read(features)).nonzero().flatten().tolist(), flush=True)
-"""
-
-
-def test_ranks_agree_on_what_cannot_be_read(own_photos):
-    break_files(own_photos, "a/04.jpg", "b/03.jpg")  # one is rank 0's, one rank 1's
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    both = [
-        script(RANKS, own_photos, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2",
-               LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
-        for rank in "01"
-    ]  # fmt: skip
-    said = [process.communicate(timeout=100) for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    assert said[0][0] == "[2, 11]\n[2, 11]\n"
-    assert said[0][1].count("warning: cannot read the image") == 2
-
-
-# ----------------------------------------------------------------------------------- changed files
-
-
-def test_a_run_on_other_files_is_refused(own_photos, streamed_config, unjudged):
-    config = streamed_config(own_photos, run="a", epochs=1)
-    simclr.run(config)
-    train = simclr.load_data(config, CPU).train.paths[0].decode()
-    (own_photos / train).rename(own_photos / train.replace(".jpg", "x.jpg"))
-    for finished in (True, False):  # with the summary of a finished run, and without
-        if not finished:
-            (config.folder / "summary.json").unlink()
-        with pytest.raises(InputError, match=r"files of images \(16 there, 16 now\)"):
-            simclr.run(config)
-
-
-def test_images_in_memory_have_a_digest_too(tmp_path, write_image, streamed_config):
-    for i in range(4):
-        write_image(tmp_path / "photos" / f"{i}.png", seed=i)
-    config = streamed_config(tmp_path / "photos", run="a")
-    data = simclr.load_data(config, CPU)
-    assert isinstance(data.train, utils.ImageSet)
-    before = utils.files_digest(data.train)
-    labelled = utils.ImageSet(data.train.images, torch.arange(4), tuple("abcd"), data.train.paths)
-    assert utils.files_digest(labelled) != before
-    data.train.paths = data.train.paths[::-1].copy()
-    assert len(before) == 64
-    assert utils.files_digest(data.train) != before
+    assert log_of(cut) == log_of(whole)
 
 
 # ---------------------------------------------------------------------------------------- ImageNet
@@ -594,27 +374,8 @@ def test_imagenets_layout(tmp_path, streamed_config):
     assert set(summary["knn"]) == {"pixels", "untrained", "simclr"}
 
 
-SPAWNED = """
-import multiprocessing, sys
-sys.path.insert(0, sys.argv[1])
-import simclr
-if __name__ == "__main__":
-    multiprocessing.set_start_method("spawn")
-    simclr.evaluate = lambda *_: {}
-    simclr.main(sys.argv[2:])
-"""
-
-
-def test_workers_that_are_not_forked(tmp_path, write_image):
+def test_workers_that_are_not_forked(photos, streamed_config, monkeypatch):
     """As on macOS, and on Linux from Python 3.14 on."""
-    for i in range(6):
-        write_image(tmp_path / "images" / f"{i}.png", (20 + i, 24), seed=i)
-    script = tmp_path / "spawned.py"
-    script.write_text(SPAWNED)
-    flags = "--dataset folder --data-dir images --recipe digits --image-size 16 --width 0.125"
-    done = subprocess.run(
-        [sys.executable, script, ROOT, *flags.split(), "--epochs", "1", "--batch-size", "6",
-         "--workers", "1", "--device", "cpu"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    alone = views_of(streamed_config(photos), streamed(photos))
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda **_: "spawn")
+    assert same_views(views_of(streamed_config(photos, workers=1), streamed(photos)), alone)

@@ -3,12 +3,11 @@
 The page is tried in a real browser (browser.py) where there is one. No test uses a GPU.
 """
 
-import base64
+import contextlib
+import io
 import itertools
 import re
 import shutil
-import subprocess
-import sys
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -29,11 +28,10 @@ import load_simCLR
 import simclr
 import tSNE
 import utils
-from conftest import ROOT
+from conftest import CPU, error_of
 
 IMAGES, PERPLEXITY = 120, 8
 FLAGS = ["--device", "cpu", "--images", str(IMAGES), "--perplexity", str(PERPLEXITY)]
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -52,16 +50,13 @@ def run(finished, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def drawn(run, tmp_path_factory):
+def drawn(run):
     """What the command prints and draws."""
-    command = [sys.executable, str(ROOT / "tSNE.py"), *run.places, *FLAGS]
-    command += ["--thumbnails", "--epochs"]
-    where = tmp_path_factory.mktemp("elsewhere")
-    done = subprocess.run(command, cwd=where, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    assert not list(where.iterdir())
-    return SimpleNamespace(printed=done.stdout, figures=run.config.figure_folder)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        tSNE.main([*run.places, *FLAGS, "--thumbnails", "--epochs"])
+    assert err.getvalue() == ""
+    return SimpleNamespace(printed=out.getvalue(), figures=run.config.figure_folder)
 
 
 def embedding(run, *flags):
@@ -79,26 +74,6 @@ def shown(run, drawn):
     panels, features = chosen.panels()
     scene = chosen.scene
     return SimpleNamespace(scene=scene, labels=scene.labels, panels=panels, features=features)
-
-
-@pytest.fixture
-def photos(tmp_path, write_image, capsys):
-    """Trains a run of a second on a folder of images; returns flags for tSNE.py, and figures."""
-
-    def train(paths, *flags):
-        for i, path in enumerate(paths):
-            write_image(tmp_path / "photos" / path, (12, 12 + 6 * (i % 2)), seed=i)  # streamed
-        places = ["--checkpoints", str(tmp_path / "c"), "--figures", str(tmp_path / "f")]
-        simclr.main([
-            "--dataset", "folder", "--data-dir", str(tmp_path / "photos"), "--image-size", "8",
-            "--arch", "resnet10", "--width", "0.125", "--epochs", "1", "--batch-size", "8",
-            "--warmup-epochs", "0", "--knn-every", "0", "--workers", "0", "--device", "cpu",
-            *places, "--run", "photos", *flags,
-        ])  # fmt: skip
-        capsys.readouterr()
-        return [*places, "--device", "cpu"], tmp_path / "f" / "photos"
-
-    return train
 
 
 @pytest.fixture
@@ -154,18 +129,6 @@ def test_formats_and_panels(run, drawn, tmp_path):
         assert (tmp_path / run.config.run / f"{name}.pdf").read_bytes().startswith(b"%PDF")
     panels, _ = embedding(run, "--panels", "projection", "pixels", "projection").panels()
     assert [p.name for p in panels] == ["projection", "pixels"]
-
-
-def test_a_network_computes_in_its_runs_precision_where_the_hardware_has_it(
-    run, tmp_path, monkeypatch
-):
-    state = utils.load_checkpoint(run.folder / "last.pt")
-    state["config"]["precision"] = "bfloat16"
-    utils.save_checkpoint(tmp_path / "half.pt", state)
-    for has, precision in ((False, "float32"), (True, "bfloat16")):
-        monkeypatch.setattr(utils, "has_fast_bfloat16", lambda _, has=has: has)
-        network = tSNE.load_network(tmp_path / "half.pt", CPU, tSNE.Options())
-        assert network.config.precision == precision
 
 
 def test_another_projects_encoder_and_an_exported_one_are_drawn(run, quick, tmp_path, capsys):
@@ -236,9 +199,7 @@ def test_another_checkpoint_or_other_images_are_not_mistaken(run, drawn, work, t
     assert simclr.dataclasses.replace(scene, shown=shown).digest != scene.digest
 
 
-def test_a_run_in_a_folder_that_cannot_be_written_is_drawn(
-    run, quick, tmp_path, monkeypatch, capsys
-):
+def test_a_run_in_a_folder_that_cannot_be_written_is_drawn(run, quick, tmp_path, capsys):
     argv = [*FLAGS, "--method", "pca", "--panels", "pixels", "--figures", str(tmp_path / "f")]
     shutil.copy(run.folder / "last.pt", tmp_path)
     (tmp_path / "tsne").write_text("a file where the cache should be")
@@ -247,11 +208,6 @@ def test_a_run_in_a_folder_that_cannot_be_written_is_drawn(
     figures = tmp_path / "f" / run.config.run
     assert (figures / "tsne.png").exists()
     assert not (figures / "tsne").exists()
-    # a file system that can only be read: what is kept goes beside the figures
-    monkeypatch.setattr(tSNE.os, "access", lambda path, _: Path(path) != tmp_path / "tsne")
-    tSNE.main([str(tmp_path / "last.pt"), *argv])
-    assert capsys.readouterr().err == ""
-    assert len(list((figures / "tsne").glob("features-*.npz"))) == 2
 
 
 # --------------------------------------------------------------------------------------- the maths
@@ -340,7 +296,7 @@ def test_an_image_is_never_its_own_neighbour_even_among_equal_ones():
 # -------------------------------------------------------------------------------------- appearance
 
 
-@pytest.mark.parametrize("classes", [1, 2, 10, 11, 50, 51, 100, 151])
+@pytest.mark.parametrize("classes", [1, 10, 50, 151])
 def test_no_two_classes_look_alike(classes):
     styles = tSNE.class_styles(classes)
     assert len(set(styles)) == classes
@@ -348,7 +304,7 @@ def test_no_two_classes_look_alike(classes):
     assert all(0 <= marker < len(tSNE.MARKERS) for _, marker in styles)
 
 
-@pytest.mark.parametrize("spread", [0.0, 0.02, 0.3, 5.0])
+@pytest.mark.parametrize("spread", [0.0, 0.02, 5.0])
 def test_every_class_has_its_name_on_the_map(spread):
     random = np.random.default_rng(0)
     names = ["daisy", "dandelion", "roses", "sunflowers", "tulips", "none of these"]
@@ -405,8 +361,9 @@ def draw_all(scene, features, panel, folder):
     }
 
 
-@pytest.mark.parametrize("classes", [HARMLESS, [f"class {i}" for i in range(37)], ["a"], []])
-def test_figures_take_any_names_and_numbers_of_classes(classes, tmp_path):
+@pytest.mark.parametrize("classes", [HARMLESS, [f"class {i}" for i in range(37)], []])
+def test_figures_take_any_names_and_numbers_of_classes(classes, tmp_path, monkeypatch):
+    monkeypatch.setattr(tSNE, "QUERIES", 2)
     legend, neighbours = draw_all(*odd_scene(classes), tmp_path)
     assert legend == [utils.printable(name) for name in classes]
     header = "nearest training images" + ", cosine similarity" * (not classes)
@@ -428,24 +385,25 @@ def test_names_that_the_font_lacks_are_drawn_by_another_or_numbered(tmp_path, mo
     manager._findfont_cached.cache_clear()
 
 
-def test_the_sprite_holds_each_image_in_its_place_and_is_of_limited_size():
-    tiles = torch.randint(256, (7, 3, 8, 8), generator=torch.Generator().manual_seed(0))
-    uri, columns = tSNE.make_sprite(tiles.to(torch.uint8))
-    picture = np.asarray(Image.open(tSNE.io.BytesIO(base64.b64decode(uri.split(",")[1]))))
-    for i, tile in enumerate(tiles):
-        row, column = divmod(i, columns)
-        part = picture[8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
-        np.testing.assert_array_equal(part, tile.permute(1, 2, 0))
-    assert tSNE.tile_side(10_000, 224) == tSNE.tile_side(10_000, 32) == 32
-    assert tSNE.tile_side(360, 224) == tSNE.TILE_PIXELS
-    assert tSNE.tile_side(100_000, 224) ** 2 * 100_000 <= tSNE.SPRITE_PIXELS
-
-
 # --------------------------------------------------------------------------------- one's own images
 
 
+@pytest.fixture
+def photos(photo_config, unjudged, capsys):
+    """Trains a run of a second on n streamed images; returns flags for tSNE.py, and figures."""
+
+    def train(n):
+        config = photo_config(n, width=0.125, epochs=1, batch_size=8, max_bad=0.1, run="photos")
+        simclr.run(config)
+        capsys.readouterr()
+        places = ["--checkpoints", config.checkpoints, "--figures", config.figures]
+        return [*places, "--device", "cpu"], config.figure_folder
+
+    return train
+
+
 def test_unlabelled_images_are_drawn_without_colours_and_unreadable_ones_left_out(photos, capsys):
-    flags, figures = photos([f"{i}.png" for i in range(17)], "--max-bad", "0.1")
+    flags, figures = photos(17)
     (figures.parents[1] / "photos" / "7.png").write_bytes(b"no image")
     tSNE.main([*flags, "--perplexity", "4"])
     printed, err = capsys.readouterr()
@@ -461,20 +419,8 @@ def test_unlabelled_images_are_drawn_without_colours_and_unreadable_ones_left_ou
     assert (figures / "neighbours.png").exists()
 
 
-def test_training_images_with_labels_have_colours_but_no_accuracy(photos, quick, capsys):
-    flags, _ = photos([f"train/{'ab'[i % 2]}/{i}.png" for i in range(16)])
-    flags += ["--method", "pca"]
-    tSNE.main(flags)
-    printed = capsys.readouterr().out
-    assert "drawing 16 training images of photos" in printed
-    assert "without accuracies: no labelled images were held out" in printed
-    panels, features = embedding(SimpleNamespace(places=flags)).panels()
-    assert all(panel.note == "" for panel in panels)
-    assert not (features["train_near"] == np.arange(16)[:, None]).any()
-
-
 def test_figures_of_other_images_do_not_replace_the_runs_own(photos, quick, tmp_path, write_image):
-    flags, figures = photos([f"{i}.png" for i in range(8)])
+    flags, figures = photos(8)
     flags += ["--method", "pca"]
     for i in range(8):
         write_image(tmp_path / "others" / f"{i}.png", seed=100 + i)
@@ -484,22 +430,9 @@ def test_figures_of_other_images_do_not_replace_the_runs_own(photos, quick, tmp_
     assert all(file.read_bytes() == content for file, content in before.items())
     names = {"tsne-others.png", "neighbours-others.png", "tsne-others.html"}
     assert {file.name for file in figures.iterdir()} - {file.name for file in before} == names
-    tSNE.main([*flags, "--data-dir", str(tmp_path / "others" / ".." / "photos")])
-    assert len(list(figures.iterdir())) == len(before) + len(names)
 
 
 # -------------------------------------------------------------------------------------- bad input
-
-
-def fails(capsys, *argv):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as left:
-        tSNE.main(argv)
-    assert left.value.code == 2
-    err = capsys.readouterr().err
-    assert err.startswith("tSNE.py: error: ")
-    assert err.count("\n") == 1
-    return err
 
 
 @pytest.mark.parametrize(
@@ -507,38 +440,37 @@ def fails(capsys, *argv):
     [
         ("--panels", "expected at least one argument"),
         ("--images 1", "--images must be at least 2, got 1"),
-        ("--seed -1", "--seed must be at least 0"),
         ("--perplexity 0.5", "--perplexity must be at least 1, got 0.5"),
-        ("--perplexity nan", "--perplexity must be"),
         ("--perplexity 50", "120 images are too few for a perplexity of 50"),
         ("--perplexity 50", "use --perplexity 39 at most, or --method pca"),
-        ("--images 3", "use --method pca"),
         ("--method umap", "invalid choice: 'umap'"),
         ("--device warp", "--device warp is not available here"),
         ("somebody", "somebody is neither a checkpoint nor a run under"),
     ],
 )
 def test_bad_input_is_one_line(run, capsys, argv, message):
-    assert message in fails(capsys, *run.places, *FLAGS, *argv.split())
+    assert message in error_of(capsys, tSNE.main, *run.places, *FLAGS, *argv.split())
 
 
 def test_no_run_and_no_epochs(run, capsys, tmp_path):
-    assert "no run under" in fails(capsys, "--checkpoints", str(tmp_path))
+    assert "no run under" in error_of(capsys, tSNE.main, "--checkpoints", str(tmp_path))
     lonely = tmp_path / "lonely.pt"
     lonely.write_bytes((run.folder / "last.pt").read_bytes())
     argv = [str(lonely), "--epochs", "--figures", str(tmp_path / "f"), *FLAGS]
-    assert "has none: train with simclr.py --keep-every K" in fails(capsys, *argv)
+    assert "has none: train with simclr.py --keep-every K" in error_of(capsys, tSNE.main, *argv)
 
 
 def test_files_that_cannot_be_written_or_read(run, drawn, quick, capsys, tmp_path, monkeypatch):
     blocked = tmp_path / "file"
     blocked.write_text("a file where the folder should be")
     argv = (*run.places[:2], *FLAGS, "--figures")
-    assert "cannot write" in fails(capsys, *argv, str(blocked))
+    assert "cannot write" in error_of(capsys, tSNE.main, *argv, str(blocked))
     (tmp_path / "f" / run.config.run / "tsne.png").mkdir(parents=True)
-    assert "cannot write" in fails(capsys, *argv, str(tmp_path / "f"))
+    assert "cannot write" in error_of(capsys, tSNE.main, *argv, str(tmp_path / "f"))
     monkeypatch.setattr(tSNE, "TEMPLATE", tmp_path / "explorer.html")
-    assert "explorer.html, a part of tSNE.py" in fails(capsys, *argv, str(tmp_path / "g"))
+    assert "explorer.html, a part of tSNE.py" in error_of(
+        capsys, tSNE.main, *argv, str(tmp_path / "g")
+    )
 
 
 def test_images_that_are_all_alike(run):
@@ -564,25 +496,11 @@ def test_the_sheet_of_views_shows_images_and_their_augmentation(tmp_path, capsys
     assert file.read_bytes() == first
     simclr.main([*flags, str(file), "--crop-min", "1", "--rotation", "0", "--jitter-p", "0"])
     assert file.read_bytes() != first
-    for name in ("views.txt", "views"):
-        with pytest.raises(SystemExit, match="2"):
-            simclr.main([*flags, str(tmp_path / name)])
-        assert "the file's ending must be one of" in capsys.readouterr().err
+    error = error_of(capsys, simclr.main, *flags, tmp_path / "views.txt")
+    assert "the file's ending must be one of" in error
 
 
-def test_views_without_augmentation_are_the_image(tiny_config):
-    config = tiny_config(crop_min=1.0, rotation=0.0, jitter_p=0.0)
-    data = utils.load_images("digits", "pretrain")
-    figure = simclr.draw_views(simclr.resolve(config, data, CPU), data, CPU)
-    picture = figure.axes[0].get_images()[0].get_array()
-    first, *views = np.split(picture.astype(int), 9, axis=1)
-    for view in views:  # a crop of all the area may still lack a row or column
-        assert np.abs(view - first).mean() < 30
-
-
-def test_kept_epochs_are_checkpoints_and_go_when_the_run_is_overwritten(
-    run, small_config, monkeypatch
-):
+def test_kept_epochs_are_checkpoints(run):
     files = utils.kept_checkpoints(run.folder)
     assert [file.name for file in files] == [f"epoch000{i}.pt" for i in range(1, 5)]
     runs = [simclr.load_run(file) for file in [*files, run.folder / "last.pt"]]
@@ -590,29 +508,11 @@ def test_kept_epochs_are_checkpoints_and_go_when_the_run_is_overwritten(
     weights = [utils.module_digest(r.model) for r in runs]
     assert len(set(weights)) == 4
     assert weights[3] == weights[4]
-    monkeypatch.setattr(simclr, "evaluate", lambda *_: {})  # takes long
-    config = small_config(keep_every=2, epochs=3)
-    simclr.run(config)
-    assert [file.name for file in utils.kept_checkpoints(config.folder)] == ["epoch0002.pt"]
-    simclr.run(simclr.dataclasses.replace(config, keep_every=0, epochs=1), overwrite=True)
-    assert utils.kept_checkpoints(config.folder) == []
 
 
 # -------------------------------------------------------------------------------- in a real browser
 
-needs_browser = pytest.mark.skipif(browser.WHY_NOT is not None, reason=str(browser.WHY_NOT))
-
-
-@pytest.fixture(scope="module")
-def chrome(tmp_path_factory):
-    with browser.Browser(tmp_path_factory.mktemp("profile"), 1100, 760) as window:
-        yield window
-
-
-@pytest.fixture
-def page(chrome, drawn):
-    chrome.open(drawn.figures / "tsne.html")
-    return chrome
+needs_browser = pytest.mark.skipif(not browser.CHROMIUM, reason="there is no Chromium")
 
 
 def alone(panel):
@@ -623,168 +523,105 @@ def alone(panel):
 
 
 @needs_browser
-def test_hovering_shows_the_image_its_class_and_number(page, shown):
+def test_the_mouse_shows_an_image_and_pins_it_with_its_neighbours(drawn, shown):
     i = alone(shown.panels[2])
-    assert page.run("document.getElementById('tip').hidden")
-    page.pointer(page.place(i))
-    page.wait_for("!document.getElementById('tip').hidden")
-    name = shown.scene.classes[shown.labels[i]]
-    assert page.text("#tip") == f"{name}test image {shown.scene.rows[i]}"
-    picture = page.run(
-        "Array.from(document.querySelector('#tip canvas').getContext('2d')"
-        ".getImageData(0, 0, 96, 96).data)"
-    )
-    picture = np.array(picture).reshape(96, 96, 4)[3::6, 3::6, :3]  # 16 px, six times as large
-    np.testing.assert_array_equal(picture, shown.scene.shown.images[i].permute(1, 2, 0))
-    page.pointer((8, 8))
-    page.wait_for("document.getElementById('tip').hidden")
-    assert page.log() == []
-
-
-@needs_browser
-def test_clicking_pins_and_shows_neighbours_and_escape_unpins(page, shown):
-    i = alone(shown.panels[2])
+    script = f"""
+        mouse({i}, "move");
+        const tip = get("tip"), pen = tip.querySelector("canvas").getContext("2d");
+        const seen = {{ tip: tip.textContent, image: [...pen.getImageData(0, 0, 96, 96).data] }};
+        mouse({i}, "down", "up");
+        seen.cards = all("#neighbours button").map((b) => [b.textContent, b.className]);
+        seen.agreement = get("agreement").textContent;
+        all("#neighbours button")[0].click();
+        seen.next = explorer.state().pinned;
+        document.dispatchEvent(new KeyboardEvent("keydown", {{ key: "Escape" }}));
+        return {{ ...seen, last: explorer.state().pinned }};"""
+    seen = browser.act(drawn.figures / "tsne.html", script)
+    assert seen["tip"] == f"{shown.scene.classes[shown.labels[i]]}test image {shown.scene.rows[i]}"
+    pixels = np.array(seen["image"]).reshape(96, 96, 4)[3::6, 3::6, :3]  # 16 px, 6 times as large
+    np.testing.assert_array_equal(pixels, shown.scene.shown.images[i].permute(1, 2, 0))
     near, similarity = shown.features["near"][i], shown.features["similarity"][i]
-    page.pointer(page.place(i), click=True)
-    page.wait_for(f"explorer.state().pinned === {i}")
-    cards = page.run(
-        "Array.from(document.querySelectorAll('#neighbours button'))"
-        ".map((b) => [b.textContent, b.className])"
-    )
     same = shown.labels[near] == shown.labels[i]
-    for (words, look), n, value, right in zip(cards, near, similarity, same, strict=True):
+    for (words, look), n, value, right in zip(seen["cards"], near, similarity, same, strict=True):
         name = shown.scene.classes[shown.labels[n]]
         assert words == f"{'✓' if right else '✗'} {value:.3f}{name}"
         assert look == ("same" if right else "other")
-    assert f"{same.sum()} of 10 are of its class" in page.text("#agreement")
-
-    page.click("#neighbours button")
-    assert page.state()["pinned"] == near[0]
-    page.press("Escape")
-    assert page.state()["pinned"] == -1
-    assert page.run("document.getElementById('pinned').hidden")
-    page.run("document.getElementById('map').focus()")
-    page.press("Enter")  # the one nearest to the middle
-    assert page.state()["pinned"] >= 0
+    assert f"{same.sum()} of 10 are of its class" in seen["agreement"]
+    assert (seen["next"], seen["last"]) == (near[0], -1)
 
 
 @needs_browser
-def test_the_legend_and_the_filter_hide_images_from_view_and_from_the_mouse(page, shown):
+def test_the_legend_and_the_filter_hide_images_from_view_and_from_the_mouse(drawn, shown):
     i = alone(shown.panels[2])
     label = int(shown.labels[i])
-    colour = tSNE.class_styles(10)[label][0]
+    colour = list(bytes.fromhex(tSNE.class_styles(10)[label][0][1:]))
+    script = f"""
+        const seen = [], note = async () =>
+            seen.push(get("count").textContent, (await pixels({colour})) > 0);
+        await note();
+        all("#legend button")[{label}].click();
+        await note();
+        mouse({i}, "move");
+        seen.push(explorer.state().hovered);
+        get("all").click();
+        await note();
+        get("mixed").click();
+        return [...seen, get("count").textContent];"""
     everything = f"{IMAGES} images"
-    assert page.text("#count") == everything
-    assert page.pixels(colour) > 0
-    page.click(f"#legend button:nth-child({label + 1})")
-    pressed = f"document.querySelectorAll('#legend button')[{label}].getAttribute('aria-pressed')"
-    assert page.run(pressed) == "false"
-    assert page.text("#count") == f"{(shown.labels != label).sum()} of {everything}"
-    assert page.pixels(colour) == 0
-    page.pointer(page.place(i))
-    assert page.state()["hovered"] != i
-    page.click("#none")
-    assert page.text("#count") == f"0 of {everything}"
-    page.click("#all")
-    assert page.text("#count") == everything
-    assert page.pixels(colour) > 0
-
     mixed = (shown.labels[shown.features["near"]] == shown.labels[:, None]).sum(1) < 5
-    assert page.text("#mixedcount") == str(mixed.sum())
-    page.click("#mixed")
-    assert page.text("#count") == f"{mixed.sum()} of {everything}"
-    for i in np.flatnonzero(~mixed)[:5]:
-        page.pointer(page.place(i))
-        assert page.state()["hovered"] != i
-    page.click("#mixed")
-    assert page.text("#count") == everything
+    before, some, hidden, none, hovered, *after = browser.act(drawn.figures / "tsne.html", script)
+    assert [before, some, *after[:2]] == [everything, True] * 2
+    assert [hidden, none] == [f"{(shown.labels != label).sum()} of {everything}", False]
+    assert hovered != i
+    assert after[2] == f"{mixed.sum()} of {everything}"
 
 
 @needs_browser
-def test_switching_the_panel_moves_the_points(page, shown):
-    buttons = "Array.from(document.querySelectorAll('#panels button'))"
-    scale = page.run("0.47 * Math.min(document.getElementById('map').clientWidth,"
-                     "document.getElementById('map').clientHeight)")  # fmt: skip
-
-    def is_at(number):
-        points = page.run(f"Array.from({{length: {IMAGES}}}, (_, i) => explorer.screenOf(i))")
-        xy = tSNE.unit_square(shown.panels[number].xy)
+def test_switching_the_panel_moves_the_points(drawn, shown):
+    script = f"""
+        const seen = [], map = get("map"), note = () => seen.push([
+            all("#panels button").findIndex((b) => b.getAttribute("aria-pressed") === "true"),
+            Array.from({{ length: {IMAGES} }}, (_, i) => explorer.screenOf(i)),
+        ]);
+        note();
+        all("#panels button")[0].click();
+        await until(() => !explorer.state().moving);
+        note();
+        const text = all("#panels button").map((b) => b.textContent);
+        return [seen, text, 0.47 * Math.min(map.clientWidth, map.clientHeight)];"""
+    seen, text, scale = browser.act(drawn.figures / "tsne.html", script)
+    assert [pressed for pressed, _ in seen] == [2, 0]
+    for number, points in seen:
         at = np.array([[p["x"], -p["y"]] for p in points])
+        xy = tSNE.unit_square(shown.panels[number].xy)
         np.testing.assert_allclose((at - (at.max(0) + at.min(0)) / 2) / scale, xy, atol=1e-3)
-        pressed = page.run(f"{buttons}.map((b) => b.getAttribute('aria-pressed'))")
-        return pressed.index("true") == number
-
-    assert is_at(2)
-    page.click("#panels button:nth-child(1)")
-    assert page.state()["moving"]
-    page.wait_for("!explorer.state().moving")
-    assert is_at(0)
-    assert shown.panels[0].note in page.text("#panels button:nth-child(1)")
-    for key, number in (("4", 3), ("[", 2)):
-        page.press(key)
-        page.wait_for("!explorer.state().moving")
-        assert is_at(number)
-    assert page.run(f"{buttons}.length") == 9  # with those of the epochs
+    assert shown.panels[0].note in text[0]
+    assert len(text) == 9  # with those of the epochs
 
 
 @needs_browser
-def test_wheel_drag_and_keys_move_the_map(page):
-    x, y = page.place(5)
-    page.wheel(x, y, -500)
-    page.wait_for("explorer.state().zoom > 1.5")
-    np.testing.assert_allclose(page.place(5), (x, y), atol=2)  # what is under the mouse stays
-    page.pointer((300, 400), (330, 420), (350, 450), drag=True)
-    np.testing.assert_allclose(page.place(5), (x + 50, y + 50), atol=2)
-    assert page.state()["pinned"] == -1  # a drag is no click
-    page.press("ArrowRight")
-    assert page.place(5)[0] == pytest.approx(x - 10, abs=2)
-    zoom = page.state()["zoom"]
-    page.press("+")
-    assert page.state()["zoom"] > zoom
-    page.press("-", "-")
-    assert page.state()["zoom"] < zoom
-    page.press("0")
-    assert (page.state()["zoom"], page.state()["x"]) == (1, 0)
-
-
-@needs_browser
-def test_every_control_can_be_reached_with_the_tab_key(page):
-    reached = set()
-    for _ in range(32):
-        page.press("Tab")
-        reached.add(page.run("document.activeElement.id || document.activeElement.parentNode.id"))
-        if page.run("document.activeElement !== document.body"):  # at the page's end
-            assert page.run("getComputedStyle(document.activeElement).outlineWidth") == "3px"
-    assert {"panels", "map", "in", "out", "reset", "all", "none", "legend", "mixed"} <= reached
-
-
-@needs_browser
-def test_names_of_classes_are_text_wherever_they_stand(chrome, tmp_path):
+def test_names_of_classes_are_text_wherever_they_stand(tmp_path):
     scene, features, panel = odd_scene()
     tiles = tSNE.small_images(scene.shown, 8, CPU)
-    file = tmp_path / "odd.html"
     page = tSNE.build_page([panel], scene, features, HARMLESS[0], "<b>", tiles)
-    file.write_text(page, encoding="utf-8")
-    chrome.open(file)
-    assert chrome.run("document.title") == HARMLESS[0]
-    assert chrome.text("#caption") == "<b>"
-    chrome.pointer(chrome.place(1), click=True)
-    chrome.wait_for("explorer.state().pinned >= 0")
-    names = "Array.from(document.querySelectorAll('#legend button span'))"
-    assert chrome.run(f"{names}.map((s) => s.textContent)") == list(HARMLESS)
-    assert chrome.run("document.querySelectorAll('script').length") == 2
-    assert chrome.run("document.querySelectorAll('img').length") == 0
-    assert chrome.log() == []
+    (tmp_path / "odd.html").write_text(page, encoding="utf-8")
+    script = """
+        mouse(1, "move", "down", "up");
+        const names = all("#legend button span").map((span) => span.textContent);
+        return [document.title, get("caption").textContent, names, all("script, img").length];"""
+    title, caption, names, elements = browser.act(tmp_path / "odd.html", script)
+    assert (title, caption, names) == (HARMLESS[0], "<b>", list(HARMLESS))
+    assert elements == 3  # the page's two scripts, and the one above
 
 
 @needs_browser
-def test_a_narrow_dark_window_scrolls_down_only(drawn, page, tmp_path):
-    paper = "getComputedStyle(document.body).backgroundColor"
-    assert page.run(paper) == "rgb(255, 255, 255)"  # where nothing else is asked for
-    with browser.Browser(tmp_path, 360, 640, dark=True) as phone:
-        phone.open(drawn.figures / "tsne.html")
-        assert phone.run("document.documentElement.scrollWidth") == 360
-        assert phone.run("document.getElementById('map').clientHeight") >= 300
-        phone.click("#legend button")
-        assert phone.text("#count") != f"{IMAGES} images"
-        assert phone.run(paper) != page.run(paper)
+def test_a_narrow_dark_window_scrolls_down_only(drawn):
+    script = """return [document.documentElement.scrollWidth, innerWidth, get("map").clientHeight,
+        getComputedStyle(document.body).backgroundColor];"""
+    page = drawn.figures / "tsne.html"
+    assert browser.act(page, script)[3] == "rgb(255, 255, 255)"
+    dark = ("--window-size=360,640", "--blink-settings=preferredColorScheme=0")
+    needed, width, height, paper = browser.act(page, script, *dark)
+    assert needed == width <= 500
+    assert height >= 300
+    assert paper != "rgb(255, 255, 255)"

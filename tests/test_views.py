@@ -5,14 +5,13 @@ import math
 
 import pytest
 import torch
-from test_training import interrupt, run
 
 import ablation_SimCLR as ablation
 import simclr
 import utils
+from conftest import CPU, error_of, interrupt
 from utils import InputError
 
-CPU = torch.device("cpu")
 LOSSES = [(simclr.nt_xent, True), (simclr.LOSSES["dcl"], False)]  # whether the pair is in it
 
 
@@ -87,13 +86,8 @@ def test_micro_batches_of_k_views(tiny_config, micro_batch):
     assert torch.allclose(gradient, network.encoder.conv1.weight.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_streamed_images_are_decoded_once_for_k_views(tmp_path, write_image, tiny_config):
-    for i in range(4):
-        write_image(tmp_path / "photos" / f"{i}.png", size=(30 + i, 24), seed=i)
-    config = tiny_config(
-        dataset="folder", recipe="digits", data_dir=str(tmp_path / "photos"), image_size=16,
-        batch_size=4, views=3,
-    )  # fmt: skip
+def test_streamed_images_are_decoded_once_for_k_views(photo_config):
+    config = photo_config(4, batch_size=4, views=3)
     data = simclr.load_data(config, CPU).pretrain
     (views,) = simclr.view_batches(config, data, CPU, 0, 0)
     assert views.shape == (12, 3, 16, 16)
@@ -109,7 +103,7 @@ def test_sizes_grow_in_equal_parts_of_the_epochs(small_config):
 
 
 def test_a_growing_run_resumes_bit_for_bit_and_ends_with_new_statistics(
-    small_config, unjudged_run, monkeypatch
+    small_config, unjudged, monkeypatch
 ):
     options = dict(view_sizes=(8, 16), views=3, epochs=2, knn_every=0)
     whole, parted = (small_config(run=name, **options) for name in ("whole", "parted"))
@@ -120,10 +114,10 @@ def test_a_growing_run_resumes_bit_for_bit_and_ends_with_new_statistics(
         return real(network, views, *rest)
 
     monkeypatch.setattr(simclr, "training_step", seen)
-    run(whole)
+    simclr.run(whole)
     assert sides == [8] * 4 + [16] * 4
-    interrupt(parted, 6)
-    run(parted)
+    interrupt(lambda: simclr.run(parted), 6)
+    simclr.run(parted)
     one, two = (utils.load_checkpoint(c.folder / "last.pt")["model"] for c in (whole, parted))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
@@ -135,11 +129,6 @@ def test_a_growing_run_resumes_bit_for_bit_and_ends_with_new_statistics(
     assert model.encoder.bn1.momentum == 0.1
 
 
-@pytest.fixture
-def unjudged_run(monkeypatch):
-    monkeypatch.setattr(simclr, "evaluate", lambda *_: {})
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -149,11 +138,7 @@ def unjudged_run(monkeypatch):
     ],
 )
 def test_bad_values_are_one_line(capsys, flags, message):
-    with pytest.raises(SystemExit) as exit_:
-        simclr.main(flags.split())
-    err = capsys.readouterr().err
-    assert (exit_.value.code, err.count("\n")) == (2, 1)
-    assert message in err
+    assert message in error_of(capsys, simclr.main, *flags.split())
 
 
 def test_studies_of_two_views_refuse_more():

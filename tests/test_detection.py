@@ -1,0 +1,525 @@
+"""Object detection: boxes, average precision, and the detectors of `--tasks detection`."""
+
+import copy
+import json
+import math
+
+import coco_numbers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torchvision.models.detection import FasterRCNN
+
+import load_simCLR
+import simclr
+import utils
+from load_simCLR import Boxes, Detection, Options, Source, load_source, precisions, summary
+
+CPU = torch.device("cpu")
+
+
+def boxes_of(truth, classes=1, ignored=None):
+    """Boxes of [(edges (K, 4), labels (K,))] an image, without the images."""
+    edges = [torch.tensor(e, dtype=torch.float64).view(-1, 4) for e, _ in truth]
+    labels = [torch.tensor(k, dtype=torch.int64) for _, k in truth]
+    ignored = ignored or [torch.zeros(len(k), dtype=torch.bool) for k in labels]
+    return Boxes(None, edges, labels, ignored, [], tuple("abcdefgh"[:classes]), ())
+
+
+def found_of(found):
+    """What a detector returns, of [(edges (D, 4), labels (D,), scores (D,))] an image."""
+    kinds = (torch.float64, torch.int64, torch.float64)
+    names = ("boxes", "labels", "scores")
+    images = [[torch.tensor(x, dtype=k) for x, k in zip(i, kinds, strict=True)] for i in found]
+    return [dict(zip(names, [b.view(-1, 4), *rest], strict=True)) for b, *rest in images]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """The file of an exported encoder with random weights and statistics."""
+    network = simclr.Encoder("resnet10", 0.125, "small")
+    random = torch.Generator().manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.2, generator=random)
+            module.running_var.uniform_(0.5, 1.5, generator=random)
+    file = tmp_path_factory.mktemp("encoder") / "encoder.pt"
+    source = Source(file, network, network, "cifar10", "", simclr.make_config(dataset="digits"))
+    load_simCLR.export_encoder(source, file)
+    return file
+
+
+# ------------------------------------------------------------------------------ average precision
+
+A, B = [0, 0, 10, 10], [20, 20, 40, 40]
+SHIFTED = [0, 0, 10, 8]  # overlaps A by 0.8
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ([([A, B], [1, 1], [0.9, 0.8])], (1, 1, 1)),  # perfect
+        ([([], [], [])], (0, 0, 0)),  # nothing found
+        # half the recall at precision 1: recalls 0.00 to 0.50 are 51 of 101
+        ([([A], [1], [0.9])], (51 / 101,) * 3),
+        # a duplicate is a miss: the second object comes with precision 2/3
+        ([([A, A, B], [1, 1, 1], [0.9, 0.8, 0.7])], ((51 + 50 * 2 / 3) / 101,) * 3),
+        # an IoU of 0.8 is a hit at 7 of the 10 thresholds
+        ([([SHIFTED, B], [1, 1], [0.9, 0.8])], (None, 1, 1)),
+    ],
+)
+def test_ap_of_two_objects(found, expected):
+    scores = summary(precisions(boxes_of([([A, B], [1, 1])]), found_of(found)))
+    values = [scores["AP"], scores["AP50"], scores["AP75"]]
+    for value, wanted in zip(values, expected, strict=True):
+        assert wanted is None or math.isclose(value, wanted, abs_tol=1e-12)
+    if expected[0] is None:  # at the other three: a miss, then a hit of precision 1/2
+        assert math.isclose(values[0], (7 + 3 * 51 / 101 / 2) / 10)
+
+
+def test_equal_scores_keep_their_order_and_a_class_without_objects_is_not_counted():
+    truth = boxes_of([([A], [1])], classes=2)
+    first = precisions(truth, found_of([([A, B, B], [1, 1, 2], [0.5, 0.5, 0.9])]))
+    second = precisions(truth, found_of([([B, A], [1, 1], [0.5, 0.5])]))
+    assert summary(first)["AP"] == 1
+    assert summary(second)["AP"] == 0.5
+    assert np.isnan(first[:, 1]).all()
+
+
+def test_a_crowd_is_no_miss_however_often_it_is_found():
+    crowd = [torch.tensor([False, True])]
+    truth = boxes_of([([A, [20, 20, 60, 60]], [1, 1])], ignored=crowd)
+    found = [([[20, 20, 30, 30], [30, 30, 45, 45], A], [1, 1, 1], [0.9, 0.8, 0.7])]
+    assert summary(precisions(truth, found_of(found)))["AP"] == 1
+
+
+def test_only_the_hundred_most_confident_of_a_class_in_an_image_count():
+    truth = boxes_of([([A], [1])])
+    scores = np.linspace(1, 0.5, 101)
+    for place, expected in ((99, 1 / 100), (100, 0)):
+        edges = [A if i == place else B for i in range(101)]
+        found = found_of([(edges, [1] * 101, scores)])
+        assert math.isclose(summary(precisions(truth, found))["AP"], expected)
+
+
+def case_of(seed):
+    truth, found = coco_numbers.random_case(seed)
+
+    def part(entries, image, *keys):
+        own = [entry for entry in entries if entry["image_id"] == image]
+        edges = torch.tensor([entry["bbox"] for entry in own], dtype=torch.float64).view(-1, 4)
+        edges = torch.cat([edges[:, :2], edges[:, :2] + edges[:, 2:]], 1)
+        return [edges, *(torch.tensor([entry[key] for entry in own]) for key in keys)]
+
+    images = range(1, 13)
+    edges, labels, crowds = zip(
+        *(part(truth, i, "category_id", "iscrowd") for i in images), strict=True
+    )
+    names = ("boxes", "labels", "scores")
+    found = [dict(zip(names, part(found, i, "category_id", "score"), strict=True)) for i in images]
+    ignored = [crowd.bool() for crowd in crowds]
+    return Boxes(None, edges, labels, ignored, [], tuple("abcd"), ()), found
+
+
+@pytest.mark.parametrize("seed", range(coco_numbers.CASES))
+def test_ap_is_that_of_pycocotools(seed):
+    truth, found = case_of(seed)
+    expected = json.loads(coco_numbers.FILE.read_text())[seed]
+    result = precisions(truth, found)
+    for name, value in summary(result).items():
+        assert math.isclose(value, expected[name], abs_tol=1e-9)
+    per_class = np.nan_to_num(result.mean((0, 2)), nan=-1)
+    assert np.allclose(per_class, expected["per_class"], atol=1e-9)
+
+
+def plain_ap(truth, found, label, least):
+    """AP of one class at one IoU, by loops over detections and objects."""
+    queue = [
+        (-float(image["scores"][d]), i, d)
+        for i, image in enumerate(found)
+        for d in range(len(image["scores"])) if image["labels"][d] == label
+    ]  # fmt: skip
+    used, objects, hits, curve = set(), 0, 0, []
+    for labels, ignored in zip(truth.labels, truth.ignored, strict=True):
+        objects += sum(int(k == label and not c) for k, c in zip(labels, ignored, strict=True))
+    for _, i, d in sorted(queue, key=lambda entry: entry[0]):
+        best, chosen = 0, None
+        a = found[i]["boxes"][d].tolist()
+        for g in range(len(truth.labels[i])):
+            b, crowd = truth.boxes[i][g].tolist(), bool(truth.ignored[i][g])
+            if truth.labels[i][g] != label or (i, g) in used:
+                continue
+            sides = [min(a[k + 2], b[k + 2]) - max(a[k], b[k]) for k in (0, 1)]
+            shared = max(0, sides[0]) * max(0, sides[1])
+            area, own = ((x[2] - x[0]) * (x[3] - x[1]) for x in (a, b))
+            overlap = shared / (area if crowd else area + own - shared)
+            if overlap >= least and overlap + 2 * (not crowd) > best:
+                best, chosen = overlap + 2 * (not crowd), (i, g)
+        if chosen and truth.ignored[chosen[0]][chosen[1]]:
+            continue
+        if chosen:
+            used.add(chosen)
+            hits += 1
+        curve.append((hits / objects, hits / (len(curve) + 1)))
+    recalls = np.linspace(0, 1, 101)
+    return np.mean([max([p for r, p in curve if r >= recall], default=0) for recall in recalls])
+
+
+@pytest.mark.parametrize("seed", [0, 2, 3])
+def test_ap_is_that_of_a_plain_double_loop(seed):
+    truth, found = case_of(seed)
+    result = precisions(truth, found).mean(2)
+    for t, least in ((0, 0.5), (5, 0.75)):
+        for label in (1, 2, 3):
+            assert math.isclose(result[t, label - 1], plain_ap(truth, found, label, least))
+
+
+# --------------------------------------------------------------------------------- one's own boxes
+
+SIZE = (40, 30)  # of each image, width and height
+OBJECTS = {  # class and corners in pixels; an image without any; one box that leaves the image
+    "train": {"a": [("cat", 4, 6, 20, 18)], "b": [("dog", 0, 0, 8, 10), ("cat", 10, 10, 40, 30)]},
+    "val": {"c": [], "d": [("dog", 8, 3, 16, 27)]},
+}
+IDS = {"cat": 3, "dog": 17}  # with holes
+
+
+def write_images(root, place, write_image):
+    for split, images in OBJECTS.items():
+        for i, name in enumerate(images):
+            write_image(root / place.format(split=split) / f"{name}.jpg", SIZE, seed=i)
+
+
+def written(file, text):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+
+
+def write_coco(root, write_image, files="annotations/instances_{}2017.json", place="{split}2017"):
+    write_images(root, place, write_image)
+    for split, images in OBJECTS.items():
+        listed = [{"id": 7 * i, "file_name": f"{name}.jpg", "width": 40, "height": 30}
+                  for i, name in enumerate(images)]  # fmt: skip
+        things = [
+            {"image_id": 7 * i, "category_id": IDS[kind], "bbox": [x1, y1, x2 - x1, y2 - y1]}
+            for i, objects in enumerate(images.values()) for kind, x1, y1, x2, y2 in objects
+        ]  # fmt: skip
+        kinds = [{"id": key, "name": name} for name, key in IDS.items()]
+        content = dict(images=listed, annotations=things, categories=kinds)
+        written(root / files.format(split), json.dumps(content))
+
+
+def write_voc(root, write_image):
+    write_images(root, "JPEGImages", write_image)
+    for split, images in OBJECTS.items():
+        written(root / f"ImageSets/Main/{split}.txt", "\n".join(images))
+        for name, objects in images.items():
+            things = "".join(
+                f"<object><name>{kind}</name><difficult>0</difficult><bndbox><xmin>{x1 + 1}</xmin>"
+                f"<ymin>{y1 + 1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
+                for kind, x1, y1, x2, y2 in objects
+            )
+            size = "<size><width>40</width><height>30</height><depth>3</depth></size>"
+            text = f"<annotation><filename>{name}.jpg</filename>{size}{things}</annotation>"
+            written(root / f"Annotations/{name}.xml", text)
+
+
+def write_yolo(root, write_image, images="images/{split}", labels="labels/{}",
+               names="names:\n  0: cat  # a comment\n  1: 'dog'\nnc: 2\n"):  # fmt: skip
+    write_images(root, images, write_image)
+    for split, objects in OBJECTS.items():
+        for name, things in objects.items():
+            lines = [
+                f"{sorted(IDS).index(kind)} {(x1 + x2) / 80} {(y1 + y2) / 60} {(x2 - x1) / 40} "
+                f"{(y2 - y1) / 30}\n" for kind, x1, y1, x2, y2 in things
+            ]  # fmt: skip
+            written(root / labels.format(split) / f"{name}.txt", "".join(lines))
+    written(root / "data.yaml", names)
+    (root / labels.format("val") / "c.txt").unlink()  # an image without boxes has no file, or this
+
+
+WRITERS = {
+    "coco": (write_coco,),
+    "roboflow": (write_coco, "{}/_annotations.coco.json", "{split}"),
+    "beside": (write_coco, "{}.json", "."),
+    "voc": (write_voc,),
+    "yolo": (write_yolo,),
+    "swapped": (write_yolo, "{split}/images", "{}/labels", 'train: x\nnames: [cat, "dog"]\n'),
+    "listed": (write_yolo, "images/{split}", "labels/{}", "names:\n- cat\n- dog\n"),
+}
+
+
+def write(layout, root, write_image):
+    function, *places = WRITERS[layout]
+    function(root, write_image, *places)
+
+
+@pytest.mark.parametrize("layout", WRITERS)
+def test_all_formats_give_the_same_boxes(layout, tmp_path, write_image):
+    write(layout, tmp_path, write_image)
+    for part, images in zip(load_simCLR.read_boxes(tmp_path)[:2], OBJECTS.values(), strict=True):
+        assert part.classes == ("cat", "dog")
+        for i, (name, objects) in enumerate(images.items()):
+            assert part.images.path(i).stem == name
+            assert part.images.image(i).shape == (3, 30, 40)
+            edges = torch.tensor([box for _, *box in objects]).float().view(-1, 4)
+            assert torch.allclose(part.boxes[i], edges, atol=1e-4)
+            assert part.labels[i].tolist() == [sorted(IDS).index(kind) + 1 for kind, *_ in objects]
+
+
+def test_coco_ids_crowds_and_boxes_that_leave_the_image(tmp_path, write_image):
+    write_coco(tmp_path, write_image)
+    file = tmp_path / "annotations/instances_val2017.json"
+    content = json.loads(file.read_text())
+    content["annotations"] += [
+        {"image_id": 0, "category_id": 3, "bbox": [-5, -5, 20, 10], "iscrowd": 1},
+        {"image_id": 0, "category_id": 3, "bbox": [50, 5, 20, 10]},
+        {"image_id": 0, "category_id": 3, "bbox": [5, 5, 0.5, 10]},
+    ]
+    file.write_text(json.dumps(content))
+    _, test, _ = load_simCLR.read_boxes(tmp_path)
+    assert test.boxes[0].tolist() == [[0, 0, 15, 5]]
+    assert test.ignored[0].tolist() == [True]
+    assert (test.image_ids, test.class_ids) == ([0, 7], (3, 17))
+    assert test.dropped == {"under a pixel": 1, "outside the image": 1}
+
+
+@pytest.mark.parametrize("turn", [1, 3, 5, 6, 7, 8])
+def test_boxes_turn_with_a_photograph_that_exif_turns(turn, tmp_path):
+    """A white patch in the file is where its box is in the image as displayed."""
+    pixels = np.zeros((30, 40, 3), np.uint8)
+    pixels[4:10, 6:30] = 255
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    stored = load_simCLR.Annotated(tmp_path / "a.png", [40, 30])
+    box, (width, height) = load_simCLR.as_displayed(stored, torch.tensor([[6.0, 4, 30, 10]]))
+    shown = utils.read_image(tmp_path / "a.png")[0]
+    assert shown.shape == (height, width)
+    if turn >= 5:  # a half turn leaves the size, so that one cannot see which of them is meant
+        x1, y1, x2, y2 = box[0].int().tolist()
+        assert shown[y1:y2, x1:x2].min() == 255
+        assert shown.sum() == 255 * 24 * 6
+    other = load_simCLR.Annotated(tmp_path / "a.png", [400, 300])
+    with pytest.raises(utils.InputError, match="its annotation says 400 × 300"):
+        load_simCLR.as_displayed(other, box)
+
+
+def test_without_a_split_a_fifth_is_held_out(tmp_path, write_image):
+    for i in range(10):
+        write_image(tmp_path / f"images/{i}.jpg", seed=i)
+        written(tmp_path / f"labels/{i}.txt", "0 0.5 0.5 0.5 0.5\n")
+    written(tmp_path / "classes.txt", "thing\n")
+    train, test, text = load_simCLR.read_boxes(tmp_path)
+    names = [utils.image_names(part.images) for part in (train, test)]
+    assert [len(part) for part in names] == [8, 2]
+    assert not set(names[0]) & set(names[1])
+    assert "held out" in text
+
+
+def edited(file, old, new):
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new, 1))
+
+
+COCO, VOC = "annotations/instances_train2017.json", "Annotations/b.xml"
+YOLO = "labels/train/a.txt"
+BOMB = '<!DOCTYPE x [<!ENTITY a "aaa"><!ENTITY b "&a;&a;">]><annotation>&b;'
+
+
+@pytest.mark.parametrize(
+    ("layout", "harm", "message"),
+    [
+        ("coco", lambda root: edited(root / COCO, "[4,", "[NaN,"), "NaN, which is no number"),
+        ("coco", lambda root: edited(root / COCO, "[4,", "[1e999,"), "not finite"),
+        ("coco", lambda root: edited(root / COCO, '"image_id": 7', '"image_id": 8'), "image_id 8"),
+        ("coco", lambda root: edited(root / COCO, '_id": 3', '_id": 4'), "class 4, which has no"),
+        ("coco", lambda root: (root / "train2017/a.jpg").unlink(), "cannot read the image"),
+        ("coco", lambda root: (root / COCO).write_text("[" * 100_000), "cannot read"),
+        ("voc", lambda root: edited(root / VOC, "<annotation>", BOMB), "a document type"),
+        ("voc", lambda root: edited(root / VOC, "<xmin>", "<xmin>x"), "b.xml"),
+        ("voc", lambda root: edited(root / VOC, "<name>dog</name>", ""), "b.xml"),
+        ("yolo", lambda root: edited(root / YOLO, "0 0.3", "9 0.3"), "class 9, which has no name"),
+        ("yolo", lambda root: edited(root / YOLO, "0 0.3", "0 12"), "shares of the image's sides"),
+        ("yolo", lambda root: edited(root / YOLO, "0 0.3", "0"), "a.txt"),
+        ("yolo", lambda root: (root / "data.yaml").unlink(), "no data.yaml"),
+        ("yolo", lambda root: (root / YOLO).parent.parent.rename(root / "x"), "in a known layout"),
+    ],
+)  # fmt: skip
+def test_hostile_files_are_one_line(layout, harm, message, tmp_path, write_image, encoder, capfd):
+    write(layout, tmp_path, write_image)
+    harm(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        load_simCLR.main([str(encoder), "--tasks", "detection", "--data-dir", str(tmp_path),
+                          "--figures", str(tmp_path), "--device", "cpu"])  # fmt: skip
+    said = capfd.readouterr().err
+    assert exit.value.code == 2
+    assert said.count("\n") == 1
+    assert message in said
+
+
+# ---------------------------------------------------------------------------------- the detectors
+
+
+@pytest.fixture
+def few_scenes(monkeypatch):
+    monkeypatch.setattr(load_simCLR, "TRAIN_SCENES", 20)
+    monkeypatch.setattr(load_simCLR, "TEST_SCENES", 6)
+    monkeypatch.setattr(load_simCLR, "RATES", (3e-3,))
+    sizes = load_simCLR.DETECTORS["digits"]._replace(steps=2)
+    monkeypatch.setitem(load_simCLR.DETECTORS, "digits", sizes)
+
+
+@pytest.fixture
+def plan(encoder, few_scenes):
+    """Makes a comparison of detectors of 10 scenes, with the options."""
+
+    def make(**options):
+        options = Options(**{"dataset": "digits", "labels": ("10",), "device": "cpu", **options})
+        return load_simCLR.plan_detection(load_source(encoder), options, CPU)
+
+    return make
+
+
+def trained(plan, name="simclr", **options):
+    job = plan(**options)
+    return job.fit(name, job.labelled(10, 0), 3e-3, 2, 0)
+
+
+def test_scenes_follow_from_the_seed_and_boxes_are_tight():
+    one, more = (load_simCLR.digit_scenes("train", n, 5) for n in (4, 8))
+    other, test = load_simCLR.digit_scenes("train", 4, 6), load_simCLR.digit_scenes("test", 4, 5)
+    assert torch.equal(one.images.images, more.images.images[:4])
+    assert not torch.equal(one.images.images, other.images.images)
+    assert not torch.equal(one.images.images, test.images.images)
+    for i in range(len(more)):
+        ink = more.images.image(i)[0] >= load_simCLR.INK
+        assert 1 <= len(more.labels[i]) <= 4
+        for x1, y1, x2, y2 in more.boxes[i].int().tolist():
+            part = ink[y1:y2, x1:x2]
+            assert all(edge.any() for edge in (part[0], part[-1], part[:, 0], part[:, -1]))
+
+
+@pytest.mark.parametrize(("arch", "width", "stem"), [("resnet10", 0.125, "small"),
+                                                     ("resnet50", 0.0625, "imagenet")])  # fmt: skip
+def test_levels_are_the_encoders_and_see_what_it_saw(arch, width, stem):
+    network = simclr.Encoder(arch, width, stem).eval()
+    kind = "small" if stem == "small" else "imagenet"
+    detector = load_simCLR.make_detector(network, kind, "cifar10", ["x"], 64, "float32").eval()
+    image, seen = torch.rand(3, 64, 64), []
+    inside, _ = detector.transform([image])
+    outputs = [getattr(network, f"layer{stage}") for stage in load_simCLR.DETECTORS[kind].stages]
+    for stage in outputs:
+        stage.register_forward_hook(lambda module, x, y: seen.append(y))
+    h = utils.Normalized(network, "cifar10")(image[None])
+    levels = detector.backbone.body(inside.tensors)
+    assert len(levels) == len(outputs)
+    for level, expected in zip(levels.values(), seen, strict=False):
+        assert torch.allclose(level, expected, atol=1e-5)
+    assert torch.allclose(levels[str(len(outputs) - 1)].mean((2, 3)), h, atol=1e-5)
+    convolutions = [block[0] for block in detector.backbone.fpn.inner_blocks]
+    assert [c.in_channels for c in convolutions] == [level.shape[1] for level in levels.values()]
+    assert isinstance(detector, FasterRCNN)
+
+
+def test_both_rows_begin_with_equal_heads_and_meet_the_same_images(plan, monkeypatch):
+    job, made, met = plan(), [], []
+    make, example = load_simCLR.make_detector, Detection.example
+
+    def record(*args):
+        made.append(copy.deepcopy((new := make(*args)).state_dict()))
+        return new
+
+    monkeypatch.setattr(load_simCLR, "make_detector", record)
+    monkeypatch.setattr(Detection, "example", lambda *a: met.append(a[2:]) or example(*a))
+    for name in ("scratch", "simclr"):
+        job.fit(name, job.labelled(10, 0), 3e-3, 2, 0)
+    heads = [{k: x for k, x in state.items() if ".body." not in k} for state in made]
+    assert all(torch.equal(x, heads[1][k]) for k, x in heads[0].items())
+    body = "backbone.body.conv1.weight"
+    assert not torch.equal(made[0][body], made[1][body])
+    assert met[: len(met) // 2] == met[len(met) // 2 :]
+
+
+def test_a_training_repeats_bit_for_bit_and_leaves_the_encoder_alone(plan, encoder):
+    job, threads = plan(), torch.get_num_threads()
+    network = job.starts["simclr"].resnet(0)
+    before, file = utils.module_digest(network), encoder.read_bytes()
+    digests = {utils.module_digest(trained(plan)) for _ in range(2)}
+    assert len(digests) == 1
+    job.fit("simclr", job.labelled(10, 0), 3e-3, 2, 0)
+    assert utils.module_digest(network) == before
+    assert encoder.read_bytes() == file
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("name", ["frozen", "simclr"])
+def test_freeze_moves_neither_weights_nor_statistics(plan, name):
+    body = trained(plan, name, freeze=True).backbone.body.state_dict()
+    before = plan().starts["simclr"].resnet(0).state_dict()
+    same = [torch.equal(x, before[key]) for key, x in body.items()]
+    assert all(same) if name == "frozen" else not any(same)
+
+
+def test_bfloat16_is_for_the_encoder_alone(plan):
+    detector = trained(plan, precision="bfloat16")
+    kinds = []
+    detector.backbone.body.layer2.register_forward_hook(lambda *a: kinds.append(a[2].dtype))
+    detector.backbone.fpn.register_forward_pre_hook(lambda m, x: kinds.append(x[0]["0"].dtype))
+    load_simCLR.detect(detector, plan().test.images)
+    assert kinds == [torch.bfloat16, torch.float32]
+    assert all(p.isfinite().all() for p in detector.parameters())
+
+
+def test_the_command_writes_what_it_promises(encoder, few_scenes, tmp_path, write_image, capfd):
+    places = ["--figures", str(tmp_path), "--device", "cpu"]
+    load_simCLR.main([str(encoder), "--dataset", "digits", "--tasks", "detection", "--labels", "5",
+                      "--seeds", "1", "--against", str(encoder), *places])  # fmt: skip
+    said = capfd.readouterr().out
+    assert "5 images: pre-trained is" in said
+    beside = encoder.parent / "encoder.pt.evaluation-detection.json"
+    results = json.loads(beside.read_text())
+    rows = [(r["row"], r["images"], r["seed"]) for r in results["detectors"]]
+    names = ("scratch", "simclr", str(encoder))
+    assert rows == [*((name, 5, 0) for name in names), ("longer", 5, 0)]
+    assert (tmp_path / "encoder/detection.png").stat().st_size > 10_000
+    truth = json.loads((encoder.parent / "encoder.pt.detections-truth.json").read_text())
+    found = json.loads((encoder.parent / "encoder.pt.detections.json").read_text())
+    assert len(truth["images"]) == 6
+    assert {entry["image_id"] for entry in found} <= {image["id"] for image in truth["images"]}
+    detector = load_simCLR.load_detector(encoder.parent / "encoder.pt.detector.pt")
+    scenes = load_simCLR.digit_scenes("test", 6, 0)
+    again = torch.cat([image["scores"] for image in load_simCLR.detect(detector, scenes.images)])
+    assert again.tolist() == [entry["score"] for entry in found]
+    write_image(tmp_path / "photos/a.jpg", (80, 60))
+    (tmp_path / "photos/b.jpg").write_bytes(b"no image")
+    out = tmp_path / "boxes.json"
+    where = ("--detect", str(tmp_path / "photos"), "--out", str(out))
+    load_simCLR.main([str(encoder), *where, *places])
+    assert "1 images" in capfd.readouterr().out
+    assert {entry["image"] for entry in json.loads(out.read_text())} <= {"a.jpg"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--tasks detection --dataset digits --labels 3", "--labels 3: give 5 to 20"),
+        ("--tasks detection --dataset digits --labels 21", "--labels 21: give 5 to 20"),
+        ("--tasks detection --dataset cifar10", "cifar10 has no boxes"),
+        ("--detect {folder}", "no checkpoint at"),
+        ("--detect nowhere", "--detect nowhere is not a folder"),
+    ],
+)
+def test_wrong_options_are_one_line(flags, message, few_scenes, tmp_path, encoder, capfd):
+    file = tmp_path / "x.pt"
+    file.write_bytes(encoder.read_bytes())
+    with pytest.raises(SystemExit) as exit:
+        load_simCLR.main([str(file), *flags.format(folder=tmp_path).split(), "--figures",
+                          str(tmp_path), "--device", "cpu"])  # fmt: skip
+    said = capfd.readouterr().err
+    assert exit.value.code == 2
+    assert said.count("\n") == 1
+    assert message in said
