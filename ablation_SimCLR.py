@@ -68,7 +68,7 @@ def opposite_similarities(z1: Tensor, z2: Tensor, cosine: bool = True) -> tuple[
     their negatives from the other side only.
     """
     z1, z2 = (simclr.normalize_rows(z) if cosine else utils.at_least_float32(z) for z in (z1, z2))
-    with simclr.full_precision(z1):
+    with utils.autocast(z1.device, "float32"):
         similarity = z1 @ z2.T  # (N, N)
     negative = ~torch.eye(len(z1), dtype=torch.bool, device=z1.device)
     return torch.cat([similarity, similarity.T]), negative.repeat(2, 1)
@@ -126,7 +126,7 @@ def margin_triplet(
 def nt_xent_dot(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     """NT-Xent (Eq. 1) with dot products of z as it is instead of cosines (Table 5)."""
     z = utils.at_least_float32(torch.cat([z1, z2]))  # (2N, D)
-    with simclr.full_precision(z):
+    with utils.autocast(z.device, "float32"):
         logits = z @ z.T / temperature  # (2N, 2N)
     logits.fill_diagonal_(float("-inf"))  # k != i
     partner = torch.arange(len(z), device=z.device).roll(len(z1))  # (2N,) the other view
@@ -263,8 +263,7 @@ class Variant:
         """The model to start from, with the same weights whatever the number of passes."""
         model = simclr.start_model(config)
         if self.passes == 2:
-            weights, model = model.state_dict(), TwoPasses(config)
-            model.load_state_dict(weights)
+            model.__class__ = TwoPasses
         return model
 
 
@@ -311,14 +310,11 @@ def one_branch_batches(
     steps = [step for name in branch for step in TRANSFORMATIONS[name](config)]
     transform = simclr.Augment(side, steps)
 
-    size, count = simclr.batch_count(config, len(data))
-    shuffle = utils.generator("cpu", config.seed, simclr.SHUFFLE, epoch)
-    rows = torch.randperm(len(data), generator=shuffle)[: size * count].view(count, size)[start:]
-    keys = [(config.seed, simclr.VIEWS, epoch, step) for step in range(start, count)]
-    workers = utils.worker_count(config.workers)
-    images = simclr.augmented_batches(data, rows, keys, common, 1, device, workers)
-    for x, key in zip(images, keys, strict=True):  # (N, 3, S, S)
-        u = transform.draw(size, utils.generator(device, *key, 1))  # another stream than the crops'
+    one_view = dataclasses.replace(config, views=1)
+    images = simclr.view_batches(one_view, data, device, epoch, start, common)
+    for step, x in enumerate(images, start):  # (N, 3, S, S)
+        key = (config.seed, simclr.VIEWS, epoch, step, 1)  # another stream than the crops'
+        u = transform.draw(len(x), utils.generator(device, *key))
         yield torch.cat([transform(x, u), x])
 
 
@@ -349,12 +345,6 @@ class Run:
             self.config, self.data, self.device, loss=self.variant.loss(self.config),
             batches=self.variant.batches(), model=self.variant.model(self.config),
         )  # fmt: skip
-
-    def project(self, model: nn.Module, views: Tensor) -> tuple[Tensor, Tensor]:
-        """h and z of views (B, 3, S, S): float32 (B, D), (B, D')."""
-        with utils.autocast(self.device, self.config.precision):
-            h, z = model(views.contiguous(memory_format=torch.channels_last))
-        return h.float(), z.float()
 
     def fine_tuned_accuracy(
         self, encoder: nn.Module, rows: Tensor, augment: simclr.Augment, schedule: LabelTraining
@@ -404,7 +394,7 @@ def contrastive_task(model: simclr.SimCLR, run: Run) -> dict[str, float]:
     batches = run.variant.batches()(config, run.data.pretrain, run.device, config.epochs, 0)
     entropies, accuracies = [], []
     for views in itertools.islice(batches, TASK_STEPS):
-        _, z = run.project(model, views)
+        _, z = simclr.forward(model, views, config.precision)
         similarity, _ = opposite_similarities(*z.chunk(2), cosine)  # (2N, N)
         logits = similarity / config.temperature
         partner = torch.arange(len(z) // 2, device=z.device).repeat(2)  # (2N,)
@@ -488,10 +478,9 @@ def transformed_features(
     count = len(data) // size
     rows = torch.arange(size * count).view(count, size).repeat(PROBE_VIEWS, 1)
     keys = [(config.seed, simclr.LABELS, part, i) for i in range(len(rows))]
-    workers = utils.worker_count(config.workers)
-    batches = simclr.augmented_batches(data, rows, keys, augment, 1, run.device, workers)
-    h, z = zip(*(run.project(model, views) for views in batches), strict=True)
-    return torch.cat(h), torch.cat(z), torch.cat(choices)
+    batches = simclr.augmented_batches(data, rows, keys, augment, 1, run.device, config.workers)
+    h, z = zip(*(simclr.forward(model, x, config.precision) for x in batches), strict=True)
+    return torch.cat(h).float(), torch.cat(z).float(), torch.cat(choices)
 
 
 def mlp_accuracy(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, config: Config) -> float:
@@ -599,9 +588,8 @@ PAPER_BATCHES = (256, 512, 1024, 2048)  # for all other data sets
 
 def grid(**fields: Sequence[Any]) -> list[Setting]:
     """All combinations of values, each named after them."""
-    points = [
-        dict(zip(fields, values, strict=True)) for values in itertools.product(*fields.values())
-    ]
+    combinations = itertools.product(*fields.values())
+    points = [dict(zip(fields, values, strict=True)) for values in combinations]
     return [Setting(",".join(f"{k}={v}" for k, v in point.items()), point) for point in points]
 
 
@@ -995,16 +983,14 @@ class Results:
                 by_seed.setdefault(row["seed"], []).append(factor * float(row[metric]))
         return {seed: statistics.fmean(values) for seed, values in sorted(by_seed.items())}
 
-    def mean(self, name: str, metric: str) -> float:
-        """Over the seeds; NaN if it was not measured."""
-        values = self.values(name, metric).values()
-        return statistics.fmean(values) if values else math.nan
-
     def columns(self, metric: str) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation over the seeds (0 for one seed) of each setting."""
+        """Mean and standard deviation over the seeds of each setting.
+
+        The mean is NaN if it was not measured, the standard deviation 0 for one seed.
+        """
         values = [list(self.values(s.name, metric).values()) for s in self.settings]
-        spreads = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
-        return [self.mean(s.name, metric) for s in self.settings], spreads
+        means = [statistics.fmean(v) if v else math.nan for v in values]
+        return means, [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
 
     @property
     def seeds(self) -> int:
@@ -1235,7 +1221,8 @@ def draw_panel(axis: Any, study: Study, lines: list[tuple], title: str, paper: b
 def draw_matrix(figure: Any, study: Study, results: Results, where: str) -> None:
     """Figure 5: the row's transformation, then the column's; the last column is the row's mean."""
     names, metric = list(TRANSFORMATIONS), study.metrics[0]
-    cells = {(s.series, s.x): results.mean(s.name, metric) for s in results.settings}
+    means, _ = results.columns(metric)
+    cells = {(s.series, s.x): mean for s, mean in zip(results.settings, means, strict=True)}
     rows = [[cells.get((first, then), math.nan) for then in names] for first in names]
     for row in rows:
         row.append(statistics.fmean([v for v in row if not math.isnan(v)] or [math.nan]))
@@ -1307,17 +1294,14 @@ class Grid:
             if job.result() is not None:
                 continue
             with contextlib.suppress(InputError), utils.run_lock(job.config.folder):
-                if job.result() is None:  # else another process has just done it
-                    print(f"{i}/{len(mine)}  {job.name}  ({job.config.folder})", flush=True)
-                    self.try_job(job, data, device)
-
-    def try_job(self, job: Job, data: Data, device: torch.device) -> None:
-        """run_job(); an error is printed and kept in `failed`."""
-        try:
-            run_job(job, data, device)
-        except Exception as error:  # whatever it is, the other jobs can be done
-            self.failed[job.name] = " ".join(str(error).split()) or type(error).__name__
-            print(f"failed: {self.failed[job.name]}", file=sys.stderr, flush=True)
+                if job.result() is not None:  # another process has just done it
+                    continue
+                print(f"{i}/{len(mine)}  {job.name}  ({job.config.folder})", flush=True)
+                try:
+                    run_job(job, data, device)
+                except Exception as error:  # whatever it is, the other jobs can be done
+                    self.failed[job.name] = " ".join(str(error).split()) or type(error).__name__
+                    print(f"failed: {self.failed[job.name]}", file=sys.stderr, flush=True)
 
     def finish(self) -> None:
         """If this process is the last one, write the table and the figure, and print both."""

@@ -44,7 +44,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -247,9 +246,9 @@ class Evaluation:
         column = Column("linear", "linear")
         for name in self.encoders:
             x, x_test = self.features(name)
-            with steps_bar(len(utils.L2_STRENGTHS), f"linear, {name}") as after_fit:
+            with steps_bar(len(utils.L2_STRENGTHS), f"linear, {name}") as bar:
                 classifier = utils.fit_linear_classifier(
-                    x, self.data.train.labels, self.classes, after_fit=after_fit
+                    x, self.data.train.labels, self.classes, after_fit=bar.update
                 )
             logits = classifier(x_test)
             self.record(column, name, logits)
@@ -281,13 +280,11 @@ class Evaluation:
         x = (x - mean) / std
         curvature = torch.linalg.matrix_norm(x.mT @ x / len(x), ord=2).item() / 2
         rate = 1 / max(curvature, 1e-6)
-        batches = (
-            ((h - mean) / std, labels)
-            for h, labels in self.augmented_features(name, size, steps, stream=1)
-        )
+        inputs = self.augmented_features(name, size, steps, stream=1)
+        batches = (((h - mean) / std, labels) for h, labels in inputs)
         layer = utils.zero_classifier(x.shape[1], self.classes).to(self.device)
-        with steps_bar(steps, f"linear, augmented, {name}") as after_step:
-            utils.train_on_labels(layer, batches, steps, rate, training, "float32", after_step)
+        with steps_bar(steps, f"linear, augmented, {name}") as bar:
+            utils.train_on_labels(layer, batches, steps, rate, training, "float32", bar.update)
         return lambda h: layer((h - mean) / std).detach()
 
     def augmented_features(
@@ -305,28 +302,27 @@ class Evaluation:
             yield h, labels
 
     def semi(self) -> list[Column]:
-        """A column for each label set; of sets of the same images only the first."""
-        labels = self.options.labels or LABELS
-        sizes = [len(self.label_rows(amount, 0)) for amount in labels]
-        first = [i for i, size in enumerate(sizes) if size not in sizes[:i]]
-        return [self.few_labels(labels[i], sizes[i]) for i in first]
-
-    def few_labels(self, amount: str, n: int) -> Column:
-        """Fine-tuned with n labels: the encoder and, from scratch, the untrained one.
+        """Fine-tuned with few labels: the encoder and, from scratch, the untrained one.
 
         Beside them logistic regression on raw pixels. The head is thrown away, as in the paper.
+        A column for each label set; of sets of the same images only the first.
         """
-        column, training = self.label_training(amount, n)
+        columns: dict[int, Column] = {}  # by the number of labels
         augment = simclr.geometric_augment(self.config)
         x, x_test = utils.standardize(*self.features("pixels"))
-        for seed in range(self.options.seeds):
-            rows = self.label_rows(amount, seed)
-            labels = self.data.train.labels[rows]
-            weight, bias = utils.fit_logistic_regression(x[rows], labels, self.classes)
-            self.record(column, "pixels", x_test @ weight + bias)
-            self.fine_tune(column, self.untrained(seed), rows, augment, training, seed)
-            self.fine_tune(column, self.encoders["simclr"], rows, augment, training, seed)
-        return column
+        for amount in self.options.labels or LABELS:
+            if (n := len(self.label_rows(amount, 0))) in columns:
+                continue
+            column, training = self.label_training(amount, n)
+            columns[n] = column
+            for seed in range(self.options.seeds):
+                rows = self.label_rows(amount, seed)
+                labels = self.data.train.labels[rows]
+                weight, bias = utils.fit_logistic_regression(x[rows], labels, self.classes)
+                self.record(column, "pixels", x_test @ weight + bias)
+                self.fine_tune(column, self.untrained(seed), rows, augment, training, seed)
+                self.fine_tune(column, self.encoders["simclr"], rows, augment, training, seed)
+        return list(columns.values())
 
     def label_training(self, amount: str, n: int) -> tuple[Column, LabelTraining]:
         """An empty column for a label set of n images, and how to train on it."""
@@ -353,10 +349,10 @@ class Evaluation:
         """Adds the scores of a copy of `start` that is trained on the labels of `rows`."""
         name = "simclr" if start is self.encoders["simclr"] else "untrained"
         title = f"{column.title}, {name}, seed {seed}"
-        with steps_bar(training.steps(len(rows)), title) as after_step:
+        with steps_bar(training.steps(len(rows)), title) as bar:
             network = simclr.fine_tune(
                 start, self.data.train, rows, augment, training, self.config, self.device, seed,
-                after_step,
+                bar.update,
             )  # fmt: skip
         logits = simclr.features(network, self.data.test, self.config, self.device)
         self.record(column, name, logits)
@@ -382,9 +378,7 @@ class Evaluation:
         return torch.cat(chosen)
 
 
-def evaluate(
-    evaluation: Evaluation, after_task: Callable[[dict], None] = lambda _: None
-) -> dict[str, Any]:
+def evaluate(evaluation: Evaluation, after_task: Callable = lambda _: None) -> dict[str, Any]:
     """Runs the tasks of the options. Returns the columns and the seconds of each task.
 
     after_task: is given them after each task, so that a long evaluation can be kept as it grows.
@@ -405,9 +399,7 @@ def evaluate(
     return results
 
 
-def class_measures(
-    predicted: Tensor, truth: Tensor, scores: Tensor | None = None
-) -> dict[str, float]:
+def class_measures(predicted: Tensor, truth: Tensor, scores: Tensor | None) -> dict[str, float]:
     """Measures for classes of uneven size, over the classes in `truth`, in [0, 1].
 
     predicted, truth: int64 (M,). scores: (M,), of class 1 where there are two classes.
@@ -423,16 +415,14 @@ def class_measures(
     return values
 
 
-@contextlib.contextmanager
-def steps_bar(total: int, title: str) -> Iterator[Callable[[], Any]]:
-    """Context manager that shows a bar on a terminal. Yields what advances it by a step."""
+def steps_bar(total: int, title: str) -> tqdm:
+    """A bar on the terminal of the main process, which update() advances by a step."""
     hidden = None if utils.is_main_process() else True
-    with tqdm(total=total, desc=title, unit="step", leave=False, disable=hidden) as bar:
-        yield bar.update
+    return tqdm(total=total, desc=title, unit="step", leave=False, disable=hidden)
 
 
-def evaluation_setup(source: Source, options: Options, device: torch.device) -> tuple[Config, Data]:
-    """The configuration and the data that `source` is to be evaluated with.
+def evaluation_setup(source: Source, options: Options, device: torch.device) -> Evaluation:
+    """The evaluation of `source` on the images that the options, or else its run, name.
 
     Raises InputError if the data cannot be had or have no labels, or do not suit the encoder.
     """
@@ -448,7 +438,7 @@ def evaluation_setup(source: Source, options: Options, device: torch.device) -> 
     config = simclr.resolve(config, data.pretrain, device)
     check_size(source, config.image_size)
     config = dataclasses.replace(config, precision=choose_precision(source, options, device))
-    return config, simclr.only_readable(data, config)
+    return Evaluation(source, config, simclr.only_readable(data, config), device, options)
 
 
 def choose_precision(source: Source, options: Options, device: torch.device) -> str:
@@ -463,12 +453,11 @@ MEASURES = {  # of class_measures(), in the order in which they are printed
     "macro_f1": "Macro F1",
     "auroc": "Area under the ROC curve",
 }
+LINE_WIDTH = 100  # characters
 
 
-def table(
-    columns: Sequence[dict], names: dict[str, str], images: int = utils.FEW_IMAGES, width: int = 100
-) -> str:
-    """The results for people: a row a representation, a column a measurement, in lines of width.
+def table(columns: Sequence[dict], names: dict[str, str], images: int = utils.FEW_IMAGES) -> str:
+    """The results for people: a row a representation, a column a measurement.
 
     images: of the test split, for the sampling errors of accuracies; by default without them.
     """
@@ -479,7 +468,7 @@ def table(
     for column in columns:
         cells = [column["title"], *(percent(column["scores"].get(key), images) for key in shown)]
         wide = max(map(len, cells)) + 3
-        if not blocks or len(blocks[-1][0]) + wide > width:
+        if not blocks or len(blocks[-1][0]) + wide > LINE_WIDTH:
             blocks.append([f"{label:{first}}" for label in labels])
         blocks[-1] = [
             line + f"{cell:>{wide}}" for line, cell in zip(blocks[-1], cells, strict=True)
@@ -528,15 +517,15 @@ def text_of(results: dict, names: dict[str, str]) -> str:
 
 
 def write_predictions(
-    file: Path, names: Sequence[str], predicted: Sequence[str], confidence: Sequence[float],
-    truth: Sequence[str] | None = None,
+    file: Path, images: Sequence[str], classes: Sequence[str], confidence: Tensor,
+    **labels: Tensor,
 ) -> None:  # fmt: skip
-    """A CSV file: image, true class (if known), predicted class, confidence in [0, 1]."""
-    columns = {"image": names, "true": truth, "predicted": predicted,
-               "confidence": [f"{value:.6f}" for value in confidence]}  # fmt: skip
-    known = {head: values for head, values in columns.items() if values is not None}
+    """A CSV file: image, labels int64 (M,) by the names of their classes, confidence in [0, 1]."""
+    named = [[classes[i] for i in column.tolist()] for column in labels.values()]
+    numbers = [f"{value:.6f}" for value in confidence.tolist()]
     text = io.StringIO(newline="")
-    csv.writer(text).writerows([list(known), *zip(*known.values(), strict=True)])
+    csv.writer(text).writerow(["image", *labels, "confidence"])
+    csv.writer(text).writerows(zip(images, *named, numbers, strict=True))
     utils.write_atomically(file, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
@@ -568,9 +557,8 @@ def draw_evaluation(
     if not right:
         return figure
     right[0].suptitle("Most confident mistakes" if mistakes else "No mistakes", fontsize=10)
-    for axis, tile in itertools.zip_longest(
-        right[0].subplots(3, TILES // 3).flat, mistakes[:TILES]
-    ):
+    axes = right[0].subplots(3, TILES // 3).flat
+    for axis, tile in itertools.zip_longest(axes, mistakes):
         axis.axis("off")
         if tile is not None:
             axis.imshow(tile[0], interpolation="nearest")
@@ -665,13 +653,6 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.linear(self.encoder(images))
 
-    def __str__(self) -> str:
-        accuracy = percent([self.facts["accuracy"]], self.facts["test_images"])
-        return (
-            f"{self.facts['network']['origin']}, {len(self.classes)} classes, right for {accuracy} "
-            f"of {self.facts['test_images']:,} test images"
-        )
-
 
 def load_classifier(where: str | Path = "", device: torch.device | str = "cpu") -> Classifier:
     """A classifier that --fine-tune or --classify has written, frozen and in eval mode.
@@ -695,6 +676,17 @@ def load_classifier(where: str | Path = "", device: torch.device | str = "cpu") 
     return classifier.to(device)
 
 
+def shape_of(source: Source) -> dict[str, Any]:
+    """Which ResNet it is."""
+    return {k: getattr(source.config or source.foreign, k) for k in ("arch", "width", "stem")}
+
+
+def stem_of(source: Source) -> dict[str, Any]:
+    """What is special about its stem, as in utils.ForeignEncoder."""
+    resnet = source.resnet
+    return {"padding": resnet.conv1.padding[0], "stem_relu": isinstance(resnet.relu, nn.ReLU)}
+
+
 def save_classifier(
     file: Path, evaluation: Evaluation, encoder: nn.Module, linear: nn.Linear, accuracy: float,
     origin: str,
@@ -704,13 +696,10 @@ def save_classifier(
     accuracy: in [0, 1], on the test images. origin: what was trained on what.
     """
     source, data, config = evaluation.source, evaluation.data, evaluation.config
-    shape = source.config or source.foreign
-    network = {name: getattr(shape, name) for name in ("arch", "width", "stem")}
-    network |= {"padding": source.resnet.conv1.padding[0], "normalize": source.normalize}
-    network |= {"stem_relu": not isinstance(source.resnet.relu, nn.Identity), "origin": origin}
+    network = {**shape_of(source), **stem_of(source), "normalize": source.normalize}
     state = {
         utils.CLASSIFIER_KEY: utils.CLASSIFIER_FORMAT,
-        "network": network,
+        "network": network | {"origin": origin},
         "classes": list(data.train.classes),
         "image_size": config.image_size,
         "range": list(config.range),
@@ -739,14 +728,14 @@ def fine_tune_classifier(source: Source, options: Options, device: torch.device)
 
     How long it trains follows from the number of labels; the test images only measure it.
     """
-    config, data = evaluation_setup(source, options, device)
-    evaluation = Evaluation(source, config, data, device, options)
-    amount = options.labels[0] if len(options.labels) == 1 else "100%"
+    evaluation = evaluation_setup(source, options, device)
+    config, train = evaluation.config, evaluation.data.train
+    (amount,) = options.labels or ("100%",)
     rows = evaluation.label_rows(amount, seed=0)
     file = Path(options.out or source.output(FINE_TUNED, options.figures))
     check_targets(file)
     print(f"{source.file}: {source.description}")
-    print(f"fine-tuning on {len(rows):,} of {len(data.train):,} labelled images", flush=True)
+    print(f"fine-tuning on {len(rows):,} of {len(train):,} labelled images", flush=True)
     column, training = evaluation.label_training(amount, len(rows))
     augment, start = simclr.geometric_augment(config), evaluation.encoders["simclr"]
     network = evaluation.fine_tune(column, start, rows, augment, training, seed=0)
@@ -767,8 +756,7 @@ def find_classifier(source: Source, options: Options, device: torch.device) -> C
         if classifier.facts["checkpoint_sha256"] == utils.file_digest(source.file):
             return classifier
         utils.log_warning(f"warning: {file} is of an earlier checkpoint, and is not used")
-    config, data = evaluation_setup(source, options, device)
-    evaluation = Evaluation(source, config, data, device, options)
+    evaluation = evaluation_setup(source, options, device)
     evaluation.encoders = {"simclr": source.encoder}
     with utils.frozen(source.encoder):
         evaluation.linear()
@@ -784,61 +772,62 @@ EMBED_BATCH = 128  # images of up to 224 px in float32: 77 MB
 def use_on_new_images(source: Source, options: Options, device: torch.device) -> None:
     """--embed and --classify: writes the .npz and the .csv."""
     check_targets(options.out)
-    small_stem = source.resnet.conv1.stride[0] == 1
-    facts = dataclasses.asdict(source.config) if source.config else source.classifier or {}
-    size = options.image_size or facts.get("image_size", 0)
-    size = size or (IMAGENET_STEM_SIZE if small_stem else simclr.STREAMED_SIZE)
-    embed = partial(embed_images, precision=choose_precision(source, options, device),
-                    workers=utils.worker_count(options.workers), device=device)  # fmt: skip
     if options.embed:
-        check_size(source, size)
-        grey_range = options.range or tuple(facts.get("range", ()))
-        paths, h = embed(source.encoder, Path(options.embed), size, grey_range)
+        facts = dataclasses.asdict(source.config) if source.config else source.classifier or {}
+        where = Path(options.embed)
+        paths, h = embed_images(source.encoder, where, facts, source, options, device)
         out = Path(options.out or source.output("features.npz", options.figures))
         buffer = io.BytesIO()
         np.savez(buffer, paths=np.array(paths), h=h.cpu().numpy())
         utils.write_atomically(out, buffer.getbuffer())
         print(f"{len(paths):,} images, h of {h.shape[1]} dimensions each: {out}")
     if options.classify:
-        classifier = find_classifier(source, options, device)
-        print(f"classifier: {classifier}")
-        size = options.image_size or classifier.image_size
-        check_size(source, size)
-        grey_range = options.range or tuple(classifier.facts["range"])
-        paths, logits = embed(classifier, Path(options.classify), size, grey_range)
+        classifier, where = find_classifier(source, options, device), Path(options.classify)
+        facts, classes = classifier.facts, classifier.classes
+        accuracy = percent([facts["accuracy"]], facts["test_images"])
+        print(f"classifier: {facts['network']['origin']}, {len(classes)} classes, right for "
+              f"{accuracy} of {facts['test_images']:,} test images")  # fmt: skip
+        paths, logits = embed_images(classifier, where, facts, source, options, device)
         out = Path(options.out or source.output("classified.csv", options.figures))
         confidence, predicted = logits.softmax(1).max(1)
-        names = [classifier.classes[i] for i in predicted.tolist()]
-        write_predictions(out, paths, names, confidence.tolist())
+        write_predictions(out, paths, classes, confidence, predicted=predicted)
         print(f"{len(paths):,} images classified: {out}")
 
 
 def embed_images(
-    network: nn.Module, where: Path, size: int, grey_range: tuple[float, ...], precision: str,
-    workers: int, device: torch.device,
+    network: nn.Module, where: Path, facts: dict[str, Any], source: Source, options: Options,
+    device: torch.device,
 ) -> tuple[list[str], Tensor]:  # fmt: skip
     """What a network computes of every image below a folder, or of one image, streamed from disk.
 
-    Prints which could not be read. Returns the paths relative to the folder and float32 (N, D) in
-    their order. Raises InputError if there is no image that can be read.
+    facts: `image_size` and `range` of its training, if they are known. Prints which images could
+    not be read. Returns the paths relative to the folder and float32 (N, D) in their order. Raises
+    InputError if there is no image that can be read.
     """
+    default = IMAGENET_STEM_SIZE if source.resnet.conv1.stride[0] == 1 else simclr.STREAMED_SIZE
+    size = options.image_size or facts.get("image_size") or default
+    check_size(source, size)
     folder, paths = where.parent, [where.name]
     if where.is_dir():
         folder, paths = where, utils.list_images(where)
     if not paths:
         raise InputError(f"no images in {folder}")
     names = np.array([os.fsencode(path) for path in paths])
+    grey_range = options.range or tuple(facts.get("range", ()))
     grey_range = utils.choose_range(folder, paths, grey_range)
     files = ImageFiles(folder, names, max_bad=1.0, grey_range=grey_range)
     network = network.to(device, memory_format=torch.channels_last)
     with utils.frozen(network):
-        h = utils.embed(network, files, size, device, precision, EMBED_BATCH, workers, str(where))
+        h = utils.embed(
+            network, files, size, device, choose_precision(source, options, device), EMBED_BATCH,
+            utils.worker_count(options.workers), str(where),
+        )  # fmt: skip
     if files.unreadable:
         print(f"{len(files.unreadable):,} of {len(paths):,} images could not be read:")
         for reason in files.unreadable.values():
             print(f"  {utils.one_line(reason, 500)}")
     read = utils.rows_read(h)
-    return [path for path, is_read in zip(paths, read.tolist(), strict=True) if is_read], h[read]
+    return list(itertools.compress(paths, read.tolist())), h[read]
 
 
 # ------------------------------------------------------------------------ detection: images, boxes
@@ -904,14 +893,14 @@ def read_coco(root: Path, split: str, file: Path) -> Annotations:
         raise ValueError(f"it holds {text}, which is no number")
 
     content = json.loads(file.read_bytes(), parse_constant=refuse)
-    images = {image["id"]: image for image in sorted(content["images"], key=lambda x: x["id"])}
-    name = next(iter(images.values()))["file_name"]
+    images = sorted(content["images"], key=lambda image: image["id"])
+    name = images[0]["file_name"]
     places = (root / split, root / "images" / split, root / "images", root)
     folder = next((place for place in places if (place / name).is_file()), places[0])
     items = {}
-    for key, image in images.items():
+    for image in images:
         size = [image["width"], image["height"]] if image.get("width") else None
-        items[key] = Annotated(folder / image["file_name"], size, image_id=key)
+        items[image["id"]] = Annotated(folder / image["file_name"], size, image_id=image["id"])
     for thing in content["annotations"]:
         if (key := thing["image_id"]) not in items:
             raise ValueError(f"a box has image_id {key}, which is not among the images")
@@ -1097,7 +1086,7 @@ def as_displayed(item: Annotated, boxes: Tensor) -> tuple[Tensor, tuple[int, int
 TRAIN_SCENES, TEST_SCENES = 1000, 200
 CANVAS = 64  # px, the side of a scene
 DIGITS, DIGIT_SIZE = (1, 4), (12, 28)  # in a scene; px, with their margins
-FRAGMENTS, FRAGMENT_SIZE = 8, (4, 8)  # of digits, in a scene; px
+FRAGMENTS, FRAGMENT_SIZE = 8, (3, 6)  # of digits, in a scene; px
 INK = 40  # from this grey on; digits are white on black
 PLACE_TRIES = 20  # places, before a digit is left out
 
@@ -1240,7 +1229,7 @@ SMALL = dict(channels=64, roi=5, points=1, head=128, options=dict(
     box_positive_fraction=0.5,  # few steps need many objects among the samples
 ))  # fmt: skip
 DETECTORS = {
-    "digits": DetectorSizes((2, 3), CANVAS, (0.19, 0.34, 0.62), 0, 150, **SMALL),
+    "digits": DetectorSizes((2, 3), CANVAS, (0.19, 0.34, 0.62), 0, 125, **SMALL),
     "small": DetectorSizes((2, 3, 4), 128, (0.1, 0.2, 0.4, 0.7), 12, 500, **SMALL),
     "imagenet": DetectorSizes((1, 2, 3, 4), 448, (0.04, 0.08, 0.16, 0.32, 0.64), 12, 500),
 }
@@ -1308,31 +1297,66 @@ class Start(NamedTuple):
     """What a detector begins with: a row of the table."""
 
     title: str
-    resnet: Callable[[int], nn.Module]  # seed -> Encoder of normalised images
+    resnet: nn.Module | None  # Encoder of normalised images; None: an untrained one by the seed
     normalize: str
     frozen: bool = False  # whether the encoder's weights and statistics stay as they are
 
 
-@dataclass
 class Detection:
-    """A comparison of detectors: what they begin with, learn from, and are measured on."""
+    """A comparison of detectors: what they begin with, learn from, and are measured on.
 
-    starts: dict[str, Start]
-    train: Boxes
-    test: Boxes
-    where: str  # what the images are, for people
-    amounts: list[int]  # of labelled images, ascending
-    kind: str  # of DETECTORS
-    side: int  # px
-    epochs: int  # 0: by the kind
-    seed: int
-    precision: str
-    device: torch.device
+    Raises InputError if there are no boxes, or the options do not suit them.
+    """
+
+    def __init__(self, source: Source, options: Options, device: torch.device) -> None:
+        self.source, self.options, self.device = source, options, device
+        dataset = options.dataset or ("folder" if options.data_dir else "")
+        config = source.config_for(dataset, options.data_dir, options.image_size, options.range)
+        self.config, self.seed = config, config.seed
+        self.precision = choose_precision(source, options, device)
+        self.kind = "small" if source.resnet.conv1.stride[0] == 1 else "imagenet"  # of DETECTORS
+        side = DETECTORS[self.kind].side
+        if config.dataset == "digits":
+            self.train = digit_scenes("train", TRAIN_SCENES, config.seed)
+            self.test = digit_scenes("test", TEST_SCENES, config.seed)
+            self.where, side = "scenes of digits", CANVAS  # what the images are, for people
+            self.kind = "digits" if self.kind == "small" else self.kind
+        elif config.dataset == "folder":
+            self.train, self.test, self.where = read_boxes(Path(config.data_dir))
+        else:
+            raise InputError(f"{config.dataset} has no boxes: give --data-dir, a folder that has")
+        self.side = options.image_size or side  # px
+        # of labelled images, ascending
+        self.amounts = sorted({*map(self.amount, options.labels or DETECTION_LABELS)})
+        title = "SimCLR" if source.config else "pre-trained"
+        pretrained = Start(title, source.resnet, source.normalize)
+        scratch = Start("from scratch", None, source.normalize)
+        self.starts = {"scratch": scratch, "simclr": pretrained}
+        if options.freeze:
+            self.starts["frozen"] = pretrained._replace(title=f"{title}, frozen", frozen=True)
+        for name in options.against:
+            other = load_source(utils.find_checkpoint(name, options.checkpoints))
+            if shape_of(other) != shape_of(source):
+                raise InputError(f"--against {name}: another architecture ({other.description})")
+            self.starts[name] = Start(other.name, other.resnet, other.normalize)
+
+    def amount(self, text: str) -> int:
+        """How many labelled images an entry of --labels or DETECTION_LABELS stands for."""
+        wanted, most = parse_amount(text), len(self.train)
+        amount = wanted if isinstance(wanted, int) else max(1, round(wanted * most))
+        if self.options.labels and not FEWEST <= amount <= most:
+            raise InputError(f"--labels {text}: give {FEWEST} to {most:,} training images")
+        return min(amount, most)
+
+    def untrained(self, seed: int) -> nn.Module:
+        """The encoder before pre-training, without its normalisation."""
+        config = dataclasses.replace(self.config, seed=self.seed + seed)
+        return utils.without_normalization(self.source.untrained(config))
 
     def steps(self, n: int) -> int:
         """Steps to train on n labelled images."""
         sizes, passes = DETECTORS[self.kind], math.ceil(n / DETECTION_BATCH)
-        return self.epochs * passes or max(sizes.steps, sizes.epochs * passes)
+        return self.options.epochs * passes or max(sizes.steps, sizes.epochs * passes)
 
     def labelled(self, amount: int, seed: int) -> Boxes:
         """The images that the detectors of one seed learn from."""
@@ -1346,9 +1370,10 @@ class Detection:
         the seed alone, and not on what it begins with.
         """
         start = self.starts[name]
+        resnet = copy.deepcopy(start.resnet) or self.untrained(seed)
         detector = make_detector(
-            copy.deepcopy(start.resnet(seed)), self.kind, start.normalize, data.classes, self.side,
-            self.precision, utils.derive_seed(self.seed, seed),
+            resnet, self.kind, start.normalize, data.classes, self.side, self.precision,
+            utils.derive_seed(self.seed, seed),
         ).to(self.device).train()  # fmt: skip
         if start.frozen:
             detector.backbone.body.requires_grad_(False).eval()
@@ -1357,7 +1382,7 @@ class Detection:
         random = utils.generator("cpu", *key)
         orders = torch.cat([torch.randperm(len(data), generator=random) for _ in range(passes)])
         title = f"{start.title}, {len(data)} images, seed {seed}"
-        with utils.fork_rng(self.device), steps_bar(steps, title) as after_step:
+        with utils.fork_rng(self.device), steps_bar(steps, title) as bar:
             for step, rows in enumerate(orders.split(DETECTION_BATCH)[:steps]):
                 warm = min(1, (step + 1) / (WARM_SHARE * steps))
                 simclr.set_rate(optimizer, rate * warm * (1 + math.cos(math.pi * step / steps)) / 2)
@@ -1368,7 +1393,7 @@ class Detection:
                 sum(detector(images, targets).values()).backward()
                 optimizer.step()
                 optimizer.zero_grad()
-                after_step()
+                bar.update()
         return detector.eval()
 
     def example(self, data: Boxes, row: int, mirrored: bool) -> tuple[Tensor, dict[str, Tensor]]:
@@ -1404,54 +1429,7 @@ def detect(detector: FasterRCNN, images: utils.Images) -> list[dict[str, Tensor]
 # ------------------------------------------------------------------------- detection: evaluation
 
 
-def plan_detection(source: Source, options: Options, device: torch.device) -> Detection:
-    """Reads or makes the images, and settles what the options leave open. Raises InputError."""
-    dataset = options.dataset or ("folder" if options.data_dir else "")
-    config = source.config_for(dataset, options.data_dir, options.image_size, options.range)
-    kind = "small" if source.resnet.conv1.stride[0] == 1 else "imagenet"
-    if config.dataset == "digits":
-        train = digit_scenes("train", TRAIN_SCENES, config.seed)
-        test, where = digit_scenes("test", TEST_SCENES, config.seed), "scenes of digits"
-        kind = "digits" if kind == "small" else kind
-    elif config.dataset == "folder":
-        train, test, where = read_boxes(Path(config.data_dir))
-    else:
-        raise InputError(f"{config.dataset} has no boxes: give --data-dir, a folder that has")
-    amounts = set()
-    for text in options.labels or DETECTION_LABELS:
-        wanted = parse_amount(text)
-        amount = wanted if isinstance(wanted, int) else max(1, round(wanted * len(train)))
-        if options.labels and not FEWEST <= amount <= len(train):
-            raise InputError(f"--labels {text}: give {FEWEST} to {len(train):,} training images")
-        amounts.add(min(amount, len(train)))
-
-    def untrained(seed: int) -> nn.Module:
-        encoder = source.untrained(dataclasses.replace(config, seed=config.seed + seed))
-        return getattr(encoder, "encoder", encoder)  # without its normalisation
-
-    title = "SimCLR" if source.config else "pre-trained"
-    starts = {"scratch": Start("from scratch", untrained, source.normalize)}
-    starts["simclr"] = Start(title, lambda seed: source.resnet, source.normalize)
-    if options.freeze:
-        starts["frozen"] = starts["simclr"]._replace(title=f"{title}, frozen", frozen=True)
-    for name in options.against:
-        other = load_source(utils.find_checkpoint(name, options.checkpoints))
-        if shape_of(other) != shape_of(source):
-            raise InputError(f"--against {name}: another architecture ({other.description})")
-        starts[name] = Start(other.name, lambda seed, x=other: x.resnet, other.normalize)
-    default = CANVAS if config.dataset == "digits" else DETECTORS[kind].side
-    return Detection(
-        starts, train, test, where, sorted(amounts), kind, options.image_size or default,
-        options.epochs, config.seed, choose_precision(source, options, device), device,
-    )  # fmt: skip
-
-
-def shape_of(source: Source) -> dict[str, Any]:
-    """Which ResNet it is."""
-    return {k: getattr(source.config or source.foreign, k) for k in ("arch", "width", "stem")}
-
-
-def compare_detectors(job: Detection, seeds: int) -> tuple[dict, dict, FasterRCNN]:
+def compare_detectors(job: Detection) -> tuple[dict, dict, FasterRCNN]:
     """Trains and measures every row with every number of labelled images.
 
     Returns what evaluation-detection.json says of them; by row and number of images, of seed 0,
@@ -1459,8 +1437,10 @@ def compare_detectors(job: Detection, seeds: int) -> tuple[dict, dict, FasterRCN
     """
     rates = {name: job.rates(name) for name in job.starts}
     few, outputs, records = job.amounts[0], {}, []
-    cells = [(n, seed, name, 1) for n in job.amounts for seed in range(seeds if n == few else 1)
-             for name in job.starts]  # fmt: skip
+    cells = [
+        (n, seed, name, 1) for n in job.amounts
+        for seed in range(job.options.seeds if n == few else 1) for name in job.starts
+    ]  # fmt: skip
     for n, seed, name, times in [*cells, (few, 0, "scratch", LONGER)]:
         started, rate, steps = time.perf_counter(), next(iter(rates[name])), times * job.steps(n)
         detector = job.fit(name, job.labelled(n, seed), rate, steps, seed)
@@ -1483,8 +1463,9 @@ def compare_detectors(job: Detection, seeds: int) -> tuple[dict, dict, FasterRCN
     return {"rates": rates, "detectors": records}, outputs, best
 
 
-def run_detection(source: Source, job: Detection, options: Options) -> dict:
+def run_detection(job: Detection) -> dict:
     """Compares detectors, prints the table, writes the results, the best detector, the figure."""
+    source, options = job.source, job.options
     names = ("evaluation-detection.json", "detections.json", "detections-truth.json", "detector.pt")
     files = [source.output(name, options.figures) for name in names]
     if options.out and set(options.tasks) == {DETECTION}:
@@ -1499,10 +1480,11 @@ def run_detection(source: Source, job: Detection, options: Options) -> dict:
             print(f"boxes left out of the {name} images: {', '.join(dropped)}")
     started, threads = time.perf_counter(), torch.get_num_threads()
     if job.device.type == "cpu" and job.side <= simclr.SMALL_STEM_SIZE:
-        torch.set_num_threads(1)  # of tiny operations: threads would wait for each other
+        # of tiny operations: on two busy cores a step took 0.3 s with one thread, 2.4 s with two
+        torch.set_num_threads(1)
     try:
         with utils.frozen(source.encoder):
-            measured, outputs, detector = compare_detectors(job, options.seeds)
+            measured, outputs, detector = compare_detectors(job)
     finally:
         torch.set_num_threads(threads)
     results = {
@@ -1517,8 +1499,7 @@ def run_detection(source: Source, job: Detection, options: Options) -> dict:
     utils.write_json(files[0], results)
     utils.write_json(files[1], coco_boxes(job.test, boxes, labels, score=scores))
     utils.write_json(files[2], coco_truth(job.test))
-    encoder = {**shape_of(source), "padding": source.resnet.conv1.padding[0],
-               "stem_relu": not isinstance(source.resnet.relu, nn.Identity)}  # fmt: skip
+    encoder = {**shape_of(source), **stem_of(source)}
     made = {"kind": job.kind, "normalize": source.normalize, "classes": list(detector.classes),
             "side": job.side, "precision": job.precision}  # fmt: skip
     state = {"encoder": encoder, "detector": made, "model": detector.state_dict()}
@@ -1699,11 +1680,10 @@ class Options:
     # what to measure
     tasks: tuple[str, ...] = setting(("knn", "linear"), "what to measure", (*TASKS, DETECTION))
     labels: tuple[str, ...] = setting(
-        (),
-        "label sets of 'semi', or the one of --fine-tune: shares of each class (1% or 0.01) or "
+        (), "label sets of 'semi', or the one of --fine-tune: shares of each class (1% or 0.01) or "
         "numbers per class (10); without it --fine-tune takes all; of 'detection': shares or "
         f"numbers of images [{' '.join(LABELS)}; {' '.join(DETECTION_LABELS)}]",
-    )
+    )  # fmt: skip
     seeds: int = setting(
         3, "draws of the labels and initialisations, for 'semi', 'supervised' and the smallest "
         "label set of 'detection', whose others get one", low=1,
@@ -1738,10 +1718,9 @@ class Options:
     # other formats
     export: str = setting("", "write the encoder with torchvision's names to this file")
     normalize: str = setting(
-        "auto",
-        "how images in [0, 1] are normalised before the encoder; auto: as its origin did",
+        "auto", "how images in [0, 1] are normalised before the encoder; auto: as its origin did",
         ("auto", "none", *MEANS),
-    )
+    )  # fmt: skip
     prefix: str = setting("", "which encoder of another project's file, if it holds several")
     # how it runs
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
@@ -1803,14 +1782,14 @@ def parse_amount(text: str) -> float | int:
 
 def run_evaluation(source: Source, options: Options, device: torch.device) -> dict:
     """Evaluates, prints the table, writes evaluation.json, the figure and the predictions."""
-    config, data = evaluation_setup(source, options, device)
+    evaluation = evaluation_setup(source, options, device)
+    config, data = evaluation.config, evaluation.data
     own = source.config or config
     other_folder = config.dataset == "folder" and config.data_dir != own.labelled_dir
     suffix = f"-{config.dataset}" if config.dataset != own.dataset or other_folder else ""
     figure_file = Path(options.figures) / source.name / f"evaluation{suffix}.png"
     default = source.output(f"evaluation{suffix}.json", options.figures)
     result_file = Path(options.out or default)
-    evaluation = Evaluation(source, config, data, device, options)
     for amount in options.labels or LABELS if "semi" in options.tasks else ():
         evaluation.label_rows(amount, 0)  # too many labels are an error now, not after an hour
     check_targets(result_file, figure_file, options.predictions)
@@ -1822,24 +1801,24 @@ def run_evaluation(source: Source, options: Options, device: torch.device) -> di
     )
     header = header_of(evaluation)
 
-    def keep(measured: dict) -> dict:
-        results = with_earlier(result_file, header, measured)
-        utils.write_json(result_file, results)
-        return results
+    def keep(measured: dict) -> None:
+        utils.write_json(result_file, with_earlier(result_file, header, measured))
 
-    results = keep(evaluate(evaluation, keep))
+    results = with_earlier(result_file, header, evaluate(evaluation, keep))
     tiles, (names, style) = None, utils.names_in_figures(data.train.classes)
     if evaluation.classifier is not None:
         if not suffix:  # of the run's own images
             save_linear_classifier(evaluation)
-        truth, predicted = data.test.labels.tolist(), evaluation.predicted.tolist()
-        labels = range(evaluation.classes)
-        results["confusion"] = metrics.confusion_matrix(truth, predicted, labels=labels).tolist()
+        truth, predicted = data.test.labels, evaluation.predicted
+        results["confusion"] = metrics.confusion_matrix(
+            truth.tolist(), predicted.tolist(), labels=range(evaluation.classes)
+        ).tolist()
         tiles = mistake_tiles(evaluation, names)
         if options.predictions:
-            named = [[data.train.classes[i] for i in rows] for rows in (predicted, truth)]
-            confidence, images = evaluation.confidence.tolist(), utils.image_names(data.test)
-            write_predictions(Path(options.predictions), images, named[0], confidence, named[1])
+            write_predictions(
+                Path(options.predictions), utils.image_names(data.test), data.train.classes,
+                evaluation.confidence, true=truth, predicted=predicted,
+            )  # fmt: skip
     utils.write_json(result_file, results)
     with matplotlib.rc_context(style):
         drawn = {**results, "classes": names}
@@ -1873,8 +1852,7 @@ def header_of(evaluation: Evaluation) -> dict[str, Any]:
 
 def check_targets(*files: str | Path) -> None:
     """Makes the folders of files to be written; "" is none. InputError if one cannot be written."""
-    wanted = [Path(file) for file in files if file]
-    for file in wanted:
+    for file in map(Path, filter(None, files)):
         if os.path.exists(file) and not os.path.isfile(file):
             raise InputError(f"cannot write {file}: it is a folder, or no file")
         utils.make_folder(file.absolute().parent)
@@ -1935,14 +1913,14 @@ def run(where: str, options: Options) -> dict | None:
             use_on_new_images(source, options, device)
         if options.detect:
             detect_photos(source, options, device)
-        used = options.fine_tune or options.embed or options.classify or options.detect
-        if options.export or used:
+        uses = (options.fine_tune, options.embed, options.classify, options.detect)
+        if options.export or any(uses):
             return None
-        detection = plan_detection(source, options, device) if DETECTION in options.tasks else None
+        detection = Detection(source, options, device) if DETECTION in options.tasks else None
         results = None
         if set(options.tasks) != {DETECTION}:
             results = run_evaluation(source, options, device)
-        return run_detection(source, detection, options) if detection else results
+        return run_detection(detection) if detection else results
 
 
 @utils.command("load_simCLR.py")

@@ -367,10 +367,8 @@ class ColorJitter:
 
     def __call__(self, images: Tensor, u: Tensor) -> Tensor:
         jittered = u[:, :1] < self.p  # (N, 1)
-        factors = torch.stack(
-            [lerp(max(0, 1 - s), 1 + s, u[:, 1 + i]) for i, s in enumerate(self.strengths)], 1
-        )
-        factors = torch.where(jittered, factors, 1.0)  # (N, 3); 1 changes nothing
+        factors = [lerp(max(0, 1 - s), 1 + s, u[:, 1 + i]) for i, s in enumerate(self.strengths)]
+        factors = torch.where(jittered, torch.stack(factors, 1), 1.0)  # (N, 3); 1 changes nothing
         images = color_jitter(images, factors, order=u[:, 5:8].argsort(1))
         if self.hue:
             turns = torch.where(jittered[:, 0], lerp(-self.hue, self.hue, u[:, 4]), 0.0)  # (N,)
@@ -491,16 +489,13 @@ class Augment:
         """Random numbers an image needs."""
         return sum(step.draws for step in self.steps)
 
-    def draw(
-        self, n: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
-    ) -> Tensor:
-        """The randomness of n views: float32 (n, draws), on the generator's device if given."""
-        device = generator.device if generator is not None else device
-        return torch.rand(n, self.draws, generator=generator, device=device)
+    def draw(self, n: int, generator: torch.Generator) -> Tensor:
+        """The randomness of n views: float32 (n, draws), on the generator's device."""
+        return torch.rand(n, self.draws, generator=generator, device=generator.device)
 
     def __call__(self, images: Tensor, u: Tensor | None = None, first: int = 0) -> Tensor:
         if u is None:
-            u = self.draw(len(images), device=images.device)
+            u = torch.rand(len(images), self.draws, device=images.device)
         limit = PIECE_BYTES["cpu" if images.device.type == "cpu" else "gpu"]
         piece = max(8, limit // (3 * 4 * self.size**2))  # images: 3 channels of 4 bytes
         views = []
@@ -603,9 +598,8 @@ class SimCLR(nn.Module):
         if config.normalize != "none":  # as the weights of --init are used to
             self.encoder = utils.Normalized(self.encoder, config.normalize)
         dim = output_width(encoder, config.view_side) if encoder else self.encoder.feature_dim
-        self.projector = make_projector(
-            config.projection, dim, config.head_hidden or dim, config.head_dim, config.head_bn
-        )
+        hidden, out = config.head_hidden or dim, config.head_dim
+        self.projector = make_projector(config.projection, dim, hidden, out, config.head_bn)
 
     def forward(self, views: Tensor) -> tuple[Tensor, Tensor]:
         h = self.encoder(views)
@@ -656,7 +650,7 @@ def nt_xent(
     if z1.ndim != 2 or any(z.shape != z1.shape for z in views):
         raise ValueError(f"need (N, D) of one shape, got {[(*z.shape,) for z in views]}")
     loss = partial(block_loss, views=len(views), temperature=temperature, decoupled=decoupled)
-    with full_precision(z1):
+    with utils.autocast(z1.device, "float32"):  # a loss needs more digits than bfloat16 has
         z = normalize_rows(torch.cat(views))  # (KN, D)
         blocks = row_blocks(z)
         total = loss(z, blocks[0]) if len(blocks) == 1 else SumOfBlocks.apply(z, loss)
@@ -694,9 +688,6 @@ def normalize_rows(z: Tensor) -> Tensor:
     return F.normalize(z / torch.where(largest > HUGE, largest, 1.0), dim=1)
 
 
-def full_precision(z: Tensor) -> torch.autocast:
-    """Context manager that disables autocast: a loss needs more digits than bfloat16 has."""
-    return torch.autocast(z.device.type, enabled=False)
 
 
 # ------------------------------------------------------------------------ optimiser and schedule
@@ -820,7 +811,7 @@ def view_batches(
     keys = [(config.seed, VIEWS, epoch, step) for step in range(start, steps)]
     yield from augmented_batches(
         data, batches, keys, augment or make_augment(config.at_epoch(epoch)), config.views,
-        device, utils.worker_count(config.workers), utils.rank(), utils.world_size(),
+        device, config.workers, utils.rank(), utils.world_size(),
     )  # fmt: skip
 
 
@@ -832,7 +823,7 @@ def augmented_batches(
 
     batches: int64 (steps, N), rows of `data`. keys: for each batch the stream of its randomness
     (utils.generator). views: V; rows i, N + i, 2N + i … of the result are the views of one image.
-    workers: processes that decode streamed images. Only every world_size-th image from `rank` on
+    workers: as in Config. Only every world_size-th image from `rank` on
     is computed, with the views that it has in the whole batch.
     """
     n, rows = batches.shape[1], batches[:, rank::world_size]  # N, (steps, N / W)
@@ -915,7 +906,7 @@ def training_step(
     """
     if 0 < config.micro_batch < utils.world_size() * len(views) // config.views:
         return cached_gradients(network, views, loss, config)
-    z = project(network, views, config.precision)  # one pass: BatchNorm sees all KN views
+    _, z = forward(network, views, config.precision)  # one pass: BatchNorm sees all KN views
     z = gather_views(z, config.views)  # (KN, D), with gradient
     z1, z2, *others = z.chunk(config.views)
     value = loss(z1, z2, config.temperature, *others)  # Eq. 1
@@ -923,10 +914,10 @@ def training_step(
     return value.detach(), z.detach()
 
 
-def project(network: nn.Module, views: Tensor, precision: str) -> Tensor:
-    """z = g(f(views)): float32 (B, 3, S, S) -> (B, D)."""
+def forward(network: nn.Module, views: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+    """h = f(views) and z = g(h): float32 (B, 3, S, S) -> (B, feature_dim), (B, D)."""
     with utils.autocast(views.device, precision):
-        return network(views.contiguous(memory_format=torch.channels_last))[1]
+        return network(views.contiguous(memory_format=torch.channels_last))
 
 
 def gather_views(z: Tensor, views: int) -> Tensor:
@@ -983,7 +974,7 @@ def train(
                 row = epoch_row(config, data, now, size)
                 if config.view_sizes and now.epoch + 1 == config.epochs:
                     estimate_statistics(model, data.pretrain, config, device)
-                if data.monitored and knn_due(config, now.epoch + 1):
+                if measured_after(now.epoch + 1, config, data):
                     # first save what a killed or impatiently stopped measurement would lose
                     run.save(snapshot(config, data, model, optimizer, now), due=knn_is_slow(now))
                     now.clock.lap("saving")
@@ -1054,9 +1045,9 @@ def snapshot(
     return {
         "format": CHECKPOINT_FORMAT,
         "config": dataclasses.asdict(config),
-        "position": {
-            "epoch": now.epoch, "step": now.step, "sums": now.sums.tolist(), "seconds": now.seconds,
-        },
+        "position": dict(
+            epoch=now.epoch, step=now.step, sums=now.sums.tolist(), seconds=now.seconds
+        ),
         "log": now.log,
         "times": now.clock.parts,
         "images": len(data.pretrain),
@@ -1083,7 +1074,7 @@ def restore(
     state, file = utils.broadcast_from_rank0(run.load)
     with utils.errors_as_input_error(f"{file} is not a checkpoint of this run", (InputError,)):
         if state is not None:
-            check_format(state, file)
+            utils.check_format(f"{file} is a checkpoint", state.get("format"), CHECKPOINT_FORMAT)
         if state is None or (state["position"]["epoch"], state["position"]["step"]) == (0, 0):
             run.save(snapshot(config, data, model, optimizer, now), must=True)
             return now
@@ -1146,7 +1137,7 @@ def seconds_a_pass(network: nn.Module, views: Tensor, config: Config) -> float:
     for _ in range(TIMED_PASSES):
         network.zero_grad()
         started = time.perf_counter()
-        project(network, views, config.precision).sum().backward()
+        forward(network, views, config.precision)[1].sum().backward()
         next(network.parameters()).grad.sum().item()  # waits for the device
         times.append(time.perf_counter() - started)
     return min(times)
@@ -1173,7 +1164,7 @@ def check_finite(model: SimCLR, now: TrainState, config: Config) -> None:
 def contrastive_accuracy(*views: Tensor) -> Tensor:
     """Share of views whose nearest other view is of the same image: K of (N, D) -> [0, 1]."""
     n = len(views[0])
-    with full_precision(views[0]):
+    with utils.autocast(views[0].device, "float32"):
         z = normalize_rows(torch.cat(views))  # (KN, D)
         nearest = [(z[rows] @ z.T).scatter_(1, rows[:, None], float("-inf")).argmax(1)
                    for rows in row_blocks(z)]  # fmt: skip
@@ -1214,9 +1205,10 @@ def epoch_row(config: Config, data: Data, now: TrainState, size: int) -> dict:
     return row
 
 
-def knn_due(config: Config, epoch: int) -> bool:
-    """Whether kNN accuracy is measured after this epoch, counted from 1."""
-    return epoch == config.epochs or (config.knn_every > 0 and epoch % config.knn_every == 0)
+def measured_after(epoch: int, config: Config, data: Data) -> bool:
+    """Whether the representation is measured after this epoch, counted from 1, see measure()."""
+    due = epoch == config.epochs or (config.knn_every > 0 and epoch % config.knn_every == 0)
+    return due and (data.labelled or data.held_out is not None)
 
 
 def knn_is_slow(now: TrainState) -> bool:
@@ -1228,7 +1220,12 @@ def measure(
 ) -> dict:
     """What the log gets of a monitored epoch: kNN of labelled images, and of those held out."""
     row = measure_held_out(model, data.held_out, config, device) if data.held_out else {}
-    row |= measure_knn(model.encoder, data, config, device) if data.labelled else {}
+    if data.labelled and config.knn_split == "test":
+        accuracy = knn_accuracy(model.encoder, data, config, device)
+        row |= {"knn": accuracy, "knn_images": len(data.test)}
+    elif data.labelled:
+        x, y = labelled_features(model.encoder, data.train, config, device)
+        row["knn"], row["knn_images"] = held_out_knn(x, y, len(data.train.classes))
     return row | {"knn_seconds": round(now.clock.lap("monitoring"), 3)}
 
 
@@ -1251,28 +1248,18 @@ def measure_held_out(
 
     Images and views are the same in each epoch, for each batch size and each seed.
     """
-    parts, augment, workers = [], make_augment(config), utils.worker_count(config.workers)
+    parts, augment, workers = [], make_augment(config), config.workers
     with utils.evaluating(model):
         for rows in torch.arange(len(images)).split(HELD_OUT_BATCH):
             key = (0, HELD_OUT, int(rows[0]))
             (views,) = augmented_batches(images, rows[None], [key], augment, 2, device, workers)
-            with utils.autocast(device, config.precision):
-                outputs = model(views.contiguous(memory_format=torch.channels_last))
+            outputs = forward(model, views, config.precision)
             parts.append([x.float().unflatten(0, (2, -1)) for x in outputs])  # (2, N, D) each
     h, z = (torch.cat(x, dim=1) for x in zip(*parts, strict=True))
     accuracy = contrastive_accuracy(*z).item()
     return {"held_out_accuracy": accuracy, "effective_rank": effective_rank(h[0])}
 
 
-def measure_knn(encoder: nn.Module, data: Data, config: Config, device: torch.device) -> dict:
-    """kNN accuracy of h in [0, 1], and the number of images that it is of."""
-    n = len(data.test)
-    if config.knn_split == "test":
-        accuracy = knn_accuracy(encoder, data, config, device)
-    else:
-        x, y = labelled_features(encoder, data.train, config, device)
-        accuracy, n = held_out_knn(x, y, len(data.train.classes))
-    return {"knn": accuracy, "knn_images": n}
 
 
 @torch.no_grad()
@@ -1285,20 +1272,15 @@ def estimate_statistics(
     those of up to STATISTICS_IMAGES images without augmentation.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momentum = [norm.momentum for norm in norms]
     size, steps = batch_count(config, len(images))
-    random = utils.generator("cpu", config.seed, SHUFFLE)
-    rows = torch.randperm(len(images), generator=random)
+    rows = torch.randperm(len(images), generator=utils.generator("cpu", config.seed, SHUFFLE))
     rows = rows[: size * min(steps, max(1, STATISTICS_IMAGES // size))]
     rows, size = rows[utils.rank() :: utils.world_size()], size // utils.world_size()
-    workers = utils.worker_count(config.workers)
+    batches = images.batches(config.image_size, size, device, config.workers, rows)
     model.train()
-    for i, x in enumerate(images.batches(config.image_size, size, device, workers, rows), 1):
-        for norm in norms:
-            norm.momentum = 1 / i  # so that all batches count the same
-        project(model, x, config.precision)
-    for norm, old in zip(norms, momentum, strict=True):
-        norm.momentum = old
+    for i, x in enumerate(batches, 1):
+        with utils.temporarily(norms, "momentum", 1 / i):  # so that all batches count the same
+            forward(model, x, config.precision)
 
 
 def describe(log: list[dict], config: Config) -> tuple[dict[str, str], str]:
@@ -1330,12 +1312,14 @@ def cached_gradients(
     size = config.micro_batch // utils.world_size()  # images of this rank in a micro-batch
 
     def project_part(part: Tensor) -> Tensor:  # (K, M / W, 3, S, S) -> (K, M / W, D)
-        z = project(network, part.flatten(0, 1), config.precision)
+        _, z = forward(network, part.flatten(0, 1), config.precision)
         return utils.at_least_float32(z).unflatten(0, (config.views, -1))
 
     parts = views.unflatten(0, (config.views, -1)).split(size, dim=1)
     # 1. z of all views, without activations; dropout draws the same numbers again in pass 3
-    with torch.no_grad(), utils.keep_running_statistics(network), utils.fork_rng(views.device):
+    norms = [m for m in network.modules() if hasattr(m, "track_running_stats")]
+    still = utils.temporarily(norms, "track_running_stats", False)
+    with torch.no_grad(), still, utils.fork_rng(views.device):
         z = torch.cat([project_part(part) for part in parts], dim=1).flatten(0, 1)  # (KN / W, D)
     # 2. the gradient of the loss by each z
     z.requires_grad_()
@@ -1614,18 +1598,10 @@ def split_held_out(
 
 def only_readable(data: Data, config: Config) -> Data:
     """Without the labelled images that cannot be read: training on labels cannot replace them."""
-    workers = utils.worker_count(config.workers)
-    train, test = (utils.only_readable(part, workers) for part in (data.train, data.test))
+    train, test = (utils.only_readable(x, config.workers) for x in (data.train, data.test))
     return Data(data.pretrain, train, test)
 
 
-def check_format(state: dict, file: Path) -> None:
-    """Raise InputError if this version does not read the checkpoint."""
-    if state.get("format") != CHECKPOINT_FORMAT:
-        raise InputError(
-            f"{file} is a checkpoint of format {utils.shown(state.get('format'))}; this version "
-            f"reads format {CHECKPOINT_FORMAT}"
-        )
 
 
 def check_same_run(record: dict, config: Config, data: Data) -> None:
@@ -1670,7 +1646,7 @@ def load_run(file: Path) -> TrainedRun:
 
 def trained_run(state: dict, file: Path) -> TrainedRun:
     """load_run() for a checkpoint that has been read from `file`."""
-    check_format(state, file)
+    utils.check_format(f"{file} is a checkpoint", state.get("format"), CHECKPOINT_FORMAT)
     with utils.errors_as_input_error(f"{file} is not a checkpoint of a run", (InputError,)):
         config = Config(**state["config"])
         check_config(config)
@@ -1787,7 +1763,9 @@ def load_source(file: Path, normalize: str = "auto", prefix: str = "") -> Source
         text = f"{config.arch} at width {config.width:g}, epoch {run.epoch}, inputs {inputs}"
     else:
         foreign = utils.find_encoder(state, file, prefix)
-        resnet = build_encoder(foreign, file)
+        resnet = Encoder(foreign.arch, foreign.width, foreign.stem)
+        utils.load_weights(resnet, foreign.tensors, f"{file} ({foreign.arch})")
+        foreign.adapt(resnet)
         used = foreign.normalize if normalize == "auto" else normalize
         text = foreign.describe(normalize)
     encoder = resnet if used == "none" else utils.Normalized(resnet, used)
@@ -1797,11 +1775,6 @@ def load_source(file: Path, normalize: str = "auto", prefix: str = "") -> Source
     return Source(file, resnet, encoder, used, text, config, epoch, projector, foreign, classifier)
 
 
-def build_encoder(foreign: utils.ForeignEncoder, file: Path) -> Encoder:
-    """The encoder with exactly these weights. InputError lists those that do not fit."""
-    encoder = Encoder(foreign.arch, foreign.width, foreign.stem)
-    utils.load_weights(encoder, foreign.tensors, f"{file} ({foreign.arch})")
-    return foreign.adapt(encoder)
 
 
 def check_size(source: Source, size: int) -> None:
@@ -1841,10 +1814,10 @@ def init_copy(config: Config) -> Path:
 
 PANELS = {  # of the training curves: key in the log -> title, unit, factor, colour
     "loss": ("NT-Xent loss", "nats", 1, "C0"),
-    "contrastive_accuracy": ("Views that find their partner", "%", 100, "C1"),
+    "contrastive_accuracy": ("Contrastive accuracy", "%", 100, "C1"),
     "knn": ("kNN accuracy of h (k = 10, cosine)", "%", 100, "C2"),
     "lr": ("Learning rate", "", 1, "C3"),
-    "held_out_accuracy": ("Partners found, held-out images", "%", 100, "C1"),
+    "held_out_accuracy": ("Contrastive accuracy, held-out images", "%", 100, "C1"),
     "effective_rank": ("Effective rank of h, held-out images", "", 1, "C4"),
 }
 
@@ -1854,9 +1827,8 @@ def encoders(
     projector: nn.Module | None = None,
 ) -> dict[str, Callable[[Tensor], Tensor]]:  # fmt: skip
     """What is compared, by the keys of REPRESENTATIONS: (B, 3, S, S) in [0, 1] -> (B, D) each."""
-    encoder, untrained = (
-        x.to(device, memory_format=torch.channels_last) for x in (encoder, untrained)
-    )
+    for module in (encoder, untrained):
+        module.to(device, memory_format=torch.channels_last)
     compared = {"pixels": utils.flat_pixels, "untrained": untrained, "simclr": encoder}
     if projector is not None:
         compared["projection"] = nn.Sequential(encoder, projector.to(device)).eval()
@@ -1871,8 +1843,8 @@ def features(
     Rows of images that cannot be read are NaN (see utils.rows_read). Raises InputError if an
     output for another image is not finite, as after a training that diverged.
     """
-    workers = utils.worker_count(config.workers)
-    return utils.embed(encoder, data, config.image_size, device, config.precision, workers=workers)
+    size, precision, workers = config.image_size, config.precision, config.workers
+    return utils.embed(encoder, data, size, device, precision, workers=workers)
 
 
 def labelled_features(
@@ -1895,7 +1867,8 @@ def knn_accuracy(
 def knn_of(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, classes: int) -> float:
     """knn_accuracy() of features (N, D), (M, D) and labels. Each rank classifies its shard."""
     shard = utils.shard_indices(len(x_test)).to(x.device)
-    predicted = utils.knn_predict(x, y, x_test[shard], classes, KNN_NEIGHBOURS)
+    similarity, neighbours = utils.nearest_neighbours(x, x_test[shard], KNN_NEIGHBOURS)
+    predicted = utils.knn_vote(similarity, y[neighbours], classes)
     return utils.accuracy(utils.all_gather_rows(predicted, len(x_test)), y_test)
 
 
@@ -1928,7 +1901,8 @@ def evaluate(model: SimCLR, data: Data, config: Config, device: torch.device) ->
             seed = utils.derive_seed(config.seed, LABELS, draw)
             of_classes = utils.class_balanced_order(y.cpu().numpy(), seed)
             rows = np.concatenate([order[:LABELS_PER_CLASS] for order in of_classes])
-            few.append(utils.linear_accuracy(x[rows], y[rows], x_test, y_test, classes))
+            weight, bias = utils.fit_logistic_regression(x[rows], y[rows], classes)
+            few.append(utils.accuracy((x_test @ weight + bias).argmax(1), y_test))
         values = knn, np.mean(few).item(), np.std(few, ddof=1).item(), every
         for score, value in zip(SCORES, values, strict=True):
             results[score][name] = value
@@ -2055,8 +2029,7 @@ def fine_tune(
     network.requires_grad_(True).train()
     size, steps = training.batch(len(rows)), training.steps(len(rows))
     key = (config.seed, LABELS, seed)
-    workers = utils.worker_count(config.workers)
-    batches = labelled_batches(data, rows, augment, size, steps, key, device, workers)
+    batches = labelled_batches(data, rows, augment, size, steps, key, device, config.workers)
     peak = training.lr * size / 256
     utils.train_on_labels(network, batches, steps, peak, training, config.precision, after_step)
     return network.eval()
@@ -2272,9 +2245,8 @@ def print_summary(summary: dict, config: Config, data: Data) -> None:
     folder = shlex.quote(str(config.folder))
     table, labels = "No labelled test images: h was not evaluated", " --data-dir LABELLED_IMAGES"
     if "knn" in summary:
-        table = results_table(
-            summary, len(data.test), row_names(config), int(data.class_sizes.min())
-        )
+        fewest = int(data.class_sizes.min())
+        table = results_table(summary, len(data.test), row_names(config), fewest)
         table += f"\nthe largest class: {data.majority:.1%} of the test images" * data.uneven
         labels = ""
     times = {name: summary.get(f"{part}_seconds", 0.0) for part, name in TIMED.items()}

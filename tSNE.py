@@ -67,16 +67,15 @@ from utils import Images, InputError, setting
 # --------------------------------------------------------------------------------------- options
 
 
+# fmt: off
 @dataclass
 class Options:
     """The command line."""
 
-    panels: tuple[str, ...] = setting(
-        tuple(simclr.REPRESENTATIONS), "what to draw, in this order", tuple(simclr.REPRESENTATIONS)
-    )
-    images: int = setting(
-        10_000, "draw at most so many of the test images, chosen at random", low=2
-    )
+    panels: tuple[str, ...] = setting(tuple(simclr.REPRESENTATIONS), "what to draw, in this order",
+                                      tuple(simclr.REPRESENTATIONS))
+    images: int = setting(10_000, "draw at most so many of the test images, chosen at random",
+                          low=2)
     method: str = setting("tsne", "pca is quick, and shows less", ("tsne", "pca"))
     perplexity: float = setting(30.0, "of t-SNE: about how many neighbours an image has", low=1)
     seed: int = setting(0, "of t-SNE and of all random choices", low=0)
@@ -85,22 +84,17 @@ class Options:
     epochs: bool = setting(False, "also draw h through training, of the checkpoints kept")
     dataset: str = setting("", "draw images of this data set (default: the run's)", utils.DATASETS)
     data_dir: str = setting("", "where the images are, if not where the run had them")
-    image_size: int = setting(
-        0, "side in px that the encoder sees; 0: as in training", low=0, high=simclr.MAX_SIZE
-    )
-    range: tuple[float, ...] = setting(
-        (),
-        "values that are black and white in grey pictures of more than 8 bits (default: the run's)",
-    )
-    normalize: str = setting(
-        "auto",
-        "how images in [0, 1] are normalised before the encoder; auto: as its origin did",
-        ("auto", "none", *utils.MEANS),
-    )
+    image_size: int = setting(0, "side in px that the encoder sees; 0: as in training",
+                              low=0, high=simclr.MAX_SIZE)
+    range: tuple[float, ...] = setting((), "values that are black and white in grey pictures of "
+                                       "more than 8 bits (default: the run's)")
+    normalize: str = setting("auto", "how images in [0, 1] are normalised before the encoder; "
+                             "auto: as its origin did", ("auto", "none", *utils.MEANS))
     prefix: str = setting("", "which encoder of another project's file, if it holds several")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
     checkpoints: str = setting("checkpoints", "folder of all runs' checkpoints")
     figures: str = setting("figures", "folder of all runs' figures")
+    # fmt: on
 
 
 def check_perplexity(options: Options, images: int) -> None:
@@ -187,12 +181,9 @@ def read_scene(config: simclr.Config, options: Options, device: torch.device) ->
 
     Unreadable images are left out.
     """
-    workers = utils.worker_count(config.workers)
-    splits = utils.load_splits(
-        config.dataset, ("train", "test"), config.data_dir, config.max_bad, config.range
-    )
-    readable = [utils.only_readable(x, workers) for x in splits]
-    train, images = (x.to(device) for x in readable)
+    given = config.data_dir, config.max_bad, config.range
+    splits = utils.load_splits(config.dataset, ("train", "test"), *given)
+    train, images = (utils.only_readable(x, config.workers).to(device) for x in splits)
     split = "test"
     if not len(images):
         images, split = train, "training"
@@ -206,8 +197,7 @@ def read_scene(config: simclr.Config, options: Options, device: torch.device) ->
 
 def small_images(images: Images, side: int, device: torch.device) -> Tensor:
     """All images without augmentation at `side` px: uint8 (N, 3, side, side) on the CPU."""
-    workers = utils.cpu_cores() if len(images) > FEW else 0
-    batches = images.batches(side, 512, device, workers)
+    batches = images.batches(side, 512, device, workers=-1 if len(images) > FEW else 0)
     return torch.cat([utils.to_uint8(batch).cpu() for batch in batches])
 
 
@@ -716,9 +706,6 @@ def packed(array: np.ndarray, dtype: str) -> str:
     return base64.b64encode(np.ascontiguousarray(array, dtype=dtype).tobytes()).decode()
 
 
-def tile_side(count: int, size: int) -> int:
-    """Side in px at which `count` images of `size` px fit into the sprite."""
-    return max(1, min(size, TILE_PIXELS, math.isqrt(SPRITE_PIXELS // count)))
 
 
 def make_sprite(tiles: Tensor) -> tuple[str, int]:
@@ -770,7 +757,8 @@ def draw(embedding: Embedding, folder: Path, suffix: str) -> list[Path]:
         for file, figure in zip(files, figures.values(), strict=True):
             utils.save_figure(figure, file, DPI)
     with stage("page"):
-        tiles = small_images(scene.shown, tile_side(len(scene.rows), size), device)
+        fits = math.isqrt(SPRITE_PIXELS // len(scene.rows))  # side in px
+        tiles = small_images(scene.shown, max(1, min(size, TILE_PIXELS, fits)), device)
         source = network.source
         title = f"{source.name}, epoch {source.epoch}" if source.config else source.name
         page = build_page([*panels, *strip], scene, features, title, caption, tiles)

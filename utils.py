@@ -243,18 +243,16 @@ def check_settings(options: Any) -> None:
             raise InputError(f"{flag(field.name)} must be {rule}, got {shown(value)}")
 
 
-def differences(saved: dict, options: Any, also: Sequence[str] = ()) -> list[str]:
+def differences(saved: dict, options: Any) -> list[str]:
     """A text, with both values, for each setting by which two runs are different runs.
 
     saved: the recorded fields of a dataclass like `options`; those that it lacks had their default.
-    also: names of settings to compare although they have identity=False.
     """
-
     saved = {key: tuple(x) if isinstance(x, list) else x for key, x in saved.items()}  # from JSON
     pairs = [
         (flag(field.name), saved.get(field.name, field.default), getattr(options, field.name))
         for field in dataclasses.fields(options)
-        if field.metadata["identity"] or field.name in also
+        if field.metadata["identity"]
     ]
     return [f"{name} ({shown(a)} there, {b} now)" for name, a, b in pairs if a != b]
 
@@ -451,19 +449,30 @@ def load_checkpoint(path: Path) -> dict:
     """
     if not path.exists():
         raise InputError(f"no checkpoint at {path}")
-    with _errors_describing_file(path):
-        comment, digest = b"", None
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                comment, digest = archive.comment, content_digest(archive)  # checks its checksums
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about files that are then refused
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict):
-            raise ValueError(f"it holds a {type(state).__name__}")
-        if ("format" in state or comment) and comment != digest:
-            raise InputError(f"{path} is damaged (its content is not what was saved)")
+    try:
+        with errors_as_input_error(f"{path} is not a readable checkpoint", (InputError,)):
+            comment, digest = b"", None
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as archive:
+                    comment, digest = archive.comment, content_digest(archive)  # and checksums
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # about files that are then refused
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(state, dict):
+                raise ValueError(f"it holds a {type(state).__name__}")
+            if ("format" in state or comment) and comment != digest:
+                raise InputError(f"{path} is damaged (its content is not what was saved)")
+    except InputError as error:
+        if kind := _describe_file(path):
+            raise InputError(f"{path} is not a readable checkpoint but {kind}") from error
+        raise
     return state
+
+
+def check_format(what: str, found: Any, known: int) -> None:
+    """Raise InputError, beginning with `what`, if this version does not read a file's format."""
+    if found != known:
+        raise InputError(f"{what} of format {shown(found)}; this version reads format {known}")
 
 
 def load_newest(file: Path) -> tuple[dict, Path]:
@@ -524,26 +533,24 @@ def kept_checkpoints(folder: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def run_lock(folder: Path, *others: Path) -> Iterator[None]:
+def run_lock(folder: Path) -> Iterator[None]:
     """Context manager for exclusive use of a run's folder, which is made if it does not exist.
 
-    Rank 0 locks it for all ranks. others: folders that the run writes to as well. Raises InputError
-    if another process works on the run, or a folder cannot be written.
+    Rank 0 locks it for all ranks. Raises InputError if another process works on the run, or the
+    folder cannot be written.
     """
     if not is_main_process():
         yield
         return
-    for each in (*others, folder):
-        make_folder(each)
+    make_folder(folder)
     with file_lock(folder / ".lock") as free:
         if not free:
             raise InputError(
                 f"another process is working on {folder}; wait for it, or choose another name "
                 f"with {flag('run')}"
             )
-        for each in (*others, folder):  # what processes left that were killed while writing
-            for leftover in each.glob(".*.tmp"):
-                leftover.unlink(missing_ok=True)
+        for leftover in folder.glob(".*.tmp"):  # of processes that were killed while writing
+            leftover.unlink(missing_ok=True)
         yield
 
 
@@ -773,11 +780,6 @@ def worker_count(asked: int) -> int:
     return cores if asked < 0 else min(asked, cores)
 
 
-def gib(count: float) -> str:
-    """A number of bytes as text."""
-    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
-
-
 def is_out_of_memory(error: Exception) -> bool:
     """Whether torch, a library below it or numpy found too little memory, on a GPU or the CPU."""
     texts = ("t allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
@@ -805,16 +807,22 @@ def describe_precision(precision: str, device: torch.device) -> str:
 
 
 @contextlib.contextmanager
-def keep_running_statistics(module: nn.Module) -> Iterator[None]:
-    """Context manager that keeps BatchNorm in train mode from moving its running statistics."""
-    norms = [m for m in module.modules() if getattr(m, "track_running_stats", False)]
-    for norm in norms:
-        norm.track_running_stats = False
+def temporarily(objects: Iterable[Any], name: str, value: Any) -> Iterator[None]:
+    """Context manager that sets an attribute of each object, and puts it back at the end."""
+    before = [(each, getattr(each, name)) for each in objects]
+    for each, _ in before:
+        setattr(each, name, value)
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for each, old in before:
+            setattr(each, name, old)
+
+
+def evaluating(encoder: Callable) -> contextlib.AbstractContextManager:
+    """Context manager that puts a module in eval mode, and each of its parts back afterwards."""
+    parts = encoder.modules() if isinstance(encoder, nn.Module) else ()
+    return temporarily(parts, "training", False)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -936,15 +944,6 @@ def all_gather_rows(part: Tensor, n: int) -> Tensor:
     return Gather.apply(part).flatten(0, 1)[:n]
 
 
-def all_gather_dicts(values: dict) -> dict:
-    """The entries of all ranks' dicts, in all ranks."""
-    if world_size() == 1:
-        return values
-    every: list[dict] = [{}] * world_size()
-    dist.all_gather_object(every, values)
-    return {key: value for each in every for key, value in sorted(each.items())}
-
-
 class Gather(torch.autograd.Function):
     """The tensors of all W ranks, in all of them, with gradient: (n, …) -> (W, n, …).
 
@@ -973,9 +972,7 @@ class SyncBatchNormCPU(nn.modules.batchnorm._BatchNorm):
     follow from those of the parts.
     """
 
-    def _check_input_dim(self, x: Tensor) -> None:
-        if x.ndim < 2:
-            raise ValueError(f"need (B, C, ...), got {tuple(x.shape)}")
+    _check_input_dim = nn.SyncBatchNorm._check_input_dim
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -1161,11 +1158,7 @@ def find_encoder(state: dict, where: str | Path, prefix: str = "") -> ForeignEnc
     """
     with errors_as_input_error(f"{where} is not a checkpoint", through=(InputError,)):
         if CLASSIFIER_KEY in state:
-            if state[CLASSIFIER_KEY] != CLASSIFIER_FORMAT:
-                raise InputError(
-                    f"{where} is a classifier of format {shown(state[CLASSIFIER_KEY])}; this "
-                    f"version reads format {CLASSIFIER_FORMAT}"
-                )
+            check_format(f"{where} is a classifier", state[CLASSIFIER_KEY], CLASSIFIER_FORMAT)
             return ForeignEncoder(state["encoder"], prefix="", rest=["linear"], **state["network"])
         tensors = {WRAPPERS.sub(r"\1", name): value for name, value in _tensors(state, set())}
         prefix, layout = _choose_encoder(tensors, where, prefix)
@@ -1342,18 +1335,6 @@ def read_weights(path: Path) -> tuple[dict, Path]:
         return load_newest(path)
 
 
-@contextlib.contextmanager
-def _errors_describing_file(path: Path) -> Iterator[None]:
-    """Context manager that converts what reading a checkpoint raises to an InputError."""
-    try:
-        with errors_as_input_error(f"{path} is not a readable checkpoint", (InputError,)):
-            yield
-    except InputError as error:
-        if kind := _describe_file(path):
-            raise InputError(f"{path} is not a readable checkpoint but {kind}") from error
-        raise
-
-
 def _describe_file(path: Path) -> str:
     """What a file is that is no readable checkpoint, and what to do; "" if that is unknown."""
     with contextlib.suppress(Exception):  # reading it as a checkpoint has said what is wrong
@@ -1503,7 +1484,10 @@ def subset(data: Images, rows: Tensor) -> Images:
 def agree_on_unreadable(data: Images) -> None:
     """Tells all ranks which files any rank could not read. All ranks must call it."""
     if world_size() > 1 and isinstance(data, ImageFiles):
-        data.record_unreadable(all_gather_dicts(data.unreadable))
+        every: list[dict[int, str]] = [{}] * world_size()
+        dist.all_gather_object(every, data.unreadable)
+        for reasons in every:
+            data.record_unreadable(reasons)
 
 
 def unreadable_error(data: Images, max_bad: float) -> InputError | None:
@@ -1565,16 +1549,6 @@ def only_readable(data: Images, workers: int) -> Images:
     return subset(data, torch.tensor([i for i in range(len(data)) if i not in data.unreadable]))
 
 
-def files_digest(data: Images) -> str:
-    """SHA-256 of the names of the images' files and their labels; "" where they have no files."""
-    if data.paths is None:
-        return ""
-    digest = hashlib.sha256(b"\0".join(data.paths.tolist()))
-    if data.labels is not None:
-        digest.update(data.labels.cpu().numpy().astype("<i8"))
-    return digest.hexdigest()
-
-
 def image_names(data: Images) -> list[str]:
     """How each image is named in a list: by its path, or without one by its index."""
     if data.paths is None:
@@ -1618,8 +1592,8 @@ def load_images(
     choose_range().
 
     Returns an ImageSet, or for folders of large or mixed sizes an ImageFiles. A folder without
-    test images gives an empty one for "test". Raises InputError for an unknown name, files that
-    are missing and cannot be downloaded, an empty or missing folder, or an unreadable image.
+    test images gives an empty one for "test". Raises InputError for files that are missing and
+    cannot be downloaded, an empty or missing folder, or an unreadable image.
     """
     return load_splits(dataset, (split,), data_dir, max_bad, grey_range)[0]
 
@@ -1632,11 +1606,6 @@ def load_splits(
 
     "pretrain" and "train" are one object where they have the same images.
     """
-    if dataset not in DATASETS:
-        raise InputError(f"unknown data set {dataset!r}; there are {', '.join(DATASETS)}")
-    for split in splits:
-        if split not in SPLITS:
-            raise InputError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
     if dataset == "folder":
         with errors_as_input_error(f"cannot read {data_dir}", through=(InputError,)):
             return _load_folder(Path(data_dir), splits, max_bad, grey_range)
@@ -1658,9 +1627,8 @@ def class_balanced_order(labels: np.ndarray, seed: int = 0) -> list[np.ndarray]:
 
 def split_held_out(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A fixed split, the same share of every class: sorted indices for (training, testing)."""
-    test = np.concatenate(
-        [rows[: round(HELD_OUT * len(rows))] for rows in class_balanced_order(labels)]
-    )
+    orders = class_balanced_order(labels)
+    test = np.concatenate([rows[: round(HELD_OUT * len(rows))] for rows in orders])
     return np.setdiff1d(np.arange(len(labels)), test), np.sort(test)
 
 
@@ -1678,13 +1646,13 @@ class Data:
 
     @functools.cached_property
     def files(self) -> str:
-        """Digest of the names of the images to learn from; "" for data sets without files."""
-        return files_digest(self.pretrain)
-
-    @property
-    def monitored(self) -> bool:
-        """Whether there are images to measure the representation by during training."""
-        return self.labelled or self.held_out is not None
+        """SHA-256 of the names and labels of the images to learn from; "" if they have no files."""
+        if self.pretrain.paths is None:
+            return ""
+        digest = hashlib.sha256(b"\0".join(self.pretrain.paths.tolist()))
+        if self.pretrain.labels is not None:
+            digest.update(self.pretrain.labels.cpu().numpy().astype("<i8"))
+        return digest.hexdigest()
 
     @property
     def labelled(self) -> bool:
@@ -1728,10 +1696,9 @@ def describe_data(data: Data) -> str:
     if len(data.test) and data.test.labels is None:
         why = why_unlabelled(image_names(data.test), data.train.classes)
         return f"{text}, but no labels for the evaluation{test_place}: {why}"
-    held_out = f"{len(data.test):,}" if len(data.test) else "none"
-    text = f"{text}, {held_out} held out for the evaluation{test_place}"
     if not len(data.test):
-        return text
+        return f"{text}, none held out for the evaluation{test_place}"
+    text += f", {len(data.test):,} held out for the evaluation{test_place}"
     counts = data.test.labels.bincount(minlength=len(data.train.classes)).tolist()
     missing = [name for name, n in zip(data.train.classes, counts, strict=True) if not n]
     return text + f"; no test images of {listed(missing)}" * bool(missing)
@@ -1743,11 +1710,9 @@ def _load_digits(split: str) -> ImageSet:
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
-    indices = np.arange(len(digits.target))
-    train, test = train_test_split(
-        indices, test_size=HELD_OUT, stratify=digits.target, random_state=0
-    )
-    rows = np.sort(test if split == "test" else train)
+    rows = np.arange(len(digits.target))
+    parts = train_test_split(rows, test_size=HELD_OUT, stratify=digits.target, random_state=0)
+    rows = np.sort(parts[split == "test"])  # (training, testing)
     grey = torch.from_numpy(digits.images[rows]).float()[:, None] / digits.images.max()
     grey = F.interpolate(grey, size=16, mode="bilinear")  # (N, 1, 16, 16)
     labels = torch.from_numpy(digits.target[rows]).long()
@@ -1773,7 +1738,6 @@ def _load_torchvision(dataset: str, root: Path, split: str) -> ImageSet:
         "fashion-mnist": lambda: tv_datasets.FashionMNIST(root, train=train, download=True),
         "stl10": lambda: tv_datasets.STL10(root, split=part, download=True),
     }
-    what = f"{dataset} could not be read from or downloaded to {root.absolute()}"
     with contextlib.suppress(OSError):  # it may exist, and be for reading only
         root.mkdir(parents=True, exist_ok=True)
     one_process = FileLock(root / ".lock") if os.access(root, os.W_OK) else contextlib.nullcontext()
@@ -1782,7 +1746,8 @@ def _load_torchvision(dataset: str, root: Path, split: str) -> ImageSet:
             return _image_set(dataset, makers[dataset]())
     except Exception as error:  # damaged files can raise any type
         raise InputError(
-            f"{what} ({shown(error)}). Without a network, put {EXPECTED_FILES[dataset]} there"
+            f"{dataset} could not be read from or downloaded to {root.absolute()} "
+            f"({shown(error)}). Without a network, put {EXPECTED_FILES[dataset]} there"
         ) from error
 
 
@@ -1842,11 +1807,10 @@ def list_images(root: Path) -> list[str]:
 
 
 def _is_image(path: Path) -> bool:
-    try:
+    with contextlib.suppress(UnreadableImage):
         image_size(path)
-    except UnreadableImage:
-        return False
-    return True
+        return True
+    return False
 
 
 def _walk_files(root: Path) -> Iterator[str]:
@@ -2088,15 +2052,12 @@ def _fits_in_memory(root: Path, paths: list[str]) -> bool:
     """Whether all images have one small size, by their headers up to the first that differs."""
     common = None
     for path in paths:
-        try:
+        with contextlib.suppress(UnreadableImage):  # reading it will say so
             size = image_size(root / path)
-        except UnreadableImage:  # reading it will say so
-            continue
-        common = common or size
-        if size != common or max(size) > MEMORY_SIDE:
-            return False
-        if 3 * common[0] * common[1] * len(paths) > MEMORY_BYTES:
-            return False
+            common = common or size
+            large = max(size) > MEMORY_SIDE or 3 * math.prod(size) * len(paths) > MEMORY_BYTES
+            if large or size != common:
+                return False
     return True
 
 
@@ -2205,7 +2166,7 @@ def _errors_naming_file(path: str | Path) -> Iterator[None]:
         raise UnreadableImage(f"cannot read the image {path} ({reason})") from error
 
 
-class Photo:
+class Photo(contextlib.AbstractContextManager):
     """An image file whose header has been read, and no more; if not, raises UnreadableImage.
 
     height, width: in pixels as displayed. orientation: by EXIF, 1 to 8. grey_range: see
@@ -2223,16 +2184,13 @@ class Photo:
             pixels = self.image.width * self.image.height
             if pixels > max(SAFE_PIXELS, min(MOST_PIXELS, PIXELS_A_BYTE * status.st_size)):
                 self.image.close()
-                raise ValueError(f"{pixels:,} pixels in {gib(status.st_size)} are too many")
+                raise ValueError(f"{pixels:,} pixels in {status.st_size:,} bytes are too many")
             tags = getattr(self.image, "tag_v2", {})  # of a TIFF, whose size PIL may have turned
             self.width = tags.get(_IMAGE_WIDTH, self.image.width)
             self.height = tags.get(_IMAGE_LENGTH, self.image.height)
             self.orientation = _orientation(self.image)
             if self.orientation >= 5:  # those swap width and height
                 self.width, self.height = self.height, self.width
-
-    def __enter__(self) -> Photo:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.image.close()
@@ -2298,8 +2256,7 @@ def read_image(path: Path, grey_range: tuple[float, ...] = ()) -> Tensor:
 
     EXIF orientation is applied, transparency is put on white, grey of more than 8 bits is scaled
     from grey_range, of an animation the first frame is taken. Raises UnreadableImage if the file
-    cannot be read or is too large: of SAFE_PIXELS up to MOST_PIXELS it must have a byte for
-    PIXELS_A_BYTE pixels.
+    cannot be read or is too large.
     """
     with Photo(path, grey_range) as photo:
         return photo.pixels().contiguous()
@@ -2337,9 +2294,10 @@ class DecodeRequest:
         memory = torch.empty(REQUEST_BYTES, dtype=torch.uint8) if memory is None else memory
         views, photos, bad = self.views_in(memory), {}, {}
         with contextlib.ExitStack() as stack:
-            for i in range(len(self.paths)):
+            for i, name in enumerate(self.paths.tolist()):
                 try:
-                    photos[i] = stack.enter_context(self.photo(i))
+                    photo = Photo(self.root / os.fsdecode(name), self.grey_range)
+                    photos[i] = stack.enter_context(photo)
                 except UnreadableImage as error:
                     bad[i] = str(error)
             boxes = None
@@ -2353,9 +2311,6 @@ class DecodeRequest:
                 except UnreadableImage as error:
                     bad[i] = str(error)
         return views, bad
-
-    def photo(self, i: int) -> Photo:
-        return Photo(self.root / os.fsdecode(self.paths[i]), self.grey_range)
 
 
 def _answer_requests(pipe: Connection, slots: Tensor, inherited: list[Connection]) -> None:
@@ -2455,12 +2410,6 @@ class DecodingPool:
 _idle_pools: dict[int, DecodingPool] = {}  # number of workers -> those that wait for requests
 
 
-def end_workers() -> None:
-    """Ends the workers that wait for requests."""
-    while _idle_pools:
-        _idle_pools.popitem()[1].close()
-
-
 def _decode(requests: Iterator[DecodeRequest], workers: int) -> Iterator[Answer]:
     """What the requests return, in order, by so many processes; by this one for 0.
 
@@ -2502,18 +2451,14 @@ def _split(
 
 
 def decoded_batches(
-    files: ImageFiles,
-    requests: Iterable[tuple[Tensor, Tensor | None]],
-    size: int,
-    boxes: Boxes | None,
-    workers: int,
-    device: torch.device,
-) -> Iterator[tuple[Tensor, Tensor | None]]:
+    files: ImageFiles, requests: Iterable[tuple[Tensor, Tensor | None]], size: int,
+    boxes: Boxes | None, workers: int, device: torch.device,
+) -> Iterator[tuple[Tensor, Tensor | None]]:  # fmt: skip
     """Decodes and crops files in worker processes, in order.
 
     requests: for each batch rows of `files`, int64 (N,), and u, float32 (N, V, draws) on the CPU,
     random numbers for `boxes`; with boxes None, for the center_view(), u is None and V is 1.
-    workers: processes, 0 for none; the result does not depend on them. Yields for each batch uint8
+    workers: see worker_count(); the result does not depend on it. Yields for each batch uint8
     (N, V, 3, size, size) on `device`, with the channels last in memory, and u as it was given.
 
     A file that cannot be read is recorded in files.unreadable. With boxes the next readable file
@@ -2522,7 +2467,7 @@ def decoded_batches(
     """
     batches, ahead = itertools.tee(requests)  # the workers are some batches ahead
     parts = itertools.chain.from_iterable(_split(files, rows, u, size, boxes) for rows, u in ahead)
-    with contextlib.closing(_decode(parts, workers)) as answers:
+    with contextlib.closing(_decode(parts, worker_count(workers))) as answers:
         for rows, u in batches:
             shape = (len(rows), 1 if u is None else u.shape[1], size, size, 3)
             crops = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
@@ -2557,15 +2502,9 @@ def _next_readable(files: ImageFiles, row: int, u: Tensor, size: int, boxes: Box
 
 @torch.no_grad()
 def embed(
-    encoder: Callable[[Tensor], Tensor],
-    data: Images,
-    size: int,
-    device: torch.device,
-    precision: str = "float32",
-    batch_size: int = 512,
-    workers: int = 0,
-    title: str = "",
-) -> Tensor:
+    encoder: Callable[[Tensor], Tensor], data: Images, size: int, device: torch.device,
+    precision: str = "float32", batch_size: int = 512, workers: int = 0, title: str = "",
+) -> Tensor:  # fmt: skip
     """Features of every image, in order, without augmentation: float32 (N, D) on `device`.
 
     encoder: float (B, 3, size, size) in [0, 1] -> (B, D). A module is in eval mode meanwhile:
@@ -2606,19 +2545,6 @@ def embed(
 def rows_read(features: Tensor) -> Tensor:
     """Which rows of embed()'s features are those of images that can be read: bool (N,)."""
     return ~features.isnan().any(1)
-
-
-@contextlib.contextmanager
-def evaluating(encoder: Callable) -> Iterator[None]:
-    """Context manager that puts a module in eval mode, and each of its parts back afterwards."""
-    modes = [(m, m.training) for m in encoder.modules()] if isinstance(encoder, nn.Module) else []
-    for module, _ in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def flat_pixels(images: Tensor, side: int = 32) -> Tensor:
@@ -2663,18 +2589,6 @@ def knn_vote(
         weights = ((similarity - similarity[:, :1]) / temperature).exp()
     votes = weights.new_zeros(len(similarity), num_classes)
     return votes.scatter_add_(1, neighbour_labels, weights).argmax(1)
-
-
-def knn_predict(
-    train_features: Tensor, train_labels: Tensor, test_features: Tensor, num_classes: int,
-    k: int = 10, temperature: float | None = None,
-) -> Tensor:  # fmt: skip
-    """The classes by knn_vote() of nearest_neighbours(): int64 (M,).
-
-    train_features (N, D), train_labels int64 (N,), test_features (M, D).
-    """
-    similarity, neighbours = nearest_neighbours(train_features, test_features, k)
-    return knn_vote(similarity, train_labels[neighbours], num_classes, temperature)
 
 
 class LogisticRegression:
@@ -2780,24 +2694,23 @@ class LinearClassifier:
 
 def fit_linear_classifier(
     features: Tensor, labels: Tensor, num_classes: int,
-    strengths: Sequence[float] = L2_STRENGTHS, after_fit: Callable[[], Any] = lambda: None,
+    after_fit: Callable[[], Any] = lambda: None,
 ) -> LinearClassifier:  # fmt: skip
     """The linear evaluation: logistic regression on frozen features, its penalty chosen fairly.
 
-    features: float (N, D), standardised here. labels: int64 (N,). strengths: from strong to weak.
-    The one that is most accurate on a class-balanced fifth of the rows, held out, is used to fit
-    all rows; of equal ones the strongest. after_fit: called after each strength.
+    features: float (N, D), standardised here. labels: int64 (N,). Of L2_STRENGTHS the one that is
+    most accurate on a class-balanced fifth of the rows, held out, is used to fit all rows; of equal
+    ones the strongest. after_fit: called after each strength.
     """
     mean, std = standardization(features)
     x = (features - mean) / std
-    fit_rows, held_out = (
-        torch.from_numpy(rows).to(x.device) for rows in split_held_out(labels.cpu().numpy())
-    )
+    parts = split_held_out(labels.cpu().numpy())
+    fit_rows, held_out = (torch.from_numpy(rows).to(x.device) for rows in parts)
     # where no class has enough images to hold one out: scikit-learn's C = 1
-    best, chosen = -1.0, strengths[0] if len(strengths) == 1 else 1 / len(x)
-    if len(held_out) and len(strengths) > 1:
+    best, chosen = -1.0, 1 / len(x)
+    if len(held_out):
         search = LogisticRegression(x[fit_rows], labels[fit_rows], num_classes)
-        for l2 in strengths:
+        for l2 in L2_STRENGTHS:
             weight, bias = search.fit(l2, SEARCH_TOLERANCE)
             score = accuracy((x[held_out] @ weight + bias).argmax(1), labels[held_out])
             if score > best:
@@ -2806,15 +2719,6 @@ def fit_linear_classifier(
     weight, bias = LogisticRegression(x, labels, num_classes).fit(chosen)
     weight = weight / std[:, None]
     return LinearClassifier(weight, bias - mean @ weight, chosen)
-
-
-def linear_accuracy(
-    train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor,
-    num_classes: int,
-) -> float:  # fmt: skip
-    """Test accuracy in [0, 1] of fit_logistic_regression()."""
-    weight, bias = fit_logistic_regression(train_features, train_labels, num_classes)
-    return accuracy((test_features @ weight + bias).argmax(1), test_labels)
 
 
 def standardization(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -3040,14 +2944,14 @@ def progress_bar(items: Iterable, title: str, total: int) -> Iterable:
     return tqdm(items, title, total, leave=False, disable=hidden)
 
 
-class Progress:
+class Progress(contextlib.AbstractContextManager):
     """A tqdm bar on a terminal; elsewhere plain lines, at most one every few seconds."""
 
     SECONDS_BETWEEN_LINES = 5.0
 
-    def __init__(self, total: int, done: int, unit: str = "step") -> None:
+    def __init__(self, total: int, done: int) -> None:
         self.on_terminal = sys.stderr.isatty() and is_main_process()
-        self.bar = tqdm(total=total, initial=done, unit=unit, disable=not self.on_terminal)
+        self.bar = tqdm(total=total, initial=done, unit="step", disable=not self.on_terminal)
         self._next_line = 0.0
 
     def advance(self) -> None:
@@ -3060,9 +2964,6 @@ class Progress:
         elif last or time.monotonic() >= self._next_line:
             print(line, flush=True)
             self._next_line = time.monotonic() + self.SECONDS_BETWEEN_LINES
-
-    def __enter__(self) -> Progress:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()

@@ -240,7 +240,7 @@ def augmentation(setup: Setup) -> list[Row]:
     with one_thread():
         pil = [transforms.functional.to_pil_image(x) for x in setup.data.images.cpu()[:64]]
         by_pil, ours, theirs = pil_pipeline(setup.config), [], []
-        u = setup.augment.draw(setup.views, device=setup.device)
+        u = torch.rand(setup.views, setup.augment.draws, device=setup.device)
         watch.once(lambda: setup.augment(images, u))
         for _ in range(3):  # in turn, so that the ratio holds
             ours += watch.time(lambda: setup.augment(images, u)).seconds
@@ -354,7 +354,7 @@ def parts(setup: Setup) -> dict[str, Timing]:
     """Seconds a batch of each part of a step, encoder and head apart."""
     watch = setup.watch
     images = torch.cat([setup.data.images] * 2)
-    u = setup.augment.draw(setup.views, device=setup.device)
+    u = torch.rand(setup.views, setup.augment.draws, device=setup.device)
     z = setup.forward(setup.channels_last()).detach().float().requires_grad_()
     for p in setup.model.parameters():
         p.grad = torch.zeros_like(p)

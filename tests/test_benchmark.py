@@ -5,10 +5,10 @@ import io
 import json
 import math
 
-import gpu
 import pytest
 
 import benchmark
+import gpu
 from conftest import error_of
 
 

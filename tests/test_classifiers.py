@@ -20,25 +20,30 @@ def clusters():
     return x[:300], y[:300], x[300:], y[300:]
 
 
+def knn_predict(x, y, x_test, classes, k=10, temperature=None):
+    similarity, neighbours = utils.nearest_neighbours(x, x_test, k)
+    return utils.knn_vote(similarity, y[neighbours], classes, temperature)
+
+
 @pytest.mark.parametrize(("k", "temperature"), [(1, None), (10, None), (77, None), (50, 0.1)])
 def test_knn_equals_scikit_learn(clusters, device, k, temperature):
     x, y, x_test, _ = clusters
     weights = (lambda distance: np.exp((1 - distance) / temperature)) if temperature else "uniform"
     theirs = KNeighborsClassifier(k, metric="cosine", weights=weights).fit(x, y).predict(x_test)
-    ours = utils.knn_predict(x.to(device), y.to(device), x_test.to(device), 4, k, temperature)
+    ours = knn_predict(x.to(device), y.to(device), x_test.to(device), 4, k, temperature)
     assert (ours.cpu().numpy() == theirs).all()
 
 
 def test_knn_in_blocks_is_the_same(clusters, monkeypatch):
     x, y, x_test, _ = clusters
-    whole = utils.knn_predict(x, y, x_test, 4)
+    whole = knn_predict(x, y, x_test, 4)
     monkeypatch.setattr(utils, "_KNN_BYTES", 4 * len(x) * 7)  # 7 rows at a time
-    assert torch.equal(utils.knn_predict(x, y, x_test, 4), whole)
+    assert torch.equal(knn_predict(x, y, x_test, 4), whole)
 
 
 def test_knn_with_fewer_images_than_neighbours():
     x, y = torch.eye(3), torch.tensor([0, 1, 1])
-    assert utils.knn_predict(x, y, torch.eye(3), 2, k=10).tolist() == [1, 1, 1]
+    assert knn_predict(x, y, torch.eye(3), 2, k=10).tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("c", [0.01, 1.0, 100.0])

@@ -379,7 +379,7 @@ def plan(encoder, few_scenes):
 
     def make(**options):
         options = Options(**{"dataset": "digits", "labels": ("10",), "device": "cpu", **options})
-        return load_simCLR.plan_detection(load_source(encoder), options, CPU)
+        return Detection(load_source(encoder), options, CPU)
 
     return make
 
@@ -446,7 +446,7 @@ def test_both_rows_begin_with_equal_heads_and_meet_the_same_images(plan, monkeyp
 
 def test_a_training_repeats_bit_for_bit_and_leaves_the_encoder_alone(plan, encoder):
     job, threads = plan(), torch.get_num_threads()
-    network = job.starts["simclr"].resnet(0)
+    network = job.starts["simclr"].resnet
     before, file = utils.module_digest(network), encoder.read_bytes()
     digests = {utils.module_digest(trained(plan)) for _ in range(2)}
     assert len(digests) == 1
@@ -459,7 +459,7 @@ def test_a_training_repeats_bit_for_bit_and_leaves_the_encoder_alone(plan, encod
 @pytest.mark.parametrize("name", ["frozen", "simclr"])
 def test_freeze_moves_neither_weights_nor_statistics(plan, name):
     body = trained(plan, name, freeze=True).backbone.body.state_dict()
-    before = plan().starts["simclr"].resnet(0).state_dict()
+    before = plan().starts["simclr"].resnet.state_dict()
     same = [torch.equal(x, before[key]) for key, x in body.items()]
     assert all(same) if name == "frozen" else not any(same)
 

@@ -21,7 +21,7 @@ import simclr
 import utils
 from conftest import CPU, error_of
 from hostile import Calls
-from load_simCLR import Evaluation, Options, Source, load_encoder, load_source
+from load_simCLR import Options, Source, load_encoder, load_source
 from utils import ImageSet, InputError, LabelTraining
 
 
@@ -44,8 +44,7 @@ def places(trained, tmp_path):
 
 def evaluation_of(file, **overrides):
     source, options = load_source(file), Options(**overrides)
-    config, data = load_simCLR.evaluation_setup(source, options, CPU)
-    return Evaluation(source, config, data, CPU, options)
+    return load_simCLR.evaluation_setup(source, options, CPU)
 
 
 # ------------------------------------------------------------------------------- the frozen encoder

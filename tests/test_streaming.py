@@ -15,7 +15,7 @@ from test_processes import CONTEXT
 
 import simclr
 import utils
-from conftest import CPU, interrupt, log_of, position
+from conftest import CPU, end_workers, interrupt, log_of, position
 from utils import ImageFiles, InputError
 
 SIDE = 16  # px of all views here
@@ -164,7 +164,7 @@ def test_views_do_not_depend_on_workers_requests_or_where_an_epoch_begins(
         assert same_views(views_of(config, data), alone)
     assert same_views(views_of(config, data, start=1), alone[1:])
     monkeypatch.setattr(utils, "REQUEST_BYTES", 2 * 3 * SIDE**2)  # of one image
-    utils.end_workers()
+    end_workers()
     assert same_views(views_of(config, data), alone)
 
 
@@ -258,7 +258,7 @@ def test_too_little_shared_memory_is_one_line(photos, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
     assert len(list(streamed(photos).batches(SIDE, 5, CPU, workers=2))) == 4
-    utils.end_workers()
+    end_workers()
     monkeypatch.setattr(multiprocessing, "get_start_method", lambda **_: "spawn")
     with pytest.raises(InputError, match=r"--workers 0 .*--shm-size.*No space left"):
         list(streamed(photos).batches(SIDE, 6, CPU, workers=2))
