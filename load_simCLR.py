@@ -512,7 +512,8 @@ def text_of(results: dict, names: dict[str, str]) -> str:
             begun = names["untrained"] != simclr.REPRESENTATIONS["untrained"]  # with --init
             other = "fine-tuning the weights before it" if begun else "training from scratch"
             better, worse = ("pre-training", other)[:: 1 if gain > 0 else -1]
-            parts += [f"{title}: {better} is {abs(100 * gain):.1f} points better than {worse}"]
+            by = f"{abs(100 * gain):.1f} points better than" if gain else "as good as"
+            parts += [f"{title}: {better} is {by} {worse}"]
     return "\n".join(parts)
 
 
@@ -788,10 +789,14 @@ def use_on_new_images(source: Source, options: Options, device: torch.device) ->
         print(f"classifier: {facts['network']['origin']}, {len(classes)} classes, right for "
               f"{accuracy} of {facts['test_images']:,} test images")  # fmt: skip
         paths, logits = embed_images(classifier, where, facts, source, options, device)
-        out = Path(options.out or source.output("classified.csv", options.figures))
         confidence, predicted = logits.softmax(1).max(1)
+        name = "classified.csv"
+        if not where.is_dir():
+            name = f"classified-{where.stem}.csv"
+            print(f"{where.name}: {classes[int(predicted)]} ({confidence.item():.0%})")
+        out = Path(options.out or source.output(name, options.figures))
         write_predictions(out, paths, classes, confidence, predicted=predicted)
-        print(f"{len(paths):,} images classified: {out}")
+        print(f"images classified: {len(paths):,}, in {out}")
 
 
 def embed_images(
@@ -1565,7 +1570,7 @@ def coco_truth(test: Boxes) -> dict:
 
 
 SHOWN = 6  # images in a figure
-CONFIDENT = 0.5  # score from which a box is drawn
+CONFIDENT = 0.7  # score from which a box is drawn
 
 
 def draw_detection(
@@ -1635,9 +1640,12 @@ def detect_photos(source: Source, options: Options, device: torch.device) -> Non
     """--detect: writes what the run's detector finds in a folder's images, and draws some."""
     from matplotlib.figure import Figure
 
-    detector = load_detector(source.output("detector.pt", options.figures), device)
+    file = source.output("detector.pt", options.figures)
+    if not file.exists():
+        raise InputError(f"there is no {file} yet: --tasks detection trains it")
+    detector, folder = load_detector(file, device), Path(options.detect)
     out = Path(options.out or source.output("boxes.json", options.figures))
-    figure_file, folder = Path(options.figures) / source.name / "boxes.png", Path(options.detect)
+    figure_file = Path(options.figures) / source.name / f"{out.stem}.png"
     check_targets(out, figure_file)
     if not (names := utils.list_images(folder)):
         raise InputError(f"no images in {folder}")
@@ -1656,7 +1664,8 @@ def detect_photos(source: Source, options: Options, device: torch.device) -> Non
         figure = Figure(figsize=(9.5, 6.6), layout="constrained")
         draw_boxes(figure.subplots(2, SHOWN // 2).ravel(), files, found, classes, "C1")
         utils.save_figure(figure, figure_file)
-    print(f"{len(files):,} images, {len(entries):,} boxes: {out}\nfigure: {figure_file}")
+    print(f"{len(files):,} images, {len(entries):,} boxes of any confidence: {out}\n"
+          f"figure, of {CONFIDENT:.0%} or more: {figure_file}")  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------- options

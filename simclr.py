@@ -1620,8 +1620,8 @@ def check_same_run(record: dict, config: Config, data: Data) -> None:
                 "are another run, from the beginning: choose another name with --run"
             )
         raise InputError(
-            f"{config.folder} holds a run with other settings: {', '.join(differ)}. {hint}, or "
-            "--overwrite it"
+            f"{config.folder} holds a run with other settings: {', '.join(differ)}. {hint} (--init "
+            f"{config.folder} starts from its weights), or delete it with --overwrite"
         )
 
 

@@ -509,7 +509,7 @@ def test_the_command_writes_what_it_promises(encoder, few_scenes, tmp_path, writ
         ("--tasks detection --dataset digits --labels 3", "--labels 3: give 5 to 20"),
         ("--tasks detection --dataset digits --labels 21", "--labels 21: give 5 to 20"),
         ("--tasks detection --dataset cifar10", "cifar10 has no boxes"),
-        ("--detect {folder}", "no checkpoint at"),
+        ("--detect {folder}", "--tasks detection trains it"),
         ("--detect nowhere", "--detect nowhere is not a folder"),
     ],
 )

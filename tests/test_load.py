@@ -99,14 +99,15 @@ def test_an_encoder_that_moves_is_caught_by_the_program(trained):
 # -------------------------------------------------------------------------------------- classifiers
 
 
-def test_the_strength_is_chosen_on_held_out_training_images():
+def test_the_strength_is_chosen_on_held_out_training_images(monkeypatch):
     """The same search with scikit-learn, on the same split, chooses the same strength."""
     random, y = torch.Generator().manual_seed(0), torch.arange(600) % 3
     x = torch.randn(3, 20, generator=random)[y] + 2.5 * torch.randn(600, 20, generator=random)
     x = x * torch.logspace(-1, 1, 20)  # features of very different scale
     strengths = tuple(10.0 ** (2 - i) for i in range(7))
+    monkeypatch.setattr(utils, "L2_STRENGTHS", strengths)
     calls = []
-    chosen = utils.fit_linear_classifier(x, y, 3, strengths, lambda: calls.append(1)).l2
+    chosen = utils.fit_linear_classifier(x, y, 3, lambda: calls.append(1)).l2
     assert len(calls) == len(strengths)
     scaled = ((x - x.mean(0)) / x.std(0, correction=0)).double().numpy()
     fit, held_out = utils.split_held_out(y.numpy())
