@@ -260,7 +260,7 @@ class Variant:
         return functools.partial(extra_batches, extra=self.extra)
 
     def model(self, config: Config) -> simclr.SimCLR:
-        """The model to start from, with the same weights whatever the number of passes."""
+        """The model to start from, with the same weights for any number of passes."""
         model = simclr.start_model(config)
         if self.passes == 2:
             model.__class__ = TwoPasses
@@ -1299,7 +1299,7 @@ class Grid:
                 print(f"{i}/{len(mine)}  {job.name}  ({job.config.folder})", flush=True)
                 try:
                     run_job(job, data, device)
-                except Exception as error:  # whatever it is, the other jobs can be done
+                except Exception as error:  # of any kind: the other jobs can be done
                     self.failed[job.name] = " ".join(str(error).split()) or type(error).__name__
                     print(f"failed: {self.failed[job.name]}", file=sys.stderr, flush=True)
 

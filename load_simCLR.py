@@ -8,7 +8,7 @@
     python load_simCLR.py RUN --classify PHOTOS      # the classes of any images, as .csv
     python load_simCLR.py RUN --export encoder.pt    # torchvision's names
     python load_simCLR.py RUN --tasks detection      # as a detector's backbone; --data-dir BOXES
-    python load_simCLR.py moco_v2.pth.tar --dataset cifar10    # somebody else's encoder
+    python load_simCLR.py moco_v2.pth.tar --dataset cifar10    # another project's encoder
 
 RUN is the name of a run, its folder or a checkpoint file. From Python:
 
@@ -19,7 +19,7 @@ RUN is the name of a run, its folder or a checkpoint file. From Python:
     logits = classifier(images)    # (B, len(classifier.classes))
 
 What makes the numbers trustworthy: the encoder's parameters and buffers are compared byte for
-byte before and after every evaluation of it frozen; whatever is chosen (the l2 penalty) is chosen
+byte before and after every evaluation of it frozen; settings such as the l2 penalty are chosen
 on a part of the training set; the test split only gives the number that is reported (the kNN
 accuracy during training is of it, too: see --knn-split of simclr.py); a checkpoint is loaded
 strictly or not at all.
@@ -1019,7 +1019,7 @@ def read_boxes(root: Path) -> tuple[Boxes, Boxes, str]:
         if len({item.path for items, _ in parts for item in items}) < sum(len(p[0]) for p in parts):
             raise InputError(f"{root}: an image is listed twice in {' and '.join(names)}")
         train, *test = (assemble(root, items, classes) for items, _ in parts)
-    if not test:  # a fixed fifth, so that it is the same whatever is compared
+    if not test:  # the same fifth in every comparison
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
         rows = [part.sort()[0] for part in order.tensor_split([len(train) // 5])]
         test = [dataclasses.replace(train.subset(rows[0]), dropped={})]
@@ -1413,11 +1413,11 @@ class Detection:
     def rates(self, name: str) -> dict[float, float]:
         """AP50 by each of RATES on a fifth of the most labelled images, the best first."""
         data = self.labelled(self.amounts[-1], 0)
-        held, learned = map(data.subset, torch.arange(len(data)).tensor_split([len(data) // 5]))
+        held_out, learned = map(data.subset, torch.arange(len(data)).tensor_split([len(data) // 5]))
         values = {}
         for rate in RATES:
             detector = self.fit(name, learned, rate, self.steps(len(learned)), 0)
-            values[rate] = summary(precisions(held, detect(detector, held.images)))["AP50"]
+            values[rate] = summary(precisions(held_out, detect(detector, held_out.images)))["AP50"]
         return dict(sorted(values.items(), key=lambda pair: -pair[1]))
 
 

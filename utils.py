@@ -1150,7 +1150,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def find_encoder(state: dict, where: str | Path, prefix: str = "") -> ForeignEncoder:
-    """The ResNet in a checkpoint, whatever is around it.
+    """Finds the ResNet in a checkpoint, which may hold other networks and nested dicts.
 
     prefix: where it lies in the file, if there are several. Raises InputError if there is none, if
     several are as likely, or if it is no plain ResNet of three channels. That its tensors are
@@ -2005,7 +2005,7 @@ def _name_unused(root: Path, used: set[Path]) -> None:
 def load_unlabelled(
     root: str | Path, max_bad: float = 0.0, grey_range: tuple[float, ...] = ()
 ) -> Images:
-    """All images below a folder, whatever its layout, without labels. See load_images()."""
+    """All images below a folder of any layout, without labels. See load_images()."""
     paths = list_images(existing_folder(Path(root)))
     if not paths:
         raise InputError(f"no images in {root}")
@@ -2338,7 +2338,7 @@ class DecodingPool:
     """Worker processes that answer DecodeRequests.
 
     Each has a pipe, through which requests and answers go in order, and a few slots of shared
-    memory for views. When a worker dies its pipe closes, so that nobody waits for it. On Linux
+    memory for views. When a worker dies its pipe closes, which ends the wait for it. On Linux
     workers are forked, and the slots are memory without a name that needs no room in /dev/shm.
     """
 
@@ -2367,7 +2367,7 @@ class DecodingPool:
             self.processes.append(process)
 
     def close(self) -> None:
-        """Ends the workers, whatever they do: they have nothing to finish."""
+        """Ends the workers at once: they have nothing to finish."""
         atexit.unregister(self.close)
         for process in self.processes:
             process.kill()
@@ -2839,7 +2839,7 @@ def train_on_labels(
 
 
 def zero_classifier(dim: int, classes: int) -> nn.Linear:
-    """A linear layer of zeros: at first all classes are equally likely, whatever the seed."""
+    """A linear layer of zeros: at first all classes are equally likely, for any seed."""
     layer = nn.Linear(dim, classes)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
