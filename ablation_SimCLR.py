@@ -1420,6 +1420,7 @@ def list_studies(given: dict[str, Any], seeds: int) -> None:
     base = make_base(given)
     device = utils.choose_device(base.device)
     data, every = simclr.load_data(base, device), []
+    times = dict.fromkeys(STUDIES, math.inf)
     per_view = seconds_per_view(base, data, device)
     print(f"on {describe_base(given)}, {seeds} seed{'s' * (seeds != 1)}, {device}:\n")
     for name, study in STUDIES.items():
@@ -1430,12 +1431,13 @@ def list_studies(given: dict[str, Any], seeds: int) -> None:
             print(f"{name:16}{'–':>4} runs {'–':>8}  {error}")
             continue
         every += jobs
+        times[name] = seconds or math.inf
         left = duration(seconds) if seconds else "done"
         print(f"{name:16}{len(jobs):4} runs {left:>8}  {study.question}")
     left = duration(seconds_left(every, len(data.pretrain), per_view))
     print(f"\n{'all':16}{len(every):4} runs {left:>8}  (estimated from a few training steps)")
-    command = utils.python_command(utils.from_here(__file__), next(iter(STUDIES)))
-    print(f"\nrun one:  {command}")
+    command = utils.python_command(utils.from_here(__file__), min(times, key=times.__getitem__))
+    print(f"\nrun the shortest:  {command}")
 
 
 def run(names: Sequence[str], options: Options, given: dict[str, Any]) -> bool:
@@ -1445,13 +1447,17 @@ def run(names: Sequence[str], options: Options, given: dict[str, Any]) -> bool:
         return True
     grids = [Grid(name, given, options.seeds) for name in names]
     if options.dry_run:
-        for job in itertools.chain(*(each.jobs for each in grids)):
+        jobs = [job for each in grids for job in each.jobs]
+        for job in jobs:
             state = "to do" if job.result() is None else "done"
             print(f"{job.name}  {job.config.folder}  ({state})")
-        return True
     base = grids[0].base
     device = utils.choose_device(base.device)
     data = simclr.load_data(base, device)
+    if options.dry_run:
+        seconds = seconds_left(jobs, len(data.pretrain), seconds_per_view(base, data, device))
+        print(f"\n{len(jobs)} runs, about {duration(seconds)} left (estimated from a few steps)")
+        return True
     if not data.labelled:
         raise InputError(f"{base.dataset} in {base.data_dir} has no labels to measure by")
     data = simclr.only_readable(data, base)

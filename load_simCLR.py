@@ -59,7 +59,7 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign, nms
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
@@ -195,6 +195,7 @@ class Evaluation:
         self.options = options
         epochs = "1 epoch" if options.epochs == 1 else f"{options.epochs} epochs"
         self.note = f", {epochs}" if options.epochs else ""  # if it is not the paper's number
+        self.fewest_steps = {"min_steps": 0} if options.epochs else {}
         self.encoders: dict[str, Any] = simclr.encoders(
             source.encoder, self.untrained(seed=0), device, source.projector
         )
@@ -318,7 +319,8 @@ class Evaluation:
             for seed in range(self.options.seeds):
                 rows = self.label_rows(amount, seed)
                 labels = self.data.train.labels[rows]
-                weight, bias = utils.fit_logistic_regression(x[rows], labels, self.classes)
+                fitted = utils.LogisticRegression(x[rows], labels, self.classes)
+                weight, bias = fitted.fit(1 / len(rows))
                 self.record(column, "pixels", x_test @ weight + bias)
                 self.fine_tune(column, self.untrained(seed), rows, augment, training, seed)
                 self.fine_tune(column, self.encoders["simclr"], rows, augment, training, seed)
@@ -331,11 +333,12 @@ class Evaluation:
         text = f"{wanted} a class" if isinstance(wanted, int) else f"{100 * wanted:g} %"
         epochs = self.options.epochs or (MANY_EPOCHS if share >= MANY_LABELS else FEW_EPOCHS)
         column = Column("semi", f"fine-tuned, {text} ({n:,}){self.note}")
-        return column, LabelTraining(epochs)
+        return column, LabelTraining(epochs, **self.fewest_steps)
 
     def supervised(self) -> list[Column]:
         """All labels, crops, flips and colour, from scratch: what SimCLR does without."""
-        training = dataclasses.replace(SUPERVISED, epochs=self.options.epochs or SUPERVISED.epochs)
+        epochs = self.options.epochs or SUPERVISED.epochs
+        training = dataclasses.replace(SUPERVISED, epochs=epochs, **self.fewest_steps)
         column = Column("supervised", f"supervised, all labels{self.note}")
         augment, rows = simclr.make_augment(self.config), torch.arange(len(self.data.train))
         for seed in range(self.options.seeds):
@@ -348,7 +351,7 @@ class Evaluation:
     ) -> nn.Sequential:  # fmt: skip
         """Adds the scores of a copy of `start` that is trained on the labels of `rows`."""
         name = "simclr" if start is self.encoders["simclr"] else "untrained"
-        title = f"{column.title}, {name}, seed {seed}"
+        title = f"{column.title}, {self.source.row_names[name]}, seed {seed}"
         with steps_bar(training.steps(len(rows)), title) as bar:
             network = simclr.fine_tune(
                 start, self.data.train, rows, augment, training, self.config, self.device, seed,
@@ -356,7 +359,8 @@ class Evaluation:
             )  # fmt: skip
         logits = simclr.features(network, self.data.test, self.config, self.device)
         self.record(column, name, logits)
-        print(f"{title}: {percent(column.scores[name][-1:], len(logits))}", flush=True)
+        accuracy = percent(column.scores[name][-1:], len(logits))
+        print(f"{title}: test accuracy {accuracy}", flush=True)
         return network
 
     def label_rows(self, amount: str, seed: int) -> Tensor:
@@ -454,6 +458,7 @@ MEASURES = {  # of class_measures(), in the order in which they are printed
     "auroc": "Area under the ROC curve",
 }
 LINE_WIDTH = 100  # characters
+ONE_SEED = " (one seed: not certain)"
 
 
 def table(columns: Sequence[dict], names: dict[str, str], images: int = utils.FEW_IMAGES) -> str:
@@ -513,7 +518,7 @@ def text_of(results: dict, names: dict[str, str]) -> str:
             other = "fine-tuning the weights before it" if begun else "training from scratch"
             better, worse = ("pre-training", other)[:: 1 if gain > 0 else -1]
             by = f"{abs(100 * gain):.1f} points better than" if gain else "as good as"
-            parts += [f"{title}: {better} is {by} {worse}"]
+            parts += [f"{title}: {better} is {by} {worse}{ONE_SEED * (len(scores['simclr']) == 1)}"]
     return "\n".join(parts)
 
 
@@ -669,7 +674,7 @@ def load_classifier(where: str | Path = "", device: torch.device | str = "cpu") 
     facts = source.classifier
     if facts is None:
         raise InputError(f"{file} is no classifier; --fine-tune makes one of a run")
-    with utils.errors_as_input_error(f"{file} is no classifier", (InputError,)):
+    with utils.errors_as_input_error(f"{file} is no classifier"):
         linear = nn.Linear(source.resnet.feature_dim, len(facts["classes"]))
         utils.load_weights(linear, facts["linear"], str(file))
         classifier = Classifier(source.encoder, linear, facts).eval().requires_grad_(False)
@@ -736,8 +741,9 @@ def fine_tune_classifier(source: Source, options: Options, device: torch.device)
     file = Path(options.out or source.output(FINE_TUNED, options.figures))
     check_targets(file)
     print(f"{source.file}: {source.description}")
-    print(f"fine-tuning on {len(rows):,} of {len(train):,} labelled images", flush=True)
     column, training = evaluation.label_training(amount, len(rows))
+    print(f"fine-tuning on {len(rows):,} of {len(train):,} labelled images, "
+          f"{training.steps(len(rows)):,} steps", flush=True)  # fmt: skip
     augment, start = simclr.geometric_augment(config), evaluation.encoders["simclr"]
     network = evaluation.fine_tune(column, start, rows, augment, training, seed=0)
     (accuracy,) = column.scores["simclr"]
@@ -893,11 +899,7 @@ def find_coco(root: Path) -> dict[str, Path]:
 
 def read_coco(root: Path, split: str, file: Path) -> Annotations:
     """The images in order of their ids, and the names of classes by their ids."""
-
-    def refuse(text: str) -> None:
-        raise ValueError(f"it holds {text}, which is no number")
-
-    content = json.loads(file.read_bytes(), parse_constant=refuse)
+    content = json.loads(file.read_bytes())
     images = sorted(content["images"], key=lambda image: image["id"])
     name = images[0]["file_name"]
     places = (root / split, root / "images" / split, root / "images", root)
@@ -913,13 +915,6 @@ def read_coco(root: Path, split: str, file: Path) -> Annotations:
         crowd = bool(thing.get("iscrowd"))
         items[key].objects.append((thing["category_id"], x, y, x + width, y + height, crowd))
     return list(items.values()), {c["id"]: str(c["name"]) for c in content["categories"]}
-
-
-class PlainXML(ElementTree.TreeBuilder):
-    """Refuses entities, which could grow to gigabytes or name other files."""
-
-    def doctype(self, *_: object) -> None:
-        raise ValueError("it declares a document type, which annotations do not need")
 
 
 def find_voc(root: Path) -> dict[str, list[Path]]:
@@ -941,7 +936,7 @@ def read_voc(root: Path, split: str, files: list[Path]) -> Annotations:
     items = []
     for file in files:
         with utils.errors_as_input_error(f"cannot read {file}"):
-            tree = ElementTree.parse(file, ElementTree.XMLParser(target=PlainXML())).getroot()
+            tree = ElementTree.parse(file).getroot()
             size = [int(float(tree.findtext(f"size/{k}") or 0)) for k in ("width", "height")]
             name = tree.findtext("filename") or f"{file.stem}.jpg"
             item = Annotated(file.parents[1] / "JPEGImages" / name, size if all(size) else None)
@@ -1005,7 +1000,7 @@ FORMATS: dict[str, tuple[Callable, Callable, str]] = {
 
 def read_boxes(root: Path) -> tuple[Boxes, Boxes, str]:
     """Training images, test images, and what they are, for people. Raises InputError."""
-    with utils.errors_as_input_error(f"cannot read the boxes of {root}", through=(InputError,)):
+    with utils.errors_as_input_error(f"cannot read the boxes of {root}"):
         known = {name: splits for name, (find, *_) in FORMATS.items() if (splits := find(root))}
         if not known:
             layouts = "; ".join(f"{name}: {layout}" for name, (*_, layout) in FORMATS.items())
@@ -1210,6 +1205,7 @@ FEWEST = 5  # labelled images: a fifth of the most is held out, to choose the le
 RATES = (1e-3, 3e-3)  # of AdamW, to choose from
 LONGER = 3  # times the steps, in a further row
 DETECTION_BATCH, WARM_SHARE = 8, 0.1  # images a step; of the steps, in which the rate rises
+SCALES = (0.75, 0.875, 1)  # one is drawn for an image in training; the last is for testing
 LONGEST = 5 / 3  # the longer side of an image, by the shorter; longer images are made smaller
 
 
@@ -1218,7 +1214,7 @@ class DetectorSizes(NamedTuple):
 
     stages: tuple[int, ...]  # of the ResNet, whose outputs enter the feature pyramid
     side: int  # px, the shorter side of an image by default
-    anchors: tuple[float, ...]  # for each level, and a further one: shares of that side
+    anchors: tuple[float, ...]  # shares of that side, equally many for each level and a further one
     epochs: int  # passes over the labelled images
     steps: int  # at least
     channels: int = 256
@@ -1228,22 +1224,22 @@ class DetectorSizes(NamedTuple):
     options: Mapping[str, Any] = MappingProxyType({})  # further ones of FasterRCNN
 
 
-SMALL = dict(channels=64, roi=5, points=1, head=128, options=dict(
-    rpn_batch_size_per_image=64, box_batch_size_per_image=32, rpn_pre_nms_top_n_train=1000,
-    rpn_post_nms_top_n_train=500, rpn_post_nms_top_n_test=500,
+SMALL = dict(roi=5, points=1, head=256, options=dict(
+    rpn_batch_size_per_image=64, box_batch_size_per_image=32,
+    rpn_pre_nms_top_n_train=200, rpn_post_nms_top_n_train=100,
+    rpn_pre_nms_top_n_test=200, rpn_post_nms_top_n_test=100,
     box_positive_fraction=0.5,  # few steps need many objects among the samples
 ))  # fmt: skip
 DETECTORS = {
-    "digits": DetectorSizes((2, 3), CANVAS, (0.19, 0.34, 0.62), 0, 125, **SMALL),
-    "small": DetectorSizes((2, 3, 4), 128, (0.1, 0.2, 0.4, 0.7), 12, 500, **SMALL),
-    "imagenet": DetectorSizes((1, 2, 3, 4), 448, (0.04, 0.08, 0.16, 0.32, 0.64), 12, 500),
-}
+    "digits": DetectorSizes((3,), CANVAS, (0.19, 0.3, 0.45, 0.62), 0, 170, 128, **SMALL),
+    "small": DetectorSizes((2, 3, 4), 128, (0.1, 0.2, 0.4, 0.7), 12, 500, 64, **SMALL),
+    "imagenet": DetectorSizes((1, 2, 3, 4), 448, (0.04, 0.08, 0.16, 0.32, 0.64), 12, 500,
+                              options={"box_batch_size_per_image": 128}),  # the images are few
+}  # fmt: skip
 
 
 class Levels(BackboneWithFPN):
     """A feature pyramid on a ResNet, which alone may run in bfloat16: roi_align has no kernel."""
-
-    precision = "float32"
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         with utils.autocast(x.device, self.precision):
@@ -1257,25 +1253,26 @@ def make_detector(
 ) -> FasterRCNN:  # fmt: skip
     """A Faster R-CNN on the stages of `resnet`, all trainable, for images in [0, 1].
 
-    kind: of DETECTORS. side: px, to which the shorter side is resized. The weights beside the
-    ResNet's follow from the seed alone.
+    kind: of DETECTORS. side: px, to which the shorter side is resized; in training times one of
+    SCALES. The weights beside the ResNet's follow from the seed alone.
     """
     sizes = DETECTORS[kind]
     mean, std = map(list, MEANS.get(normalize, ([0.0] * 3, [1.0] * 3)))
     stages = {f"layer{stage}": str(i) for i, stage in enumerate(sizes.stages)}
     blocks = [getattr(resnet, name)[-1] for name in stages]
     channels = [getattr(block, "bn3", block.bn2).num_features for block in blocks]
-    anchors = tuple((round(share * side),) for share in sizes.anchors)
+    anchors = (side * torch.tensor(sizes.anchors)).round().view(len(stages) + 1, -1).tolist()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(utils.derive_seed(seed, HEADS))
         levels = Levels(resnet, stages, channels, sizes.channels, norm_layer=nn.BatchNorm2d)
         levels.precision = precision
         detector = FasterRCNN(
-            levels, min_size=side, max_size=round(side * LONGEST), image_mean=mean, image_std=std,
+            levels, min_size=[round(x * side) for x in SCALES], max_size=round(side * LONGEST),
             rpn_anchor_generator=AnchorGenerator(anchors, ((0.5, 1.0, 2.0),) * len(anchors)),
             box_roi_pool=MultiScaleRoIAlign(list(stages.values()), sizes.roi, sizes.points),
             box_head=TwoMLPHead(sizes.channels * sizes.roi**2, sizes.head),
-            box_predictor=FastRCNNPredictor(sizes.head, len(classes) + 1), **sizes.options,
+            box_predictor=FastRCNNPredictor(sizes.head, len(classes) + 1),
+            image_mean=mean, image_std=std, **sizes.options,
         )  # fmt: skip
     detector.classes = tuple(classes)
     return detector.requires_grad_(True)
@@ -1331,11 +1328,10 @@ class Detection:
         else:
             raise InputError(f"{config.dataset} has no boxes: give --data-dir, a folder that has")
         self.side = options.image_size or side  # px
-        # of labelled images, ascending
-        self.amounts = sorted({*map(self.amount, options.labels or DETECTION_LABELS)})
+        self.amounts = sorted({*map(self.amount, options.labels or DETECTION_LABELS)})  # of images
         title = "SimCLR" if source.config else "pre-trained"
         pretrained = Start(title, source.resnet, source.normalize)
-        scratch = Start("from scratch", None, source.normalize)
+        scratch = pretrained._replace(title="from scratch", resnet=None)
         self.starts = {"scratch": scratch, "simclr": pretrained}
         if options.freeze:
             self.starts["frozen"] = pretrained._replace(title=f"{title}, frozen", frozen=True)
@@ -1382,7 +1378,7 @@ class Detection:
         ).to(self.device).train()  # fmt: skip
         if start.frozen:
             detector.backbone.body.requires_grad_(False).eval()
-        optimizer = torch.optim.AdamW([p for p in detector.parameters() if p.requires_grad])
+        optimizer = torch.optim.AdamW(detector.parameters(), fused=True)
         key, passes = (self.seed, SAMPLES, seed), math.ceil(steps * DETECTION_BATCH / len(data))
         random = utils.generator("cpu", *key)
         orders = torch.cat([torch.randperm(len(data), generator=random) for _ in range(passes)])
@@ -1418,6 +1414,8 @@ class Detection:
         for rate in RATES:
             detector = self.fit(name, learned, rate, self.steps(len(learned)), 0)
             values[rate] = summary(precisions(held_out, detect(detector, held_out.images)))["AP50"]
+            print(f"{self.starts[name].title}, learning rate {rate:g}: AP50 "
+                  f"{100 * values[rate]:.1f} % on held-out images", flush=True)  # fmt: skip
         return dict(sorted(values.items(), key=lambda pair: -pair[1]))
 
 
@@ -1499,10 +1497,9 @@ def run_detection(job: Detection) -> dict:
         "batch_size": DETECTION_BATCH, "precision": job.precision,
         "seconds": round(time.perf_counter() - started, 1), **measured,
     }  # fmt: skip
-    found, _ = outputs["simclr", job.amounts[-1]]
-    boxes, labels, scores = zip(*(image.values() for image in found), strict=True)
     utils.write_json(files[0], results)
-    utils.write_json(files[1], coco_boxes(job.test, boxes, labels, score=scores))
+    found = zip(*(image.values() for image in outputs["simclr", job.amounts[-1]][0]), strict=True)
+    utils.write_json(files[1], coco_boxes(job.test, *found))
     utils.write_json(files[2], coco_truth(job.test))
     encoder = {**shape_of(source), **stem_of(source)}
     made = {"kind": job.kind, "normalize": source.normalize, "classes": list(detector.classes),
@@ -1516,6 +1513,8 @@ def run_detection(job: Detection) -> dict:
     print(f"\n{detection_text(records)}")
     for what, file in zip(("results", *names[1:4], "figure"), files, strict=True):
         print(f"{what.split('.')[0]:17} {file}")
+    print(f"{names[3]} began as {job.starts['simclr'].title}, and learned from "
+          f"{job.amounts[-1]:,} images; --detect PHOTOS uses it")  # fmt: skip
     return results
 
 
@@ -1539,27 +1538,27 @@ def detection_text(records: Sequence[dict]) -> str:
             ours = scores_of(records, "simclr", n, "AP50")[: len(rival)]  # of the same seeds
             gain = 100 * (statistics.fmean(ours) - statistics.fmean(rival))
             lines.append(f"{n:,} images: {titles['simclr']} is {abs(gain):.1f} points of AP50 "
-                         f"{'better' if gain > 0 else 'worse'} than {titles[row]}")  # fmt: skip
+                         f"{'better' if gain > 0 else 'worse'} than {titles[row]}"
+                         f"{ONE_SEED * (len(rival) == 1)}")  # fmt: skip
     return "\n".join(lines)
 
 
 def coco_boxes(
-    test: Boxes, boxes: Sequence[Tensor], labels: Sequence[Tensor], **more: Sequence[Tensor]
-) -> list[dict]:
-    """Objects as COCO writes them. more: further values by their names, an item an image."""
-    entries = []
-    for key, *lists in zip(test.image_ids, boxes, labels, *more.values(), strict=True):
-        for (x1, y1, x2, y2), label, *values in zip(*(x.tolist() for x in lists), strict=True):
-            entry = {"image_id": key, "category_id": test.class_ids[label - 1],
-                     "bbox": [x1, y1, x2 - x1, y2 - y1]}  # fmt: skip
-            entries.append(entry | dict(zip(more, values, strict=True)))
-    return entries
+    test: Boxes, boxes: Sequence[Tensor], labels: Sequence[Tensor], values: Iterable[Tensor],
+    name: str = "score",
+) -> list[dict]:  # fmt: skip
+    """Objects as COCO writes them, with a further value of each under a name."""
+    return [
+        {"image_id": key, "category_id": test.class_ids[label - 1],
+         "bbox": [x1, y1, x2 - x1, y2 - y1], name: value}
+        for key, *lists in zip(test.image_ids, boxes, labels, values, strict=True)
+        for (x1, y1, x2, y2), label, value in zip(*map(Tensor.tolist, lists), strict=True)
+    ]  # fmt: skip
 
 
 def coco_truth(test: Boxes) -> dict:
     """The test images as an annotation file of COCO, for pycocotools."""
-    ignored = [x.int() for x in test.ignored]
-    objects = coco_boxes(test, test.boxes, test.labels, iscrowd=ignored)
+    objects = coco_boxes(test, test.boxes, test.labels, map(Tensor.int, test.ignored), "iscrowd")
     for i, entry in enumerate(objects, 1):
         entry |= {"id": i, "area": entry["bbox"][2] * entry["bbox"][3]}
     names = zip(test.image_ids, utils.image_names(test.images), strict=True)
@@ -1570,7 +1569,8 @@ def coco_truth(test: Boxes) -> dict:
 
 
 SHOWN = 6  # images in a figure
-CONFIDENT = 0.7  # score from which a box is drawn
+CONFIDENT, APART = 0.5, 0.3  # score from which a box is drawn; IoU up to which also a second one
+DRAWN = f"Boxes of {CONFIDENT:.0%} confidence or more, of overlapping ones the best"
 
 
 def draw_detection(
@@ -1604,13 +1604,11 @@ def draw_detection(
         axis.grid(color="0.9")
         axis.spines[["top", "right"]].set_visible(False)
     left.legend(fontsize=8)
-    lower.suptitle(f"The same detectors on test images: boxes of {CONFIDENT:.0%} confidence or "
-                   "more; the truth is dashed", fontsize=10)  # fmt: skip
+    lower.suptitle(f"The same detectors on test images. {DRAWN}; the truth is dashed", fontsize=10)
     for i, axes in enumerate(lower.subplots(2, SHOWN)):
         row = ("scratch", "simclr")[i]
         axes[0].set_ylabel(titles[row])
-        found, _ = outputs[row, amounts[0]]
-        draw_boxes(axes, test.images, found, classes, f"C{i}", test.boxes)
+        draw_boxes(axes, test.images, outputs[row, amounts[0]][0], classes, f"C{i}", test.boxes)
     return figure
 
 
@@ -1621,6 +1619,7 @@ def draw_boxes(
     """The first images with what was found in them, one on each axis; the truth is dashed."""
     from matplotlib.patches import Rectangle
 
+    back = dict(fc="black", alpha=0.6, lw=0, pad=0.6)
     for i, axis in enumerate(axes):
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
@@ -1628,12 +1627,14 @@ def draw_boxes(
             continue
         axis.imshow(images.image(i).permute(1, 2, 0).numpy(), interpolation="nearest")
         drawn = [(box, "w", "--", "") for box in (truth[i].tolist() if truth else ())]
-        for box, label, score in zip(*(x.tolist() for x in found[i].values()), strict=True):
-            drawn += [(box, color, "-", classes[label - 1])] if score >= CONFIDENT else []
-        for (x1, y1, x2, y2), ec, ls, name in drawn:
+        boxes, labels, scores = found[i].values()
+        for k in nms(boxes, scores, APART).tolist():
+            text = f"{classes[labels[k] - 1]} {scores[k]:.0%}"
+            drawn += [(boxes[k].tolist(), color, "-", text)] if scores[k] >= CONFIDENT else []
+        for (x1, y1, x2, y2), ec, ls, text in drawn:
             corner, size = (x1 - 0.5, y1 - 0.5), (x2 - x1, y2 - y1)
             axis.add_patch(Rectangle(corner, *size, fill=False, ec=ec, ls=ls))
-            axis.text(x1, y1 - 1, name, color=ec, fontsize=8, va="bottom")
+            axis.text(x1, y1 - 1, text, color=ec, fontsize=7, va="bottom", bbox=back)
 
 
 def detect_photos(source: Source, options: Options, device: torch.device) -> None:
@@ -1643,12 +1644,14 @@ def detect_photos(source: Source, options: Options, device: torch.device) -> Non
     file = source.output("detector.pt", options.figures)
     if not file.exists():
         raise InputError(f"there is no {file} yet: --tasks detection trains it")
-    detector, folder = load_detector(file, device), Path(options.detect)
+    detector, where = load_detector(file, device), Path(options.detect)
     out = Path(options.out or source.output("boxes.json", options.figures))
     figure_file = Path(options.figures) / source.name / f"{out.stem}.png"
     check_targets(out, figure_file)
-    if not (names := utils.list_images(folder)):
-        raise InputError(f"no images in {folder}")
+    names = utils.list_images(where) if where.is_dir() else [where.name]
+    if not names:
+        raise InputError(f"no images in {where}")
+    folder = where if where.is_dir() else where.parent
     files = ImageFiles(folder, np.array([os.fsencode(name) for name in names]), max_bad=1.0)
     files = utils.only_readable(files, utils.worker_count(options.workers))
     found = detect(detector, files)
@@ -1661,11 +1664,15 @@ def detect_photos(source: Source, options: Options, device: torch.device) -> Non
     utils.write_json(out, entries)
     classes, style = utils.names_in_figures(detector.classes)
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(9.5, 6.6), layout="constrained")
-        draw_boxes(figure.subplots(2, SHOWN // 2).ravel(), files, found, classes, "C1")
+        rows, columns = math.ceil(min(len(files), SHOWN) / 3), min(len(files), 3)
+        figure = Figure(figsize=(3.2 * columns, 0.4 + 3.4 * rows), layout="constrained")
+        figure.suptitle(DRAWN, fontsize=10, wrap=True)
+        axes = figure.subplots(rows, columns, squeeze=False).ravel()
+        draw_boxes(axes, files, found, classes, "C1")
+        for axis, name in zip(axes, utils.image_names(files), strict=False):
+            axis.set_xlabel(utils.printable(name, 40), fontsize=8)
         utils.save_figure(figure, figure_file)
-    print(f"{len(files):,} images, {len(entries):,} boxes of any confidence: {out}\n"
-          f"figure, of {CONFIDENT:.0%} or more: {figure_file}")  # fmt: skip
+    print(f"images: {len(files):,}, boxes of any score: {len(entries):,}, {out}\n{figure_file}")
 
 
 # ----------------------------------------------------------------------------------------- options
@@ -1698,8 +1705,9 @@ class Options:
         "label set of 'detection', whose others get one", low=1,
     )  # fmt: skip
     epochs: int = setting(
-        0, "passes over the labels; 0: the paper's, 60 or 30 ('semi') and 90 (the others), and for "
-        "'detection' a number of steps on digits and 12 passes on photographs", low=0,
+        0, "passes over the labels; 0: the paper's, 60 or 30 ('semi') and 90 (the others), but 200 "
+        "steps or more; for 'detection' a number of steps on digits, 12 passes on photographs",
+        low=0,
     )  # fmt: skip
     freeze: bool = setting(False, "'detection': also with an encoder that is not trained further")
     against: tuple[str, ...] = setting((), "'detection': other encoders of the same architecture")
@@ -1711,14 +1719,12 @@ class Options:
     predictions: str = setting("", "write the linear classifier's test predictions to this .csv")
     # use on new images
     embed: str = setting("", "write h of this image, or of all in this folder; evaluate nothing")
-    fine_tune: bool = setting(
-        False, "train encoder and linear layer on the labelled images, and keep this classifier"
-    )
-    classify: str = setting(
-        "", "predict the class of this image, or of all in this folder, by the fine-tuned "
-        "classifier; without one by a linear classifier on h, which is fitted to the labels now"
-    )  # fmt: skip
-    detect: str = setting("", "find objects in all images in this folder, after 'detection'")
+    fine_tune: bool = setting(False, "train encoder and linear layer on the labelled images, and "
+                              "keep this classifier")  # fmt: skip
+    classify: str = setting("", "predict the class of this image, or of all in this folder, by the "
+                            "fine-tuned classifier; without one by a linear classifier on h, which "
+                            "is fitted to the labels now")  # fmt: skip
+    detect: str = setting("", "find objects in this image, or in all in it if it is a folder")
     out: str = setting(
         "", "file that --embed (.npz), --classify (.csv), --fine-tune (.pt), --detect or the "
         "evaluation (.json) writes (default: beside the checkpoint, or beside the figures where "
@@ -1726,16 +1732,13 @@ class Options:
     )  # fmt: skip
     # other formats
     export: str = setting("", "write the encoder with torchvision's names to this file")
-    normalize: str = setting(
-        "auto", "how images in [0, 1] are normalised before the encoder; auto: as its origin did",
-        ("auto", "none", *MEANS),
-    )  # fmt: skip
+    normalize: str = setting("auto", "how images in [0, 1] are normalised before the encoder; "
+                             "auto: as its origin did", ("auto", "none", *MEANS))  # fmt: skip
     prefix: str = setting("", "which encoder of another project's file, if it holds several")
     # how it runs
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
-    precision: str = setting(
-        "auto", "auto: the run's, where the hardware has it", ("auto", "bfloat16", "float32")
-    )
+    precision: str = setting("auto", "auto: the run's, where the hardware has it",
+                             ("auto", "bfloat16", "float32"))  # fmt: skip
     workers: int = setting(-1, "processes that decode streamed images; -1: one per core", low=-1)
     checkpoints: str = setting("checkpoints", "folder of all runs' checkpoints")
     figures: str = setting("figures", "folder of all runs' figures")

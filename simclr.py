@@ -26,9 +26,9 @@ Read from the top to the end of train(), in the paper's order: settings · augme
 evaluation of a run, fine-tuning and the command line.
 
 What train() takes from utils.py: ImageSet and ImageFiles (images in memory, or on disk), RunFolder
-(a run's checkpoints and log), StopSignals (Ctrl-C, SIGTERM), UntilError (a loop that ends at an
-InputError and keeps it), Progress (the bar), and the functions for several processes, which do
-nothing in a single one: rank, world_size, all_reduce_max, Gather, on_device, distributed.
+(a run's checkpoints and log), StopSignals (Ctrl-C, SIGTERM), Progress (the bar), and the functions
+for several processes, which do nothing in a single one: rank, world_size, all_reduce_max, Gather,
+on_device, distributed.
 
 A run keeps its files in checkpoints/<run>/ and draws figures/<run>/loss_plot.png. The same
 command continues a run that was interrupted or killed. On the CPU, with the same number of
@@ -102,9 +102,9 @@ class Config:
                                           low=MIN_SIZE, high=MAX_SIZE)
     range: tuple[float, ...] = setting((), "black and white of grey pictures of more than 8 bits "
                                        "(default: by their type and values)")
-    hold_out: float = setting(0.0, "share of unlabelled images (64 to 2,048) that is not learned "
-                              "from: contrastive accuracy and effective rank of h are measured on "
-                              "it; 0: none", low=0, high=0.1)
+    hold_out: float = setting(0.0, "share of unlabelled images left out of training (64 to 2,048, "
+                              "at most a tenth, none if under 16): contrastive accuracy and "
+                              "effective rank of h are measured on it", low=0, high=0.1)
     # augmentation (Section 3 and Appendix A)
     crop_min: float = setting(0.08, "smallest area of a crop, as a share of the image's",
                               low=1e-6, high=1)
@@ -688,8 +688,6 @@ def normalize_rows(z: Tensor) -> Tensor:
     return F.normalize(z / torch.where(largest > HUGE, largest, 1.0), dim=1)
 
 
-
-
 # ------------------------------------------------------------------------ optimiser and schedule
 
 
@@ -955,8 +953,9 @@ def train(
         while not complete(config, now):
             network.train()
             signal = save_due = 0
-            stream = utils.UntilError(batches(config, data.pretrain, device, now.epoch, now.step))
-            for views in stream:  # float32 (KN / W, 3, S, S)
+            errors: list[InputError] = []  # raised when all that was done is saved
+            stream = batches(config, data.pretrain, device, now.epoch, now.step)
+            for views in utils.until_error(stream, errors):  # float32 (KN / W, 3, S, S)
                 set_rate(optimizer, learning_rate(config, now.done, size, steps))
                 value, z = training_step(network, views, loss, config)
                 optimizer.step()
@@ -968,26 +967,27 @@ def train(
                     break
             check_finite(model, now, config)  # waits for the device
             now.seconds += now.clock.lap("training")
-            # raised when all that was done is saved
-            stream.error = stream.error or utils.unreadable_error(data.pretrain, config.max_bad)
+            error = errors[0] if errors else utils.unreadable_error(data.pretrain)
             if now.step == steps:
                 row = epoch_row(config, data, now, size)
                 if config.view_sizes and now.epoch + 1 == config.epochs:
                     estimate_statistics(model, data.pretrain, config, device)
-                if measured_after(now.epoch + 1, config, data):
+                if measured_after(now.epoch + 1, config, data) and not error:
                     # first save what a killed or impatiently stopped measurement would lose
                     run.save(snapshot(config, data, model, optimizer, now), due=knn_is_slow(now))
                     now.clock.lap("saving")
                     row |= measure(model, data, config, device, now)
                 now.next_epoch(row)
                 write_events(config, row)
-                progress.show(*describe(now.log, config), last=complete(config, now))
+                progress.show(*describe(row, config))
                 (signal,) = utils.all_reduce_max(stop.signal or 0)
-            must = signal or stream.error or complete(config, now)
+            must = signal or error or complete(config, now)
             run.save(snapshot(config, data, model, optimizer, now), must=must, due=save_due)
             now.clock.lap("saving")
             redraw(figure, config, now, size)
-            stream.raise_error()
+            if error:
+                again = "the run is saved, and the same command continues it"
+                raise InputError(f"{error}; {again}")
             if signal:
                 raise Interrupted(signal)
     return model
@@ -1072,7 +1072,7 @@ def restore(
     steps = batch_count(config, len(data.pretrain))[1]
     now = TrainState(steps, torch.zeros(3, device=device), clock=clock)
     state, file = utils.broadcast_from_rank0(run.load)
-    with utils.errors_as_input_error(f"{file} is not a checkpoint of this run", (InputError,)):
+    with utils.errors_as_input_error(f"{file} is not a checkpoint of this run"):
         if state is not None:
             utils.check_format(f"{file} is a checkpoint", state.get("format"), CHECKPOINT_FORMAT)
         if state is None or (state["position"]["epoch"], state["position"]["step"]) == (0, 0):
@@ -1088,7 +1088,7 @@ def restore(
         now.step, now.seconds = position["step"], position["seconds"]
         now.sums += torch.tensor(position["sums"], device=device)
         utils.try_unreadable_again(data.pretrain, state["unreadable"])
-    if error := utils.unreadable_error(data.pretrain, config.max_bad):
+    if error := utils.unreadable_error(data.pretrain):
         raise error
     run.write_records(state)
     if not complete(config, now):
@@ -1260,8 +1260,6 @@ def measure_held_out(
     return {"held_out_accuracy": accuracy, "effective_rank": effective_rank(h[0])}
 
 
-
-
 @torch.no_grad()
 def estimate_statistics(
     model: SimCLR, images: Images, config: Config, device: torch.device
@@ -1283,21 +1281,19 @@ def estimate_statistics(
             forward(model, x, config.precision)
 
 
-def describe(log: list[dict], config: Config) -> tuple[dict[str, str], str]:
-    """The last epoch's numbers for the progress bar, and as a line."""
-    row, every = log[-1], utils.FEW_IMAGES  # or more
-    knn = [utils.accuracy_text(r["knn"], r.get("knn_images", every)) for r in log if "knn" in r]
-    values = {
-        "loss": f"{row['loss']:.3f}",
-        "kNN": knn[-1] if knn else "–",
-        "views/s": f"{row['views_per_second']:,.0f}",
-    }
-    line = f"epoch {row['epoch']:4d}/{config.epochs}  loss {values['loss']}"
-    line += f"  contrastive accuracy {row['contrastive_accuracy']:5.1%}  kNN {values['kNN']}"
+def describe(row: dict, config: Config) -> tuple[dict[str, str], str, bool]:
+    """The numbers of an epoch for the progress bar, as a line, and whether it must be printed."""
+    values = {"epoch": f"{row['epoch']:4d}/{config.epochs}", "loss": f"{row['loss']:.3f}"}
+    line = f"epoch {values['epoch']}  loss {values['loss']}"
+    line += f"  contrastive accuracy {row['contrastive_accuracy']:5.1%}"
+    more = {"kNN": utils.accuracy_text(row["knn"], row["knn_images"])} if "knn" in row else {}
     if "effective_rank" in row:
-        line += f"  held out {row['held_out_accuracy']:.1%}, rank of h {row['effective_rank']:.1f}"
+        more |= {"held out": f"{row['held_out_accuracy']:.1%}",
+                 "rank of h": f"{row['effective_rank']:.1f}"}  # fmt: skip
+    line += "".join(f"  {name} {value}" for name, value in more.items())
     left = (config.epochs - row["epoch"]) * row["seconds"]
-    return values, f"{line}  {values['views/s']} views/s  {left:.0f} s left"
+    line += f"  {row['views_per_second']:,.0f} views/s  {left:.0f} s left"
+    return values | more, line, "knn_seconds" in row or row["epoch"] == config.epochs
 
 
 def cached_gradients(
@@ -1540,8 +1536,8 @@ def resolve(config: Config, data: Images, device: torch.device) -> Config:
     grey = dataclasses.replace(config, **colours)
     if config.recipe == "folder" and grey != config and utils.all_grey(data):
         config = grey
-        utils.warn_once(f"the images are grey: {', '.join(map(flag, colours))} are 0, as they would"
-                        " change nothing")  # fmt: skip
+        utils.log_warning(f"the images are grey: {', '.join(map(flag, colours))} are 0, as they "
+                          "would change nothing")  # fmt: skip
     if config.dataset == "folder":
         config.data_dir = str(Path(config.data_dir).resolve())
         config.labels_from = config.labels_from and str(Path(config.labels_from).resolve())
@@ -1602,8 +1598,6 @@ def only_readable(data: Data, config: Config) -> Data:
     return Data(data.pretrain, train, test)
 
 
-
-
 def check_same_run(record: dict, config: Config, data: Data) -> None:
     """Raise InputError if a run's recorded settings or files are not the given ones.
 
@@ -1647,8 +1641,11 @@ def load_run(file: Path) -> TrainedRun:
 def trained_run(state: dict, file: Path) -> TrainedRun:
     """load_run() for a checkpoint that has been read from `file`."""
     utils.check_format(f"{file} is a checkpoint", state.get("format"), CHECKPOINT_FORMAT)
-    with utils.errors_as_input_error(f"{file} is not a checkpoint of a run", (InputError,)):
+    with utils.errors_as_input_error(f"{file} is not a checkpoint of a run"):
         config = Config(**state["config"])
+        if config.arch == utils.OWN_MODULE:
+            raise InputError(f"{file} holds an encoder module of your own, which only your program "
+                             "can load (README, From Python); name another run")  # fmt: skip
         check_config(config)
         model = make_model(config).eval().requires_grad_(False)
         utils.load_weights(model, state["model"], str(file))
@@ -1775,8 +1772,6 @@ def load_source(file: Path, normalize: str = "auto", prefix: str = "") -> Source
     return Source(file, resnet, encoder, used, text, config, epoch, projector, foreign, classifier)
 
 
-
-
 def check_size(source: Source, size: int) -> None:
     """Raises InputError if images of `size` px do not suit the encoder's stem."""
     as_trained = source.config is not None and size == source.config.image_size
@@ -1817,8 +1812,8 @@ PANELS = {  # of the training curves: key in the log -> title, unit, factor, col
     "contrastive_accuracy": ("Contrastive accuracy", "%", 100, "C1"),
     "knn": ("kNN accuracy of h (k = 10, cosine)", "%", 100, "C2"),
     "lr": ("Learning rate", "", 1, "C3"),
-    "held_out_accuracy": ("Contrastive accuracy, held-out images", "%", 100, "C1"),
-    "effective_rank": ("Effective rank of h, held-out images", "", 1, "C4"),
+    "held_out_accuracy": ("Contrastive accuracy, held out", "%", 100, "C1"),
+    "effective_rank": ("Effective rank of h, held out", "", 1, "C4"),
 }
 
 
@@ -1901,7 +1896,7 @@ def evaluate(model: SimCLR, data: Data, config: Config, device: torch.device) ->
             seed = utils.derive_seed(config.seed, LABELS, draw)
             of_classes = utils.class_balanced_order(y.cpu().numpy(), seed)
             rows = np.concatenate([order[:LABELS_PER_CLASS] for order in of_classes])
-            weight, bias = utils.fit_logistic_regression(x[rows], y[rows], classes)
+            weight, bias = utils.LogisticRegression(x[rows], y[rows], classes).fit(1 / len(rows))
             few.append(utils.accuracy((x_test @ weight + bias).argmax(1), y_test))
         values = knn, np.mean(few).item(), np.std(few, ddof=1).item(), every
         for score, value in zip(SCORES, values, strict=True):
@@ -1950,11 +1945,14 @@ def draw_training(
     for axis, (key, (title, unit, scale, color)) in zip(axes, PANELS.items(), strict=False):
         rows = [row for row in log if key in row]
         epochs, values = [row["epoch"] for row in rows], [scale * row[key] for row in rows]
-        axis.plot(epochs, values, color=color, marker="." if len(rows) < 20 else "")
+        bars = [100 * utils.accuracy_error(row[key], row.get("knn_images", utils.FEW_IMAGES))
+                for row in rows] if key == "knn" else None  # fmt: skip
+        look = dict(color=color, elinewidth=0.8, marker="." if len(rows) < 20 else "")
+        axis.errorbar(epochs, values, bars, **look)
         axis.set(title=title, ylabel=unit)
         axis.grid(color="0.9")
         axis.spines[["top", "right"]].set_visible(False)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
     figure.supxlabel("epoch", fontsize="medium")
 
     grey, views = dict(color="0.4", linewidth=1), config.views
@@ -2110,7 +2108,7 @@ def show_views(config: Config, file: Path) -> None:
     config = resolve(config, data, device)
     config.view_size = min(config.view_side, LARGEST_TILE)
     utils.save_figure(draw_views(config, data, device), file)
-    print(f"views of {config.dataset} by the recipe {config.recipe}: {file}")
+    print(f"views by the recipe {config.recipe}: {file}")
 
 
 def run(config: Config, overwrite: bool = False) -> dict:
@@ -2160,13 +2158,15 @@ def run(config: Config, overwrite: bool = False) -> dict:
         return summary
 
 
-def pretrain(images: Tensor, encoder: nn.Module | None = None, **settings: Any) -> SimCLR:
+def pretrain(
+    images: Tensor, encoder: nn.Module | None = None, overwrite: bool = False, **settings: Any
+) -> SimCLR:
     """SimCLR from Python, on tensors: trains, or continues, a run in checkpoints/.
 
     images: uint8 (N, 3, H, W). encoder: any module, float (B, 3, S, S) in [0, 1] -> (B, D), which
-    is trained in place; by default the ResNet of the settings. settings: fields of Config, on top
-    of the recipe "folder". Returns the model in eval mode: model.encoder maps images to h. Raises
-    InputError as train().
+    is trained in place; by default the ResNet of the settings. overwrite: delete a run of the same
+    name first. settings: fields of Config, on top of the recipe "folder". Returns the model in eval
+    mode: model.encoder maps images to h. Raises InputError as train().
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise InputError(f"need uint8 (N, 3, H, W), got {images.dtype} {(*images.shape,)}")
@@ -2177,7 +2177,11 @@ def pretrain(images: Tensor, encoder: nn.Module | None = None, **settings: Any) 
     data = Data(learned, learned, utils.subset(learned, torch.arange(0)))
     data.files = hashlib.sha256(images.cpu().numpy().tobytes()).hexdigest()
     model = make_model(config, encoder) if encoder else start_model(config)
+    if encoder:
+        config.arch = utils.OWN_MODULE
     with utils.run_lock(config.folder):
+        if overwrite:
+            utils.RunFolder(config.folder).delete(SUMMARY)
         return train(config, data, device, model=model).eval()
 
 
@@ -2187,6 +2191,8 @@ def describe_run(config: Config, data: Data, device: torch.device) -> str:
     size, steps = batch_count(config, n)
     batch = f"{size} images a step" + " (all of them)" * (size < config.batch_size)
     rest = f"; each epoch leaves out {n - size * steps} at random" * (n > size * steps)
+    if config.hold_out and data.held_out is None and data.pretrain.labels is None:
+        rest += f"; none held out: that needs {10 * FEWEST_HELD_OUT // 4} unlabelled images"
     start = f"\nstarts from {utils.from_here(config.init)}" if config.init else ""
     where = device if ranks == 1 else f"{ranks} processes on {device.type}"
     return (
@@ -2250,6 +2256,10 @@ def print_summary(summary: dict, config: Config, data: Data) -> None:
         table += f"\nthe largest class: {data.majority:.1%} of the test images" * data.uneven
         labels = ""
     times = {name: summary.get(f"{part}_seconds", 0.0) for part, name in TIMED.items()}
+    use = f"  your own images     {again} --dataset folder --data-dir PHOTOS\n"
+    if config.dataset == "folder":
+        use = (f"  make a classifier   {load} {folder}{labels} --fine-tune\n"
+               f"  use it              {load} {folder} --classify NEW_IMAGES\n")  # fmt: skip
     print(
         f"\n{table}\n"
         f"\n{summary['epochs']} of {config.epochs} epochs at {summary['views_per_second']:,.0f} "
@@ -2259,9 +2269,7 @@ def print_summary(summary: dict, config: Config, data: Data) -> None:
         f"weights, log  {config.folder}\n"
         "\nnext:\n"
         f"  evaluate it         {load} {folder}{labels}\n"
-        f"  see it              {see} {folder}\n"
-        f"  CIFAR-10, on a GPU  {again} --dataset cifar10\n"
-        f"  your own images     {again} --dataset folder --data-dir PHOTOS\n"
+        f"  see it              {see} {folder}\n{use}"
         f"  every setting       {again} --help"
     )
 

@@ -9,7 +9,6 @@ here knows a Config.
 from __future__ import annotations
 
 import argparse
-import atexit
 import collections
 import contextlib
 import ctypes
@@ -28,22 +27,20 @@ import os
 import re
 import shlex
 import signal
-import stat
 import sys
 import threading
 import time
-import traceback
 import unicodedata
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any, ClassVar, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -69,12 +66,11 @@ def exit_with_error(program: str, error: InputError | str) -> NoReturn:
     """Print `program: error: …` as a single line on stderr and leave with exit code 2."""
     if rank_info().rank:
         time.sleep(1)  # if rank 0 has the same error, it prints it, and torchrun ends this rank
-    message = one_line(str(error), LONGEST_MESSAGE)
-    print(f"{program}: error: {message}", file=sys.stderr, flush=True)
+    print(f"{program}: error: {one_line(str(error))}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
-def one_line(text: str, most: int) -> str:
+def one_line(text: str, most: int = LONGEST_MESSAGE) -> str:
     """`text` as one line of at most `most` characters, control characters escaped."""
     text = " ".join(text[: 2 * most].split())
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
@@ -84,72 +80,55 @@ def one_line(text: str, most: int) -> str:
 def shown(value: Any) -> str:
     """A value of any size as short text for a message."""
     try:
-        return one_line(str(value), 100)
+        text = f"{value:.9g}" if isinstance(value, float) else str(value)  # not 0.30000000000000004
+        return one_line(text, 100)
     except (ValueError, RecursionError):  # an integer of a million digits, deeply nested lists
         return f"a {type(value).__name__} too large to print"
 
 
 @contextlib.contextmanager
-def errors_as_input_error(what: str, through: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Context manager that converts any exception, except `through`, to an InputError `what: …`.
+def errors_as_input_error(what: str, kind: type[InputError] = InputError) -> Iterator[None]:
+    """Context manager that converts any exception to an InputError `what (…)`.
 
-    For files of unknown origin: to read them can raise anything.
+    For files of unknown origin: to read them can raise anything. An InputError stays as it is, and
+    so does the lack of memory. kind: what the error becomes if it is the file's fault.
     """
     try:
         yield
-    except through:
+    except (InputError, MemoryError):
         raise
     except Exception as error:
-        reason = shown(error)  # a single word or number says nothing without the type
-        reason = reason if " " in reason else f"{type(error).__name__} {reason}"
-        raise InputError(f"{what} ({reason})") from error
+        kind = InputError if getattr(error, "errno", None) == errno.EMFILE else kind
+        raise kind(f"{what} ({type(error).__name__}: {shown(error)})") from error
 
 
-class UntilError:
-    """Iterates over `items`; an InputError ends the iteration, and is kept in `error`.
+def until_error(items: Iterable, errors: list[InputError]) -> Iterator:
+    """Iterates over `items`; an InputError ends that and is added to `errors`, to be raised later.
 
-    With several ranks it is raised: the others are in a step that cannot be completed and saved.
+    With several ranks it is raised now: the others are in a step that cannot be completed.
     """
-
-    def __init__(self, items: Iterable) -> None:
-        self.items = items
-        self.error: InputError | None = None
-
-    def __iter__(self) -> Iterator:
-        try:
-            yield from self.items
-        except InputError as error:
-            if world_size() > 1:
-                again = "the same command continues from the last checkpoint"
-                raise InputError(f"{error}; {again}") from error
-            self.error = error
-
-    def raise_error(self) -> None:
-        """Raise the error, if there is one, after the run has been saved."""
-        if self.error:
-            raise InputError(f"{self.error}; the run is saved, and the same command continues it")
+    try:
+        yield from items
+    except InputError as error:
+        if world_size() > 1:
+            again = "the same command continues from the last checkpoint"
+            raise InputError(f"{error}; {again}") from error
+        errors.append(error)
 
 
-def warn_on_failure(write: Callable[..., Any], *arguments: Any) -> bool:
-    """Call write(*arguments). Returns False, after a warning, if that raises an InputError."""
+def warn_on_failure(write: Callable[..., Any], *arguments: Any) -> None:
+    """Call write(*arguments). An InputError becomes a warning."""
     try:
         write(*arguments)
     except InputError as error:  # as of a full disk, which a long run should survive
-        warn_once(f"warning: {error}; the run goes on and tries again")
-        return False
-    return True
+        log_warning(f"warning: {error}; the run goes on and tries again")
 
 
 @functools.cache
-def warn_once(line: str) -> None:
-    """log_warning() for a line that this process has not printed yet."""
-    log_warning(line)
-
-
 def log_warning(line: str) -> None:
-    """Print a line on stderr, above a progress bar. Only the main process does."""
+    """Print a line once on stderr, above a progress bar. Only the main process does."""
     if is_main_process():
-        tqdm.write(one_line(line, LONGEST_MESSAGE), file=sys.stderr)
+        tqdm.write(one_line(line), file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -225,18 +204,15 @@ def check_settings(options: Any) -> None:
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         choices, low, high = (field.metadata[key] for key in ("choices", "low", "high"))
+        several = value if isinstance(value, tuple) else (value,)
         if choices:
-            given = value if isinstance(value, tuple) else (value,)
-            valid = set(given) <= {*choices, field.default}
-            rule = f"one of {', '.join(choices)}"
+            valid, rule = {*several} <= {*choices, field.default}, f"one of {', '.join(choices)}"
         elif field.type == "tuple[float, ...]":
             valid = not value or -math.inf < value[0] < value[1] < math.inf  # False for nan
             rule = "two numbers, the smaller one first"
         elif field.type in ("int", "float", "tuple[int, ...]"):
-            several = value if isinstance(value, tuple) else (value,)
             valid = all(low <= x <= high for x in several)  # False for nan
-            ends = high != LARGEST or max(several) > high
-            rule = f"{low:g} to {high:g}" if ends else f"at least {low:g}"
+            rule = f"at least {low:g}" if high == LARGEST else f"{low:g} to {high:g}"
         else:
             continue
         if not valid:
@@ -250,11 +226,11 @@ def differences(saved: dict, options: Any) -> list[str]:
     """
     saved = {key: tuple(x) if isinstance(x, list) else x for key, x in saved.items()}  # from JSON
     pairs = [
-        (flag(field.name), saved.get(field.name, field.default), getattr(options, field.name))
-        for field in dataclasses.fields(options)
-        if field.metadata["identity"]
+        (f.name, shown(saved.get(f.name, f.default)), shown(getattr(options, f.name)))
+        for f in dataclasses.fields(options)
+        if f.metadata["identity"]
     ]
-    return [f"{name} ({shown(a)} there, {b} now)" for name, a, b in pairs if a != b]
+    return [f"{flag(name)} ({a} there, {b} now)" for name, a, b in pairs if a != b]
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -263,9 +239,6 @@ class OneLineParser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         layout = argparse.RawDescriptionHelpFormatter
         super().__init__(formatter_class=layout, allow_abbrev=False, **options)
-
-    def print_help(self, file: IO[str] | None = None) -> None:
-        print(self.format_help(), end="", file=file)  # argparse would hide a broken pipe
 
     def error(self, message: str) -> NoReturn:
         exit_with_error(self.prog, f"{message} (see --help)")
@@ -282,7 +255,8 @@ def add_flags(parser: argparse.ArgumentParser, options: type, groups: dict[str, 
             group = parser.add_argument_group(groups[field.name])
         text, default, choices = field.metadata["help"], field.default, field.metadata["choices"]
         several = isinstance(default, tuple)
-        kind = str if several else type(default)
+        kinds = {"tuple[float, ...]": float, "tuple[int, ...]": int, "tuple[str, ...]": str}
+        kind = kinds.get(field.type, type(default))
         if default not in ("", ()):
             text += f" [{' '.join(default) if several else default}]"
         details: dict[str, Any] = dict(default=argparse.SUPPRESS, help=text.replace("%", "%%"))
@@ -292,12 +266,10 @@ def add_flags(parser: argparse.ArgumentParser, options: type, groups: dict[str, 
             details["choices"] = choices
         else:
             details |= dict(type=kind, metavar=kind.__name__.upper())
-        if field.type == "tuple[float, ...]":
-            details |= dict(type=float, nargs=2, metavar=("LOW", "HIGH"))
-        elif field.type == "tuple[int, ...]":
-            details |= dict(type=int, nargs="+", metavar="INT")
-        elif several:
+        if several:
             details["nargs"] = "+"
+        if several and kind is float:
+            details |= dict(nargs=2, metavar=("LOW", "HIGH"))
         group.add_argument(flag(field.name), **details)
 
 
@@ -327,13 +299,11 @@ def fork_rng(device: torch.device) -> contextlib.AbstractContextManager:
 # ----------------------------------------------------------------------------------------- files
 
 
-def write_atomically(
-    path: Path, content: bytes | memoryview, before: Callable[[], object] = lambda: None
-) -> None:
+def write_atomically(path: Path, content: bytes | memoryview, previous: Path | None = None) -> None:
     """Replace `path` by `content` so that a crash at any moment leaves the old or the new file.
 
-    before: called when `content` is safe on the disk, just before it becomes `path`. Only the main
-    process writes. Raises InputError, with `path` untouched, if it cannot be written.
+    previous: what the old file is renamed to. Only the main process writes. Raises InputError,
+    with `path` untouched, if it cannot be written.
     """
     if not is_main_process():
         return
@@ -346,25 +316,15 @@ def write_atomically(
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        before()
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
     except OSError as error:
         kept = "; the previous version is intact" if os.path.isfile(path) else ""
         raise InputError(f"cannot write {path}: {error.strerror or error}{kept}") from error
     finally:
         with contextlib.suppress(OSError):  # normally it has become `path`
             temporary.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable. Windows cannot open folders: nothing is done there."""
-    with contextlib.suppress(OSError, AttributeError):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def make_folder(folder: Path) -> None:
@@ -375,23 +335,6 @@ def make_folder(folder: Path) -> None:
             raise PermissionError("it is not writable")
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
-
-
-@contextlib.contextmanager
-def file_lock(path: Path) -> Iterator[bool]:
-    """Context manager that locks the file `path`; yields False if another process has locked it.
-
-    A lock ends with its process, however that ends. Raises InputError if `path` cannot be written.
-    """
-    with contextlib.ExitStack() as stack:
-        free = True
-        try:
-            stack.enter_context(FileLock(path, timeout=0))
-        except Timeout:
-            free = False
-        except OSError as error:
-            raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-        yield free
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -415,10 +358,11 @@ PREVIOUS = "previous.pt"  # the checkpoint before the last
 KEPT = "epoch{:04d}.pt"  # --keep-every
 LOG = "log.jsonl"
 ABLATIONS = "ablation"  # the folder of ablation_SimCLR.py's runs
+OWN_MODULE = "own module"  # the recorded architecture of an encoder that a user's program made
 SAVE_SHARE = 0.02  # of a run's time, at most, for checkpoints at the end of epochs
 
 
-def save_checkpoint(path: Path, state: dict, before: Callable[[], object] = lambda: None) -> None:
+def save_checkpoint(path: Path, state: dict, previous: Path | None = None) -> None:
     """Write `state`, of tensors and plain types, like write_atomically().
 
     The file is torch.save's, a zip archive. Its comment is the digest of the content, so that any
@@ -430,7 +374,7 @@ def save_checkpoint(path: Path, state: dict, before: Callable[[], object] = lamb
     torch.save(state, buffer)
     with zipfile.ZipFile(buffer, "a") as archive:
         archive.comment = content_digest(archive)
-    write_atomically(path, buffer.getbuffer(), before)
+    write_atomically(path, buffer.getbuffer(), previous)
 
 
 def content_digest(archive: zipfile.ZipFile) -> bytes:
@@ -450,7 +394,7 @@ def load_checkpoint(path: Path) -> dict:
     if not path.exists():
         raise InputError(f"no checkpoint at {path}")
     try:
-        with errors_as_input_error(f"{path} is not a readable checkpoint", (InputError,)):
+        with errors_as_input_error(f"{path} is not a readable checkpoint"):
             comment, digest = b"", None
             if zipfile.is_zipfile(path):
                 with zipfile.ZipFile(path) as archive:
@@ -491,15 +435,14 @@ def load_newest(file: Path) -> tuple[dict, Path]:
 def load_weights(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
     """Load a state dict into a module.
 
-    Raises InputError, beginning with `what`, if names, shapes or types differ from the module's,
-    or a value is not finite.
+    Raises InputError, beginning with `what`, if names or shapes differ from the module's, or a
+    value is not finite.
     """
-    kinds = {name: x.is_floating_point() for name, x in module.state_dict().items()}
     try:
         module.load_state_dict(state)
         for name, x in state.items():
-            if x.is_floating_point() != kinds[name] or not x.isfinite().all():
-                raise ValueError(f"{name} is not finite, or of type {x.dtype}")
+            if not x.isfinite().all():
+                raise ValueError(f"{name} is not finite")
     except Exception as error:  # a state of unknown origin can raise anything
         reason = str(error).split("\n\t", 1)[-1]  # without torch's heading
         raise InputError(f"{what} does not fit: {one_line(reason, 500)}") from error
@@ -508,9 +451,10 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], what: str) -> None
 def find_checkpoint(where: str, checkpoints: str | Path = "checkpoints") -> Path:
     """The checkpoint that `where` names: a file, or a run by its folder or its name.
 
-    "" names the run below `checkpoints` that was saved last, without those of ablations. Returns
-    last.pt even if a killed process has left only previous.pt: load_newest() reads that. Raises
-    InputError, naming the existing runs, if there is no such checkpoint.
+    "" names the run below `checkpoints` that was saved last, without those of ablations and, if
+    there are others, of one's own encoder module. Returns last.pt even if a killed process has
+    left only previous.pt: load_newest() reads that. Raises InputError, naming the existing runs,
+    if there is no such checkpoint.
     """
     root = Path(checkpoints)
     files = [*root.rglob(CHECKPOINT), *root.rglob(PREVIOUS)]
@@ -518,7 +462,10 @@ def find_checkpoint(where: str, checkpoints: str | Path = "checkpoints") -> Path
     if not where and not files:
         raise InputError(f"no run under {root} yet; python simclr.py makes one")
     if not where:
-        return max(files, key=lambda file: file.stat().st_mtime).with_name(CHECKPOINT)
+        records = [file.with_name("config.json") for file in files]
+        own = {r.parent for r in records if r.exists() and f'"{OWN_MODULE}"' in r.read_text()}
+        usable = [file for file in files if file.parent not in own] or files
+        return max(usable, key=lambda file: file.stat().st_mtime).with_name(CHECKPOINT)
     for path in (Path(where), Path(where) / CHECKPOINT, root / where / CHECKPOINT):
         previous = path.with_name(PREVIOUS) if path.name == CHECKPOINT else path
         if os.path.isfile(path) or os.path.isfile(previous):
@@ -543,15 +490,22 @@ def run_lock(folder: Path) -> Iterator[None]:
         yield
         return
     make_folder(folder)
-    with file_lock(folder / ".lock") as free:
-        if not free:
-            raise InputError(
-                f"another process is working on {folder}; wait for it, or choose another name "
-                f"with {flag('run')}"
-            )
+    lock = FileLock(folder / ".lock")  # ends with its process, however that ends
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise InputError(
+            f"another process is working on {folder}; wait for it, or choose another name with "
+            f"{flag('run')}"
+        ) from error
+    except OSError as error:
+        raise InputError(f"cannot lock {folder}: {error.strerror or error}") from error
+    try:
         for leftover in folder.glob(".*.tmp"):  # of processes that were killed while writing
             leftover.unlink(missing_ok=True)
         yield
+    finally:
+        lock.release()
 
 
 @functools.cache
@@ -623,12 +577,8 @@ class RunFolder:
     def _write(self, state: dict, keep: bool) -> None:
         if keep:  # before last.pt: a run that is killed between the two writes it again
             save_checkpoint(self.folder / KEPT.format(state["position"]["epoch"]), state)
-        save_checkpoint(self.last, state, before=self._last_becomes_previous)
+        save_checkpoint(self.last, state, self.previous)
         self.write_records(state)
-
-    def _last_becomes_previous(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(self.last, self.previous)
 
     def write_records(self, state: dict) -> None:
         """Write config.json and log.jsonl, which people read, from a checkpoint."""
@@ -693,7 +643,7 @@ class StopSignals(contextlib.ExitStack):
     arrives after the loop has read it for the last time raises Stopped at the end.
     """
 
-    pending: ClassVar[StopSignals | None] = None  # the one whose signal has arrived
+    pending: ClassVar[int | None] = None  # the signal of the one in use
 
     def __init__(self) -> None:
         super().__init__()
@@ -709,8 +659,7 @@ class StopSignals(contextlib.ExitStack):
     def _note(self, number: int, _frame: Any) -> None:
         if number == signal.SIGINT and self.signal is not None:
             raise KeyboardInterrupt
-        self.signal = self.signal or number
-        StopSignals.pending = self
+        self.signal = StopSignals.pending = self.signal or number
 
 
 # --------------------------------------------------------------------------------------- devices
@@ -881,28 +830,23 @@ def is_main_process() -> bool:
 def process_group(device: torch.device) -> Iterator[None]:
     """Context manager that lets torchrun's processes run as one job: by NCCL on GPUs, else Gloo.
 
-    Only rank 0 prints. Raises InputError if this build of torch has no NCCL, or the connection to
-    another rank is lost.
+    Only rank 0 prints. Raises InputError if the connection to another rank is lost.
     """
     info = rank_info()
     if info.size == 1:
         yield
         return
-    on_gpus = device.type == "cuda"
-    if on_gpus and not dist.is_nccl_available():
-        raise InputError("several processes on GPUs need NCCL, which this torch does not have")
     store, *_ = next(dist.rendezvous("env://", timeout=PATIENCE))
     # processes that torchrun restarts must not read the keys of those before
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"attempt {attempt}", store)
     try:
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=store, rank=info.rank, world_size=info.size, timeout=PATIENCE,
         )  # fmt: skip
-        with open(os.devnull, "w") as nowhere:
-            with contextlib.redirect_stdout(nowhere if info.rank else sys.stdout):
-                yield
+        with contextlib.redirect_stdout(None if info.rank else sys.stdout):  # None: no output
+            yield
     except RuntimeError as error:
         lost = isinstance(error, dist.DistError) or any(x in str(error) for x in CONNECTION_ERRORS)
         if not lost:
@@ -1094,9 +1038,9 @@ ORIGINS = (
     ("sthalles/SimCLR", r"features\.", "", "none", ""),
     ("solo-learn", r"state_dict\.(backbone|encoder)\.", r"classifier\.", "imagenet", "cifar10"),
     ("dkobak/simclr-cifar10", r"backbone\.", r"projector\.", "", "none"),
+    ("p3i0t/SimCLR-CIFAR10", r"enc\.", r"projector\.", "", "none"),
     ("SupContrast", r"model\.encoder\.", r"head\.", "", "cifar10-per-image"),
     ("Spijkervet/SimCLR", r"encoder\.", r"projector\.", "none", ""),
-    ("p3i0t/SimCLR-CIFAR10", r"enc\.", r"projector\.", "", "none"),
     ("leftthomas/SimCLR", r"f\.", r"g\.", "", "cifar10-per-image"),
     ("SimCLRv2-Pytorch", r"resnet\.", "", "none", ""),
     ("Google's SimCLR v1", r"(state_dict\.)?", r"^width [24]$[\s\S]*fc\.weight \(1000,", "none",
@@ -1156,11 +1100,11 @@ def find_encoder(state: dict, where: str | Path, prefix: str = "") -> ForeignEnc
     several are as likely, or if it is no plain ResNet of three channels. That its tensors are
     complete shows when they are loaded into a network.
     """
-    with errors_as_input_error(f"{where} is not a checkpoint", through=(InputError,)):
+    with errors_as_input_error(f"{where} is not a checkpoint"):
         if CLASSIFIER_KEY in state:
             check_format(f"{where} is a classifier", state[CLASSIFIER_KEY], CLASSIFIER_FORMAT)
             return ForeignEncoder(state["encoder"], prefix="", rest=["linear"], **state["network"])
-        tensors = {WRAPPERS.sub(r"\1", name): value for name, value in _tensors(state, set())}
+        tensors = {WRAPPERS.sub(r"\1", name): value for name, value in _tensors(state)}
         prefix, layout = _choose_encoder(tensors, where, prefix)
         named, others = _torchvision_names(tensors, prefix, layout)
         own = prefix.split(".")
@@ -1181,15 +1125,16 @@ def find_encoder(state: dict, where: str | Path, prefix: str = "") -> ForeignEnc
         )  # fmt: skip
 
 
-def _tensors(state: dict, seen: set[int], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """All tensors in dicts of dicts, each dict once, by their keys joined with dots."""
-    seen.add(id(state))
+def _tensors(state: dict, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """All tensors in dicts of dicts by their keys, joined with dots."""
     for key, value in state.items():
-        name = f"{prefix}{key}" if isinstance(key, str) else ""
-        if name and isinstance(value, Tensor) and not COUNTERS.search(name):
+        name = f"{prefix}{key}"
+        if not isinstance(key, str) or COUNTERS.search(name):  # as of an optimiser's state
+            continue
+        if isinstance(value, Tensor):
             yield name, value
-        elif name and isinstance(value, dict) and id(value) not in seen:
-            yield from _tensors(value, seen, f"{name}.")
+        elif isinstance(value, dict):
+            yield from _tensors(value, f"{name}.")
 
 
 def _choose_encoder(tensors: dict, where: str | Path, wanted: str) -> tuple[str, str]:
@@ -1213,17 +1158,14 @@ def _choose_encoder(tensors: dict, where: str | Path, wanted: str) -> tuple[str,
     if not likely:
         raise InputError(f"{where} has no encoder at {flag('prefix')} {wanted} (there: {there})")
     one, *others = (_below(tensors, prefix) for prefix in likely)
-    if not all(_same_tensors(one, other) for other in others):
+    if any(x.keys() != one.keys() or not all(map(torch.equal, x.values(), one.values()))
+           for x in others):  # fmt: skip
         raise InputError(f"{where} has several encoders; choose one by {flag('prefix')}: {there}")
     return likely[0], found[likely[0]]
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
-
-
-def _same_tensors(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
 def _torchvision_names(
@@ -1248,9 +1190,6 @@ def _torchvision_names(
         scale = named.get(re.sub(r"running_\w+$", "weight", name), value)
         if value.ndim == scale.ndim == 1 and len(value) > len(scale) > 0 == len(value) % len(scale):
             named[name] = value.view(-1, len(scale)).mean(0)
-        if name.endswith("running_mean"):  # old files have no counter; evaluation does not read it
-            counter = name.replace("running_mean", "num_batches_tracked")
-            named.setdefault(counter, torch.tensor(0))
     return named, others
 
 
@@ -1258,20 +1197,15 @@ def _infer_architecture(named: dict[str, Tensor], where: str | Path) -> tuple[st
     """Architecture, width and stem, from shapes. Raises InputError if it is no plain ResNet."""
     channels, colours, *kernel = named["conv1.weight"].shape
     if colours != 3:
-        plural = "s" if colours > 1 else ""
-        raise InputError(
-            f"{where} has an encoder of images with {colours} channel{plural}, not RGB"
-        )
-    matches = [re.match(r"layer([1-4])\.\d+\.conv1\.weight$", name) for name in named]
-    stages = [int(match[1]) for match in matches if match]
-    blocks = tuple(stages.count(stage) for stage in (1, 2, 3, 4))
+        raise InputError(f"{where} has an encoder of images of {colours} channels, not of RGB")
+    convolutions = [name for name in named if name.endswith(".conv1.weight")]
+    blocks = tuple(sum(n.startswith(f"layer{i}.") for n in convolutions) for i in (1, 2, 3, 4))
     bottleneck = "layer1.0.conv3.weight" in named
     arch, stem = RESNETS.get((blocks, bottleneck)), STEMS.get(kernel[-1])
     if arch is None or stem is None:
-        kind = "bottleneck" if bottleneck else "basic"
+        kind, shape = "bottleneck" if bottleneck else "basic", (channels, colours, *kernel)
         raise InputError(
-            f"{where} holds a network that is not supported: {kind} blocks {blocks}, first "
-            f"convolution {tuple(named['conv1.weight'].shape)}"
+            f"{where} has an unknown network: {kind} blocks {blocks}, first convolution {shape}"
         )
     return arch, channels / 64, stem
 
@@ -1279,14 +1213,12 @@ def _infer_architecture(named: dict[str, Tensor], where: str | Path) -> tuple[st
 def _origin_of(prefix: str, stem: str, facts: str) -> tuple[str, str]:
     """Origin, or "" if it is unknown, and normalisation. facts: what else is in the file."""
     similar = [
-        (name, imagenet if stem == "imagenet" else small, imagenet)
-        for name, its_prefix, beside, imagenet, small in ORIGINS
-        if re.fullmatch(its_prefix, prefix) and re.search(beside, facts, re.MULTILINE)
+        x for x in ORIGINS if re.fullmatch(x[1], prefix) and re.search(x[2], facts, re.MULTILINE)
     ]
-    for name, normalize, _ in similar:
-        if normalize:
+    for name, _, _, imagenet, small in similar:
+        if normalize := imagenet if stem == "imagenet" else small:
             return name, normalize
-    guess = stem == "imagenet" or any(imagenet == "imagenet" for *_, imagenet in similar)
+    guess = stem == "imagenet" or any(x[3] == "imagenet" for x in similar)
     return "", "imagenet" if guess else "none"
 
 
@@ -1365,7 +1297,6 @@ DATASETS = ("digits", "cifar10", "cifar100", "svhn", "fashion-mnist", "stl10", "
 SPLITS = ("pretrain", "train", "test")
 HELD_OUT = 0.2  # share of each class kept for testing where a data set has no split of its own
 UNEVEN = 1.5  # ratio of the largest and the smallest class from which on accuracy misleads
-MOST_NAMED = 10  # unreadable files, in warnings
 Rows = Tensor | None  # int64 (M,): which images, in what order; None: all
 
 
@@ -1384,6 +1315,7 @@ class ImageSet:
     paths: np.ndarray | None = None
     root: Path | None = None
     grey_range: tuple[float, ...] = ()
+    max_bad: ClassVar[float] = 0.0
     unreadable: ClassVar[dict[int, str]] = {}  # what is in memory has been read
 
     def __len__(self) -> int:
@@ -1413,8 +1345,8 @@ class ImageFiles:
 
     root: the folder. paths: bytes array (N,) of file names below it, one flat block. labels: int64
     (N,) or None. classes: name of each label. max_bad: share of the files in [0, 1] that may be
-    unreadable. unreadable: those known so far, index -> reason. grey_range: see
-    choose_range().
+    unreadable, see unreadable_error(). unreadable: those known so far, index -> reason.
+    grey_range: see choose_range().
     """
 
     root: Path
@@ -1441,28 +1373,20 @@ class ImageFiles:
 
     def record_unreadable(self, reasons: dict[int, str]) -> None:
         """Records files that cannot be read, index -> reason, and warns of the first ones."""
-        for index, reason in reasons.items():
-            if index in self.unreadable:
-                continue
-            self.unreadable[index] = reason
-            if len(self.unreadable) <= MOST_NAMED:
-                log_warning(f"warning: {reason}; it is left out")
-            elif len(self.unreadable) == MOST_NAMED + 1:
-                log_warning("warning: more images that cannot be read are only counted")
+        self.unreadable |= reasons
+        for reason in [*self.unreadable.values()][:MOST_LISTED]:
+            log_warning(f"warning: {reason}; it is left out")
 
     def batches(
         self, size: int, batch_size: int, device: torch.device, workers: int = 0, rows: Rows = None
     ) -> Iterator[Tensor]:
         """In order, without augmentation: float32 (B, 3, size, size) in [0, 1] on `device`.
 
-        An image that cannot be read is black and is recorded in `unreadable`; if max_bad is 0 it
-        raises InputError instead, with several ranks not before check_evaluated().
+        An image that cannot be read is black and is recorded in `unreadable`.
         """
         rows = torch.arange(len(self)) if rows is None else rows
         requests = ((chunk, None) for chunk in rows.split(batch_size))
         for crops, _ in decoded_batches(self, requests, size, None, workers, device):
-            if world_size() == 1:
-                check_evaluated(self)
             yield crops[:, 0].contiguous().float() / 255
 
 
@@ -1481,36 +1405,24 @@ def subset(data: Images, rows: Tensor) -> Images:
     return dataclasses.replace(data, paths=data.paths[index], labels=labels, unreadable=bad)
 
 
-def agree_on_unreadable(data: Images) -> None:
-    """Tells all ranks which files any rank could not read. All ranks must call it."""
+def unreadable_error(data: Images) -> InputError | None:
+    """The error of more unreadable images than data.max_bad allows, or of no others, or None.
+
+    All ranks must call it, and then know which files any rank could not read.
+    """
     if world_size() > 1 and isinstance(data, ImageFiles):
         every: list[dict[int, str]] = [{}] * world_size()
         dist.all_gather_object(every, data.unreadable)
         for reasons in every:
             data.record_unreadable(reasons)
-
-
-def unreadable_error(data: Images, max_bad: float) -> InputError | None:
-    """The error of having more than the share `max_bad` of unreadable images, or None.
-
-    All ranks must call it, and then know which files any rank could not read.
-    """
-    agree_on_unreadable(data)
-    return too_many_unreadable(data, max_bad)
-
-
-def too_many_unreadable(data: Images, max_bad: float) -> InputError | None:
-    """The same of the unreadable images that this rank knows."""
-    count = len(data.unreadable)
-    if count > MOST_NAMED:
-        warn_once(f"warning: {count:,} of {len(data):,} images cannot be read and are left out")
-    if count <= max_bad * len(data):
+    count, size = len(data.unreadable), len(data)
+    if count > MOST_LISTED:
+        log_warning(f"warning: {count:,} of {size:,} images cannot be read and are left out")
+    if not count or (count <= data.max_bad * size and count < size):
         return None
-    first = sorted(data.unreadable)[:3]
-    names = ", ".join(shown(os.fsdecode(data.paths[i])) for i in first)
     return InputError(
-        f"{data.unreadable[first[0]]}; {count:,} of {len(data):,} images cannot be read, more "
-        f"than {flag('max_bad')} {max_bad:g} allows: {names}{', …' * (count > len(first))}"
+        f"{data.unreadable[min(data.unreadable)]}; {count:,} of {size:,} images cannot be read "
+        f"({flag('max_bad')} {data.max_bad:g})"
     )
 
 
@@ -1523,30 +1435,15 @@ def try_unreadable_again(data: Images, rows: Iterable[int]) -> None:
             data.record_unreadable({row: str(error)})
 
 
-def check_evaluated(data: Images) -> None:
-    """Raises InputError if max_bad is 0 and an image cannot be read, or if none can.
-
-    For evaluations, which leave out any number of images if max_bad is not 0.
-    """
-    if isinstance(data, ImageFiles) and data.unreadable:
-        reason = data.unreadable[min(data.unreadable)]
-        if data.max_bad == 0:
-            raise InputError(reason)
-        if len(data.unreadable) == len(data):
-            raise InputError(f"none of the images can be read: {reason}")
-
-
 def only_readable(data: Images, workers: int) -> Images:
-    """The images that can be read; decodes all streamed ones to find out. See check_evaluated()."""
+    """The images that can be read; decodes all streamed ones to find out.
+
+    Raises what unreadable_error() returns.
+    """
     if isinstance(data, ImageSet):
         return data
-    rows = shard_indices(len(data))
-    batches = data.batches(1, REQUEST_IMAGES, torch.device("cpu"), workers, rows)
-    for _ in progress_bar(batches, "reading", math.ceil(len(rows) / REQUEST_IMAGES)):
-        pass
-    agree_on_unreadable(data)
-    check_evaluated(data)
-    return subset(data, torch.tensor([i for i in range(len(data)) if i not in data.unreadable]))
+    pixels = embed(flat_pixels, data, 1, torch.device("cpu"), workers=workers, title="reading")
+    return subset(data, rows_read(pixels).nonzero().flatten())
 
 
 def image_names(data: Images) -> list[str]:
@@ -1579,35 +1476,29 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def load_images(
-    dataset: str, split: str, data_dir: str | Path = "data", max_bad: float = 0.0,
-    grey_range: tuple[float, ...] = (),
-) -> Images:  # fmt: skip
-    """One split of a data set.
-
-    dataset: one of DATASETS. split: "pretrain" (what is trained on without labels: the training
-    images, on STL-10 with the unlabelled ones), "train" (the labelled training images) or "test".
-    data_dir: where downloads go and are looked for; for "folder" the user's own folder. max_bad:
-    share of a folder's images in [0, 1] that may be unreadable. grey_range: of a folder's, see
-    choose_range().
-
-    Returns an ImageSet, or for folders of large or mixed sizes an ImageFiles. A folder without
-    test images gives an empty one for "test". Raises InputError for files that are missing and
-    cannot be downloaded, an empty or missing folder, or an unreadable image.
-    """
-    return load_splits(dataset, (split,), data_dir, max_bad, grey_range)[0]
+def load_images(dataset: str, split: str, data_dir: str | Path = "data", **options: Any) -> Images:
+    """One split of a data set, see load_splits()."""
+    return load_splits(dataset, (split,), data_dir, **options)[0]
 
 
 def load_splits(
     dataset: str, splits: Sequence[str], data_dir: str | Path = "data", max_bad: float = 0.0,
     grey_range: tuple[float, ...] = (),
 ) -> list[Images]:  # fmt: skip
-    """Several splits of a data set, see load_images(); a folder is gone through once for all.
+    """Splits of a data set, each an ImageSet, or for folders of large or mixed sizes an ImageFiles.
 
-    "pretrain" and "train" are one object where they have the same images.
+    dataset: one of DATASETS. splits: of "pretrain" (what is trained on without labels: the training
+    images, on STL-10 with the unlabelled ones), "train" (the labelled training images; the same
+    object where they have the same images) and "test" (empty for a folder without test images).
+    data_dir: where downloads go and are looked for; for "folder" the user's own folder. max_bad:
+    share of a folder's images in [0, 1] that may be unreadable; of those for testing, if it is not
+    0, any. grey_range: of a folder's, see choose_range().
+
+    Raises InputError for files that are missing and cannot be downloaded, an empty or missing
+    folder, or unreadable images.
     """
     if dataset == "folder":
-        with errors_as_input_error(f"cannot read {data_dir}", through=(InputError,)):
+        with errors_as_input_error(f"cannot read {data_dir}"):
             return _load_folder(Path(data_dir), splits, max_bad, grey_range)
     if grey_range:
         raise InputError(f"{flag('range')} is for folders of pictures, not for {dataset}")
@@ -1657,9 +1548,8 @@ class Data:
     @property
     def labelled(self) -> bool:
         """Whether the representation can be evaluated by a classifier."""
-        train, test = self.train, self.test
-        enough = train.labels is not None and test.labels is not None and len(test) > 0
-        return enough and len(train.classes) > 1
+        labelled = self.train.labels is not None and self.test.labels is not None
+        return labelled and len(self.test) > 0 and len(self.train.classes) > 1
 
     @property
     def class_sizes(self) -> Tensor:
@@ -1685,20 +1575,18 @@ def describe_data(data: Data) -> str:
     )
     text = f"{len(data.pretrain):,} images to learn from{place}"
     if data.held_out is not None:
-        text += f" ({len(data.held_out):,} more without labels are held out)"
+        text += f" ({len(data.held_out):,} more are held out, see --hold-out)"
     if data.train.labels is None:
         return f"{text}; no labels: {why_unlabelled(image_names(data.train))}"
-    names = [shown(name) for name in data.train.classes[:MOST_NAMED]]
-    names += ["…"] * (len(data.train.classes) > MOST_NAMED)
-    text = f"{len(data.train.classes)} classes ({', '.join(names)}), {text}"
+    text = f"{len(data.train.classes)} classes ({listed(data.train.classes)}), {text}"
     if data.train is not data.pretrain:
         text += f", {len(data.train):,} with labels{train_place}"
     if len(data.test) and data.test.labels is None:
         why = why_unlabelled(image_names(data.test), data.train.classes)
         return f"{text}, but no labels for the evaluation{test_place}: {why}"
     if not len(data.test):
-        return f"{text}, none held out for the evaluation{test_place}"
-    text += f", {len(data.test):,} held out for the evaluation{test_place}"
+        return f"{text}, no test images{test_place}"
+    text += f", {len(data.test):,} test images{test_place}"
     counts = data.test.labels.bincount(minlength=len(data.train.classes)).tolist()
     missing = [name for name, n in zip(data.train.classes, counts, strict=True) if not n]
     return text + f"; no test images of {listed(missing)}" * bool(missing)
@@ -1752,7 +1640,7 @@ def _load_torchvision(dataset: str, root: Path, split: str) -> ImageSet:
 
 
 def _image_set(dataset: str, source: Any) -> ImageSet:
-    """What torchvision read. Raises ValueError if the labels are not those of the images."""
+    """What torchvision read."""
     images = torch.as_tensor(source.data)
     if dataset in ("cifar10", "cifar100"):
         images = images.permute(0, 3, 1, 2)  # (N, H, W, 3) -> (N, 3, H, W)
@@ -1760,49 +1648,47 @@ def _image_set(dataset: str, source: Any) -> ImageSet:
         images = images[:, None].repeat(1, 3, 1, 1)  # grey -> RGB
     labels = torch.as_tensor(getattr(source, "targets", getattr(source, "labels", None))).long()
     classes = tuple(getattr(source, "classes", None) or "0123456789")
-    if labels.shape != (len(images),) or not len(images):
-        raise ValueError(f"it has {len(images)} images and labels of shape {tuple(labels.shape)}")
-    if dataset == "stl10" and (labels < 0).any():  # it marks unlabelled images by -1
-        return ImageSet(images.contiguous(), None, classes)
-    if labels.min() < 0 or labels.max() >= len(classes):
-        raise ValueError(f"it has labels from {labels.min()} to {labels.max()}")
-    return ImageSet(images.contiguous(), labels, classes)
+    unlabelled = (labels < 0).any()  # marked by -1 in STL-10
+    return ImageSet(images.contiguous(), None if unlabelled else labels, classes)
 
 
 # ---------------------------------------------------------------------- data sets: one's own images
 
 # what PIL can name but not decode, or only with another program
 NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
-MOST_SUFFIXES = 5  # of files that are left out, in a line
 MEMORY_SIDE = 128  # px: larger images are streamed from disk
 MEMORY_BYTES = 8 * 2**30  # bytes: sets that are larger as uint8 are streamed from disk
-
-
-@functools.cache
-def image_suffixes() -> frozenset[str]:
-    """Endings of the files that PIL decodes, in lower case: ".jpg", …"""
-    kinds = Image.registered_extensions()
-    decoded = ({*Image.OPEN} | {"MPO"}) - {*NOT_DECODED}
-    return frozenset(suffix for suffix, kind in kinds.items() if kind in decoded)
 
 
 def list_images(root: Path) -> list[str]:
     """Names, relative to `root` and sorted, of all images below it.
 
-    Images are known by their endings, and by their content where they have none. A line says how
-    many other files are left out.
+    Images are known by their endings, and by their content where they have none. Hidden files are
+    left out, and others with a line that says so; linked folders are followed, each once. Raises
+    InputError for a folder that cannot be read: its images would be missed in silence.
     """
-    names, others = [], collections.Counter()
-    for name in _walk_files(root):
-        suffix = os.path.splitext(name)[1].lower()
-        if suffix in image_suffixes() or (not suffix and _is_image(root / name)):
-            names.append(name)
-        else:
-            others[suffix or "no ending"] += 1
+
+    def refuse(error: OSError) -> NoReturn:
+        raise InputError(f"cannot read the folder {error.filename} ({error.strerror})") from error
+
+    kinds = Image.registered_extensions()  # of ".jpg", …
+    decoded = ({*Image.OPEN} | {"MPO"}) - {*NOT_DECODED}
+    names, others, seen = [], [], set()
+    for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
+        status = os.stat(folder)
+        known = (status.st_dev, status.st_ino) in seen  # in a loop of links
+        seen.add((status.st_dev, status.st_ino))
+        subfolders[:] = [name for name in subfolders if not known and not name.startswith(".")]
+        below = os.path.relpath(folder, root)
+        for name in files:
+            if not known and not name.startswith("."):
+                path = os.path.normpath(os.path.join(below, name))
+                suffix = os.path.splitext(name)[1].lower()
+                image = kinds.get(suffix) in decoded if suffix else _is_image(root / path)
+                (names if image else others).append(path)
     if others:
-        kinds = [f"{shown(kind)} ({n:,})" for kind, n in others.most_common(MOST_SUFFIXES)]
-        kinds += ["…"] * (len(others) > len(kinds))
-        log_warning(f"left out of {root}, as no images by their endings: {', '.join(kinds)}")
+        files = listed(sorted(others))
+        log_warning(f"left out of {root}: {len(others):,} files without an image's ending, {files}")
     return sorted(names)
 
 
@@ -1811,30 +1697,6 @@ def _is_image(path: Path) -> bool:
         image_size(path)
         return True
     return False
-
-
-def _walk_files(root: Path) -> Iterator[str]:
-    """All files below `root` that are not hidden, by their names relative to it.
-
-    Linked folders are followed, each real folder once, so that a loop of links ends. Raises
-    InputError for a folder that cannot be read: its images would be missed in silence.
-    """
-
-    def refuse(error: OSError) -> NoReturn:
-        raise InputError(f"cannot read the folder {error.filename} ({error.strerror})") from error
-
-    seen: set[tuple[int, int]] = set()
-    for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
-            subfolders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        below = os.path.relpath(folder, root)
-        for name in files:
-            if not name.startswith("."):
-                yield name if below == os.curdir else os.path.join(below, name)
 
 
 def _class_of(path: str) -> str:
@@ -1849,19 +1711,15 @@ def why_unlabelled(paths: Sequence[str], classes: Sequence[str] = ()) -> str:
     there must be at least two.
     """
     outside = [path for path in paths if os.sep not in path]
-    if len(outside) == len(paths):
-        return "the images do not lie in class folders"
     if outside:
-        more = f", and {len(outside) - 1:,} more" if len(outside) > 1 else ""
-        return f"{outside[0]} lies outside the class folders{more}"
+        return f"{len(outside):,} images lie outside class folders: {listed(outside)}"
     names = {_class_of(path) for path in paths}
-    if len(names) == 1 and names.isdisjoint(classes):
-        return "there is only one folder of images"
-    return ""
+    one = len(names) == 1 and names.isdisjoint(classes)
+    return "there is only one folder of images" if one else ""
 
 
 def folder_labels(
-    paths: Sequence[str], classes: Sequence[str] = ()
+    root: Path, paths: Sequence[str], classes: Sequence[str] = ()
 ) -> tuple[np.ndarray | None, tuple[str, ...]]:
     """Labels from the layout `<class>/…/<file>`, or None where the files are not laid out so.
 
@@ -1872,24 +1730,13 @@ def folder_labels(
         return None, ()
     names = [_class_of(path) for path in paths]
     classes = tuple(classes or sorted(set(names)))
-    known = {_as_seen(name): name for name in classes}
-    unknown = sorted(set(names) - set(classes))
-    for name in unknown:
-        if alike := known.get(_as_seen(name)):
-            raise InputError(
-                f"has the class {name!a}, but the images to learn from have {alike!a}: names that "
-                "look alike, and differ"
-            )
-    if unknown:
-        raise InputError(f"has classes that are not among those to learn from: {unknown}")
+    if unknown := sorted(set(names) - set(classes)):
+        raise InputError(
+            f"{root} has classes that are not among those to learn from: {unknown[:MOST_LISTED]!a} "
+            f"(there: {[*classes[:MOST_LISTED]]!a})"
+        )
     number = {name: i for i, name in enumerate(classes)}
     return np.array([number[name] for name in names]), classes
-
-
-def _as_seen(name: str) -> str:
-    """The name without what one does not see or cannot tell apart."""
-    text = unicodedata.normalize("NFKC", name)
-    return "".join(c for c in text if c.isprintable() and not c.isspace())
 
 
 TRAIN_FOLDERS = ("train", "training")
@@ -1924,9 +1771,9 @@ def _choose_test(folders: Sequence[Path], classes: Sequence[str]) -> tuple | Non
     for folder in folders:
         paths = list_images(folder)
         try:
-            labels, _ = folder_labels(paths, classes)
+            labels, _ = folder_labels(folder, paths, classes)
         except InputError as error:
-            fault = fault or InputError(f"{folder} {error}")
+            fault = fault or error
             continue
         if classes and labels is not None:
             return folder, paths, labels
@@ -1953,7 +1800,7 @@ def _load_folder(
         paths, more = every, []
     if not paths:
         raise InputError(f"no images in {folder}")
-    labels, classes = folder_labels(paths)
+    labels, classes = folder_labels(folder, paths)
     learn, held_out = np.arange(len(paths)), np.arange(0)
     if folder == root and labels is not None:  # no splits: hold some images of each class out
         learn, held_out = split_held_out(labels)
@@ -1993,13 +1840,14 @@ def _is_unlabelled(path: str) -> bool:
 def _name_unused(root: Path, used: set[Path]) -> None:
     """Prints a line that counts and names what lies beside the folders of the splits."""
     others = [p for p in sorted(root.iterdir()) if p not in used and not p.name.startswith(".")]
-    counts = {f"{p.name}/": sum(1 for _ in _walk_files(p)) for p in others if p.is_dir()}
+    folders = [path for path in others if path.is_dir()]
+    counts = {f"{p.name}/": sum(len(files) for *_, files in os.walk(p)) for p in folders}
     names = [f"{shown(name)} ({count:,})" for name, count in counts.items() if count]
     files = [path.name for path in others if not path.is_dir()]
     names += [f"beside the folders {len(files):,} ({listed(files)})"] * bool(files)
     if names:
         hint = f"Images without labels belong in {UNLABELLED_FOLDERS[0]}/"
-        warn_once(f"files not used in {root}: {', '.join(names)}. {hint}")
+        log_warning(f"files not used in {root}: {', '.join(names)}. {hint}")
 
 
 def load_unlabelled(
@@ -2019,8 +1867,7 @@ def _read_folder(
 ) -> Images:  # fmt: skip
     """In memory if all images are small and of one size, otherwise to be streamed.
 
-    Of those in memory the unreadable ones are left out. Raises InputError if they are more than
-    the share `max_bad`, or all.
+    Of those in memory the unreadable ones are left out. Raises what unreadable_error() returns.
     """
     if not paths:
         return ImageSet(torch.empty(0, 3, 1, 1, dtype=torch.uint8), None, classes)
@@ -2041,7 +1888,7 @@ def _read_folder(
         images = [*progress_bar(found, f"reading {root}", len(paths))]
     good = [i for i, image in enumerate(images) if isinstance(image, Tensor)]
     files.record_unreadable({i: x for i, x in enumerate(images) if isinstance(x, str)})
-    if error := too_many_unreadable(files, max_bad if good else 0):
+    if error := unreadable_error(files):
         raise error
     files = subset(files, torch.tensor(good))
     stack = torch.stack([images[i] for i in good])
@@ -2086,7 +1933,7 @@ def choose_range(
                 values += [grey.min(), grey.max()] if grey.size else []
     if not values:
         if given:
-            warn_once(
+            log_warning(
                 f"{root}: {flag('range')} is for grey pictures of more than 8 bits: none found"
             )
         return given
@@ -2103,7 +1950,7 @@ def choose_range(
         use = "under a tenth of" if narrow else "more than"
         whose = "this range" if given else f"the range of their type, {black:g} to {white:g}"
         text = f"warning: {text}, as they use {use} {whose}"
-    warn_once(f"{text}; {flag('range')} LOW HIGH sets another range")
+    log_warning(f"{text}; {flag('range')} LOW HIGH sets another range")
     return chosen
 
 
@@ -2120,7 +1967,7 @@ def all_grey(data: Images) -> bool:
     return True
 
 
-_IMAGE_WIDTH, _IMAGE_LENGTH, _ORIENTATION = 0x0100, 0x0101, 0x0112  # TIFF and EXIF tags
+_ORIENTATION = 0x0112  # EXIF tag
 _UPRIGHT = {  # EXIF orientation -> what makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
@@ -2140,30 +1987,16 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and value in _UPRIGHT else 1
 
 
-SAFE_PIXELS = 89_478_485  # PIL's own limit, as a small file may claim to have any size
 MOST_PIXELS = 2**28  # 0.8 GB as RGB: a panorama, or a scan of A3 at 1,000 dots an inch
-PIXELS_A_BYTE = 100  # a photograph has 2 to 20
 
 
 class UnreadableImage(InputError):
     """An image file that is missing, damaged, or too large."""
 
 
-@contextlib.contextmanager
-def _errors_naming_file(path: str | Path) -> Iterator[None]:
-    """Context manager that converts what PIL raises, nearly any type, to an UnreadableImage.
-
-    Too little memory and too many open files pass: another image would fail as well.
-    """
-    try:
-        yield
-    except (InputError, MemoryError):
-        raise
-    except Exception as error:
-        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
-            raise InputError(f"cannot open {path}: {error.strerror} (see ulimit -n)") from error
-        reason = str(error) or type(error).__name__
-        raise UnreadableImage(f"cannot read the image {path} ({reason})") from error
+def _errors_naming_file(path: str | Path) -> contextlib.AbstractContextManager:
+    """Context manager that converts what PIL raises, nearly any type, to an UnreadableImage."""
+    return errors_as_input_error(f"cannot read the image {path}", UnreadableImage)
 
 
 class Photo(contextlib.AbstractContextManager):
@@ -2176,20 +2009,13 @@ class Photo(contextlib.AbstractContextManager):
     def __init__(self, path: str | Path, grey_range: tuple[float, ...] = ()) -> None:
         self.path, self.grey_range = path, grey_range
         with _errors_naming_file(path):
-            status = os.stat(path)
-            if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+            if not os.path.isfile(path):  # a pipe would be waited for
                 raise OSError("it is not a file")
-            Image.MAX_IMAGE_PIXELS = None  # PIL's limit is too low for panoramas: see below
+            Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # PIL refuses twice as many
             self.image = Image.open(path)
-            pixels = self.image.width * self.image.height
-            if pixels > max(SAFE_PIXELS, min(MOST_PIXELS, PIXELS_A_BYTE * status.st_size)):
-                self.image.close()
-                raise ValueError(f"{pixels:,} pixels in {status.st_size:,} bytes are too many")
-            tags = getattr(self.image, "tag_v2", {})  # of a TIFF, whose size PIL may have turned
-            self.width = tags.get(_IMAGE_WIDTH, self.image.width)
-            self.height = tags.get(_IMAGE_LENGTH, self.image.height)
+            self.width, self.height = self.image.size
             self.orientation = _orientation(self.image)
-            if self.orientation >= 5:  # those swap width and height
+            if self.orientation >= 5 and self.image.format != "TIFF":  # which PIL turns by itself
                 self.width, self.height = self.height, self.width
 
     def __exit__(self, *_: object) -> None:
@@ -2266,6 +2092,7 @@ def read_image(path: Path, grey_range: tuple[float, ...] = ()) -> Tensor:
 
 REQUEST_IMAGES = 64  # files a worker decodes at a time: all workers share a large batch
 REQUEST_BYTES = 2**24  # of their views
+SLOTS = 2  # requests under way for each worker
 PATIENCE_S = 10.0  # seconds that a run which is to stop waits for images, as of a lost disk
 # (sizes int64 (N, 2) height and width, u float32 (N, V, draws)) -> int (N, V, 4), all numpy arrays
 Boxes = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -2312,99 +2139,75 @@ class DecodeRequest:
                     bad[i] = str(error)
         return views, bad
 
+    def fill(self, slot: int) -> dict[int, str]:
+        """Decodes into a slot of this worker. Returns the reasons of what cannot be read."""
+        return self(_slots[slot])[1]
 
-def _answer_requests(pipe: Connection, slots: Tensor, inherited: list[Connection]) -> None:
-    """What a worker does until the main process ends. slots: uint8 (SLOTS, REQUEST_BYTES)."""
-    for end in inherited:  # of the main process: kept open here, they would hide its end
-        end.close()
+
+_slots: list[Tensor] = []  # in a worker: those of its DecodingPool
+
+
+def _start_worker(slots: Tensor) -> None:
+    """What a worker does first."""
+    _slots[:] = slots
     for number in STOP_SIGNALS:  # the main process ends its workers
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
-    answer: Any
-    with contextlib.suppress(EOFError, OSError):  # the main process has ended
-        while True:
-            request, slot = pipe.recv()
-            try:
-                _, bad = request(slots[slot])
-                answer = {i: one_line(reason, 500) for i, reason in bad.items()}
-            except (InputError, MemoryError) as error:
-                answer = type(error)(str(error))
-            except Exception:  # any type, of which some cannot be sent
-                answer = RuntimeError(f"in a worker process:\n{traceback.format_exc()}")
-            pipe.send(answer)
+    main_process = multiprocessing.parent_process()  # may be killed
+    threading.Thread(target=lambda: (main_process.join(), os._exit(1)), daemon=True).start()
 
 
-class DecodingPool:
-    """Worker processes that answer DecodeRequests.
+class DecodingPool(ProcessPoolExecutor):
+    """Worker processes that answer DecodeRequests, with slots of shared memory for the views.
 
-    Each has a pipe, through which requests and answers go in order, and a few slots of shared
-    memory for views. When a worker dies its pipe closes, which ends the wait for it. On Linux
-    workers are forked, and the slots are memory without a name that needs no room in /dev/shm.
+    On Linux they are forked, and the memory has no name and needs no room in /dev/shm.
     """
 
-    SLOTS = 2  # requests under way for each worker
-
     def __init__(self, workers: int) -> None:
-        self.processes, self.pipes, self.slots = [], [], []
-        atexit.register(self.close)  # first, as not all may start
         start = multiprocessing.get_start_method(allow_none=True)
         start = start or ("fork" if sys.platform == "linux" else "spawn")
-        context, size = multiprocessing.get_context(start), self.SLOTS * REQUEST_BYTES
-        for _ in range(workers):
-            if start == "fork":
-                memory = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
-            else:
-                memory = torch.empty(size, dtype=torch.uint8).share_memory_()
-            slots = memory.view(self.SLOTS, REQUEST_BYTES)
-            pipe, its_end = context.Pipe()
-            self.pipes.append(pipe)
-            self.slots.append(slots)
-            inherited = self.pipes if start == "fork" else []
-            arguments = (its_end, slots, inherited)
-            process = context.Process(target=_answer_requests, args=arguments, daemon=True)
-            process.start()
-            its_end.close()  # before the next process inherits it
-            self.processes.append(process)
-
-    def close(self) -> None:
-        """Ends the workers at once: they have nothing to finish."""
-        atexit.unregister(self.close)
-        for process in self.processes:
-            process.kill()
-        for process in self.processes:
-            process.join()
+        count = SLOTS * workers
+        if start == "fork":
+            memory = mmap.mmap(-1, count * REQUEST_BYTES)
+            slots = torch.frombuffer(memory, dtype=torch.uint8)
+        else:
+            slots = torch.empty(count * REQUEST_BYTES, dtype=torch.uint8).share_memory_()
+        self.slots = slots.view(count, REQUEST_BYTES)
+        super().__init__(workers, multiprocessing.get_context(start), _start_worker, (self.slots,))
+        self.submit(int).result()  # now they have started
 
     def answers(self, requests: Iterable[DecodeRequest]) -> Iterator[Answer]:
         """What each request returns, in order. Views are overwritten when the next are asked for.
 
-        Raises InputError if a worker has died.
+        Raises InputError if a worker has died, or does not answer when the run is to stop.
         """
-        places = [(i, slot) for slot in range(self.SLOTS) for i in range(len(self.processes))]
-        under_way: collections.deque[tuple[DecodeRequest, int, int]] = collections.deque()
+        under_way: collections.deque[tuple[Tensor, Future]] = collections.deque()
         try:
-            for request, (i, slot) in zip(requests, itertools.cycle(places), strict=False):
-                if len(under_way) == len(places):
-                    yield self._answer(*under_way.popleft())
-                self.pipes[i].send((request, slot))
-                under_way.append((request, i, slot))
+            for i, request in enumerate(requests):
+                if len(under_way) == len(self.slots):
+                    yield self._finished(*under_way[0])
+                    under_way.popleft()
+                slot = i % len(self.slots)
+                views = request.views_in(self.slots[slot])
+                under_way.append((views, self.submit(request.fill, slot)))
             while under_way:
-                yield self._answer(*under_way.popleft())
-        except (EOFError, OSError) as error:  # of a pipe
-            time.sleep(0.2)  # its exit code comes after the end of its pipe
-            codes = [str(process.exitcode) for process in self.processes if process.exitcode]
+                yield self._finished(*under_way[0])
+                under_way.popleft()
+        except BrokenProcessPool as error:
             raise InputError(
-                f"a process that decodes images died (exit code {', '.join(codes) or 'unknown'}): "
-                f"was there too little memory? Then try fewer {flag('workers')}"
+                "a process that decodes images died: was there too little memory? Then try fewer "
+                f"{flag('workers')}"
             ) from error
+        finally:
+            if under_way:  # left early: an exit would wait for them
+                for process in [*self._processes.values()]:  # kill_workers() from Python 3.14 on
+                    process.kill()
 
-    def _answer(self, request: DecodeRequest, i: int, slot: int) -> Answer:
-        while not self.pipes[i].poll(PATIENCE_S):
+    def _finished(self, views: Tensor, bad: Future) -> Answer:
+        while not wait([bad], PATIENCE_S).done:
             if StopSignals.pending:
                 raise InputError("stopped while a process that decodes images did not answer")
-        answer = self.pipes[i].recv()
-        if isinstance(answer, Exception):
-            raise answer
-        return request.views_in(self.slots[i][slot]), answer
+        return views, bad.result()
 
 
 _idle_pools: dict[int, DecodingPool] = {}  # number of workers -> those that wait for requests
@@ -2426,13 +2229,8 @@ def _decode(requests: Iterator[DecodeRequest], workers: int) -> Iterator[Answer]
             "and in a container a larger --shm-size may help"
         ):
             pool = DecodingPool(workers)
-    try:
-        yield from pool.answers(requests)
-    except BaseException:
-        pool.close()
-        raise
-    if _idle_pools.setdefault(workers, pool) is not pool:  # two calls had workers at a time
-        pool.close()
+    yield from pool.answers(requests)
+    _idle_pools[workers] = pool
 
 
 def _split(
@@ -2512,7 +2310,7 @@ def embed(
     larger ones go in smaller batches. title: of a progress bar, if any. Each rank embeds a shard,
     and all ranks get all features. An image that cannot be read has a row of NaN, see rows_read().
 
-    Raises InputError, in all ranks, as check_evaluated() does, and if any other row is not finite.
+    Raises InputError, in all ranks, as unreadable_error(), and if any other row is not finite.
     """
     rows = shard_indices(len(data))
     batch_size = max(1, min(batch_size, batch_size * 224**2 // size**2))
@@ -2528,16 +2326,11 @@ def embed(
             with autocast(device, precision):
                 parts.append(encoder(images).float())
     features = all_gather_rows(torch.cat(parts)[: len(rows)], len(data))
-    agree_on_unreadable(data)
-    check_evaluated(data)
-    odd = ~features.isfinite().all(1)
-    odd[[*data.unreadable]] = False
-    if odd.any():
-        name = image_names(data)[int(odd.int().argmax())]
-        raise InputError(
-            f"what the network computes is not finite for {int(odd.sum()):,} of {len(data):,} "
-            f"images, such as {shown(name)}"
-        )
+    if error := unreadable_error(data):
+        raise error
+    features[[*data.unreadable]] = 0
+    if not features.isfinite().all():
+        raise InputError("what the network computes is not finite for all images")
     features[[*data.unreadable]] = math.nan
     return features
 
@@ -2649,15 +2442,6 @@ class LogisticRegression:
         self.weight, self.bias = scale * coordinates.detach(), bias.detach()
         weight = self.axes @ self.weight.mT
         return weight, self.bias - self.mean @ weight
-
-
-def fit_logistic_regression(
-    features: Tensor, labels: Tensor, num_classes: int, inverse_strength: float = 1.0,
-    tolerance: float = 1e-4,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """LogisticRegression for one strength, given as scikit-learn's C: weight (D, K), bias (K,)."""
-    l2 = 1 / (inverse_strength * len(features))
-    return LogisticRegression(features, labels, num_classes).fit(l2, tolerance)
 
 
 def principal_axes(centred: Tensor) -> tuple[Tensor, Tensor]:
@@ -2856,16 +2640,13 @@ def mosaic(tiles: Tensor, gap: int = 0) -> np.ndarray:
     return padded.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).cpu().numpy()
 
 
-NAME_WIDTH = 24  # characters of a class's name in figures
-
-
 def text_width(name: str) -> int:
     """In Latin characters; those of Chinese, Japanese and Korean are twice as wide."""
     return sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in name)
 
 
-def printable(name: str, width: int = NAME_WIDTH) -> str:
-    """A class's name, which may be any folder's, on one line and short."""
+def printable(name: str, width: int = 24) -> str:
+    """A class's name, which may be any folder's, on one line of this text_width() at most."""
     name = "".join(c if c.isprintable() else "?" for c in name)
     while text_width(name) > width:
         name = name.removesuffix("…")[:-1] + "…"
@@ -2944,26 +2725,25 @@ def progress_bar(items: Iterable, title: str, total: int) -> Iterable:
     return tqdm(items, title, total, leave=False, disable=hidden)
 
 
-class Progress(contextlib.AbstractContextManager):
-    """A tqdm bar on a terminal; elsewhere plain lines, at most one every few seconds."""
+class Progress(tqdm):
+    """A bar on a terminal; elsewhere plain lines, one every few seconds and what must be."""
 
     SECONDS_BETWEEN_LINES = 5.0
 
     def __init__(self, total: int, done: int) -> None:
         self.on_terminal = sys.stderr.isatty() and is_main_process()
-        self.bar = tqdm(total=total, initial=done, unit="step", disable=not self.on_terminal)
+        self.values: dict[str, str] = {}  # kNN and others are not measured after each epoch
         self._next_line = 0.0
+        super().__init__(total=total, initial=done, unit="step", disable=not self.on_terminal)
 
     def advance(self) -> None:
-        self.bar.update()
+        self.update()
 
-    def show(self, values: dict[str, str], line: str, last: bool = False) -> None:
+    def show(self, values: dict[str, str], line: str, must: bool) -> None:
         """Show `values` beside the bar, or print `line` where there is no terminal."""
         if self.on_terminal:
-            self.bar.set_postfix(values, refresh=False)
-        elif last or time.monotonic() >= self._next_line:
+            self.values |= values
+            self.set_postfix(self.values, refresh=False)
+        elif must or time.monotonic() >= self._next_line:
             print(line, flush=True)
             self._next_line = time.monotonic() + self.SECONDS_BETWEEN_LINES
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()

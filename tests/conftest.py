@@ -121,16 +121,11 @@ def tiny_config(tmp_path):
     return make
 
 
-def end_workers():
-    while utils._idle_pools:
-        utils._idle_pools.popitem()[1].close()
-
-
 @pytest.fixture(autouse=True)
 def own_workers():
     """Processes that decode images keep what a test has changed: the next one gets others."""
     yield
-    end_workers()
+    utils._idle_pools.clear()
 
 
 @pytest.fixture

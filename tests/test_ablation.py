@@ -325,7 +325,9 @@ def test_a_grid_is_done_once_and_shared(fast, places, capsys, tmp_path):
     assert two[0]["run"] == one[1]["run"] != two[1]["run"]
     assert (tmp_path / "c" / two[0]["run"] / "measure.json").exists()
     ablation.main(["two", "--dry-run", *places])
-    assert capsys.readouterr().out.count("(to do)") == 3  # seed 2 of both, and seed 1 of one
+    said = capsys.readouterr().out
+    assert said.count("(to do)") == 3  # seed 2 of both, and seed 1 of one
+    assert "\n6 runs, about " in said
     assert len(fast) == 5
 
 
@@ -383,8 +385,7 @@ def test_shards_do_disjoint_parts_and_the_last_draws(fast, places, capsys, tmp_p
 def test_a_run_that_another_process_does_is_left_to_it(fast, places, capsys, tmp_path):
     given = {"checkpoints": str(tmp_path / "c"), "figures": str(tmp_path / "f")}
     folder = ablation.make_jobs("one", given, 1)[0].config.folder
-    folder.mkdir(parents=True)
-    with utils.file_lock(folder / ".lock"):
+    with utils.run_lock(folder):
         ablation.main(["one", "--seeds", "1", *places])
     assert fast == [(0.12, 0)]
     assert "1 of 2 runs of one are left" in capsys.readouterr().out
@@ -509,9 +510,10 @@ def test_listing_estimates_the_time(fast, places, capsys, monkeypatch, tmp_path)
     assert "all                8 runs" in out
     assert list(tmp_path.iterdir()) == []
     assert not fast
-    ablation.main(["two", *TINY, *places, "--seeds", "1"])
+    ablation.main(["one", *TINY, *places, "--seeds", "1"])
     ablation.main([*TINY, *places, "--seeds", "1"])
-    assert "two                2 runs     done" in capsys.readouterr().out
+    assert "one                2 runs     done" in (out := capsys.readouterr().out)
+    assert out.endswith("ablation_SimCLR.py two\n")  # the shortest that is left
 
 
 # -------------------------------------------------------------------------------------- for real

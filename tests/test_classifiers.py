@@ -51,7 +51,7 @@ def test_logistic_regression_equals_scikit_learn(clusters, device, c):
     x, y, x_test, _ = clusters
     theirs = LogisticRegression(C=c, tol=1e-10, max_iter=5000).fit(x.double(), y)
     double = x.to(device, torch.float64)
-    weight, bias = utils.fit_logistic_regression(double, y.to(device), 4, c, tolerance=1e-9)
+    weight, bias = utils.LogisticRegression(double, y.to(device), 4).fit(1 / (c * len(x)), 1e-9)
     assert np.abs(weight.T.cpu().numpy() - theirs.coef_).max() < 1e-4 * np.abs(theirs.coef_).max()
     bias = (bias - bias.mean()).cpu().numpy()  # the intercept is free up to a constant
     expected = theirs.intercept_ - theirs.intercept_.mean()

@@ -1,5 +1,6 @@
 """The command line: what is printed, and that bad input is one line and exit code 2."""
 
+import dataclasses
 import json
 import shlex
 import signal
@@ -33,7 +34,7 @@ def fails(capsys, tmp_path, *argv):
         ("--arch vgg", "invalid choice: 'vgg'"),
         ("--batch-size 1", "--batch-size must be at least 2"),
         ("--batch-size many", "invalid int value: 'many'"),
-        ("--temperature 0", "--temperature must be at least 1e-06, got 0.0"),
+        ("--temperature 0", "--temperature must be at least 1e-06, got 0"),
         ("--range 5 1", "--range must be two numbers, the smaller one first, got (5.0, 1.0)"),
         ("--range 0 255", "--range is for folders of pictures, not for digits"),
         ("--lr inf", "--lr must be 1e-12 to 1e+30, got inf"),
@@ -145,6 +146,10 @@ def test_a_shorter_run_gets_a_shorter_warm_up_unless_it_is_given():
     assert simclr.make_config(recipe="cifar10-paper", epochs=5).warmup_epochs == 0.5
     config = simclr.make_config(recipe="cifar10-paper", epochs=5, warmup_epochs=3.0)
     assert config.warmup_epochs == 3
+    given, computed = (
+        simclr.make_config(epochs=3, **warmup) for warmup in ({"warmup_epochs": 0.3}, {})
+    )
+    assert utils.differences(dataclasses.asdict(given), computed) == []  # 0.1 · 3 > 0.3
 
 
 @pytest.mark.parametrize("name", list(simclr.RECIPES))

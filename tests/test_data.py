@@ -177,10 +177,8 @@ def found(root, write_image, names):
 @pytest.mark.parametrize(
     ("names", "text"),
     [
-        (["c.png", "a/1.png", "b/2.png"], "c.png lies outside the class folders"),
-        (["a/1.png", "d.png", "e.png"], "d.png lies outside the class folders, and 1 more"),
-        (["1.png", "2.png"], "the images do not lie in class folders"),
-        (["a/1.png", "a/2.png"], "there is only one folder of images"),
+        (["c.png", "a/1.png", "b/2.png"], "1 images lie outside class folders: c.png"),
+        (["1.png", "2.png"], "2 images lie outside class folders: 1.png, 2.png"),
         (["x/1/a.png", "x/b.PNG"], "there is only one folder of images"),
     ],
 )
@@ -194,10 +192,10 @@ def test_why_there_are_no_labels(tmp_path, write_image, names, text):
 @pytest.mark.parametrize(
     ("names", "classes", "test_labels", "text"),
     [
-        (["a/1.png", "a/2.png", "train/1.png"], "a train", [], "in ROOT, none held out"),
-        (["train/a/1.png", "train/b/1.png"], "a b", [], "in ROOT/train, none held out"),
+        (["a/1.png", "a/2.png", "train/1.png"], "a train", [], "in ROOT, no test images"),
+        (["train/a/1.png", "train/b/1.png"], "a b", [], "in ROOT/train, no test images"),
         (["train/a/1.png", "train/b/1.png", "test/a/1.png", "test/2.png"], "a b", None,
-         "no labels for the evaluation in ROOT/test: 2.png lies outside the class folders"),
+         "the evaluation in ROOT/test: 1 images lie outside class folders: 2.png"),
         # Tiny ImageNet, whose classes of val/ are in a text file
         (["train/a/images/1.png", "train/b/images/1.png", "val/images/1.png"], "a b", None,
          "no labels for the evaluation in ROOT/val: there is only one folder of images"),
@@ -230,30 +228,28 @@ def test_folder_of_classes_holds_out_a_fifth(tmp_path, write_image):
     assert not any(image.numpy().tobytes() in known for image in test.images)
 
 
-def test_class_names_that_look_alike(tmp_path, write_image):
+def test_class_names_are_compared_as_they_are_read(tmp_path, write_image):
     for name in ("train/caf\N{LATIN SMALL LETTER E WITH ACUTE}", "train/b b", "test/b b"):
         write_image(tmp_path / name / "1.png")
     as_macos_writes_it = "cafe\N{COMBINING ACUTE ACCENT}"
     write_image(tmp_path / "test" / as_macos_writes_it / "1.png")
     assert load_images("folder", "test", tmp_path).labels.tolist() == [0, 1]
-    for before, other in (("b b", "b\N{NO-BREAK SPACE}b"), ("b\N{NO-BREAK SPACE}b", "zebra")):
-        (tmp_path / "test" / before).rename(tmp_path / "test" / other)
-        with pytest.raises(InputError) as info:
-            load_images("folder", "test", tmp_path)
-        assert ascii(other) in str(info.value)
-        assert ("the images to learn from have 'b b'" in str(info.value)) == (other != "zebra")
+    (tmp_path / "test/b b").rename(tmp_path / "test/b\N{NO-BREAK SPACE}b")
+    with pytest.raises(InputError, match=r"test has classes .*: \['b\\xa0b'\] \(there: \['b b'"):
+        load_images("folder", "test", tmp_path)
 
 
 def test_images_are_known_by_any_ending_that_pil_knows(tmp_path, write_image, capsys):
     for name in ("a.jpg", "b.JFIF", "c.jpe", "d.Webp", "e.tga"):
         write_image(tmp_path / "x.png").rename(tmp_path / name)
-    write_image(tmp_path / "x.png").rename(tmp_path / "without")
     for name in ("LICENSE", "labels.csv", "more.csv", "film.mp4", ".DS_Store", "data.h5"):
         (tmp_path / name).write_bytes(b"no image")
+    write_image(tmp_path / "x.png").rename(tmp_path / "without")
     assert utils.list_images(tmp_path) == ["a.jpg", "b.JFIF", "c.jpe", "d.Webp", "e.tga", "without"]
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"left out of {tmp_path}, as no images by their endings: .csv (2), ")
-    assert all(kind in line for kind in (".h5 (1)", ".mp4 (1)", "no ending (1)"))
+    assert capsys.readouterr().err == (
+        f"left out of {tmp_path}: 5 files without an image's ending, LICENSE, data.h5, film.mp4, "
+        "labels.csv, more.csv\n"
+    )
 
 
 def test_a_small_set_is_used_without_its_unreadable_images(tmp_path, write_image, capsys):
@@ -261,7 +257,7 @@ def test_a_small_set_is_used_without_its_unreadable_images(tmp_path, write_image
         for name in ("a", "b"):
             write_image(tmp_path / name / f"{i}.png", seed=i)
     (tmp_path / "a" / "3.png").write_bytes(b"not found")
-    with pytest.raises(InputError, match=r"a/3\.png.* more than --max-bad 0 allows"):
+    with pytest.raises(InputError, match=r"a/3\.png.*; 1 of 16 images cannot be read \(--max-bad"):
         load_images("folder", "pretrain", tmp_path)
     assert "a/3.png" in capsys.readouterr().err
     data = load_images("folder", "pretrain", tmp_path, max_bad=0.1)
@@ -352,17 +348,14 @@ def test_center_view_equals_torchvision(shape):
     assert (utils.center_view(image, 8) - theirs).abs().max() <= 1e-4
 
 
-def test_panoramas_are_read_and_small_files_that_claim_a_size_are_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(utils, "SAFE_PIXELS", 1_000)
+def test_panoramas_are_read_up_to_a_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(utils, "MOST_PIXELS", 10_000)
     Image.fromarray(pixels(50, 150, 3)).save(tmp_path / "panorama.png")
-    assert utils.read_image(tmp_path / "panorama.png").shape == (3, 50, 150)
+    with pytest.warns(Image.DecompressionBombWarning):  # which command() hides
+        assert utils.read_image(tmp_path / "panorama.png").shape == (3, 50, 150)
     Image.fromarray(pixels(50, 250, 3)).save(tmp_path / "larger.png")
-    Image.new("1", (50, 150)).save(tmp_path / "claims.png")
-    monkeypatch.setattr(utils, "PIXELS_A_BYTE", 10)
-    for name in ("larger", "claims"):
-        with pytest.raises(InputError, match=rf"{name}\.png \(.* pixels in .* are too many\)"):
-            utils.read_image(tmp_path / f"{name}.png")
+    with pytest.raises(InputError, match=r"larger\.png \(.* exceeds limit of 10000 pixels"):
+        utils.read_image(tmp_path / "larger.png")
 
 
 def test_linked_folders_are_followed_and_loops_end(tmp_path, write_image):

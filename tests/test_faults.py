@@ -30,7 +30,7 @@ HERE = Path(__file__).parent
 def run_folder(tmp_path, write_image, tiny_config, no_figure, monkeypatch):
     """Makes the configuration of a run on eight tiny images, which saves after each epoch."""
     monkeypatch.setattr(utils.Throttle, "due", lambda _: True)
-    utils.warn_once.cache_clear()
+    utils.log_warning.cache_clear()
     for i in range(8):
         write_image(tmp_path / "photos" / f"{i}.png", seed=i)
 
@@ -167,10 +167,9 @@ def test_an_error_of_the_locked_work_is_not_the_locks(tmp_path):
 
 
 def test_a_lock_is_exclusive_and_dies_with_its_holder(tmp_path):
-    with utils.file_lock(tmp_path / "lock") as free:
-        assert free
-        with utils.file_lock(tmp_path / "lock") as also:
-            assert not also
+    with utils.run_lock(tmp_path):
+        with pytest.raises(InputError, match="another process is working on"):
+            utils.run_lock(tmp_path).__enter__()
         reader, writer = os.pipe()
         worker = os.fork()
         if not worker:  # as a process that decodes images, which may outlive its parent
@@ -179,8 +178,7 @@ def test_a_lock_is_exclusive_and_dies_with_its_holder(tmp_path):
             os._exit(0)
         os.read(reader, 4)
     try:
-        with utils.file_lock(tmp_path / "lock") as free:
-            assert free
+        utils.run_lock(tmp_path).__enter__()
     finally:
         os.kill(worker, signal.SIGKILL)
         os.waitpid(worker, 0)

@@ -113,9 +113,11 @@ def test_unlabelled_pictures_are_learned_from(tmp_path, write_image, place, size
     assert torch.equal(data.pretrain.image(0), data.train.image(0))
     assert data.train.classes == ("cat", "größe 2")
     assert data.train.labels.tolist() == data.test.labels.tolist() == [0, 1]
-    assert (
-        f"3 images to learn from in {tmp_path}, 2 with labels in {tmp_path}/train, 2 held" in said
-    )
+    learned = f"3 images to learn from in {tmp_path}, 2 with labels in {tmp_path}/train, "
+    assert f"{learned}2 test images in {tmp_path}/test" in said
+    config = simclr.make_config(dataset="folder", data_dir=str(tmp_path), epochs=3)
+    text = simclr.describe_run(config, data, CPU)
+    assert "none held out: that needs 160 unlabelled images" in text
 
 
 def test_unlabelled_pictures_beside_classes(tmp_path, write_image):
@@ -137,7 +139,7 @@ def test_what_is_not_used_is_counted_and_named(tmp_path, write_image, capsys):
         [*FEW, "val/cat/5.png", "mehr Bilder/6.png", "mehr Bilder/7.png", "8.png"],
     )
     (tmp_path / "labels.csv").write_text("")
-    utils.warn_once.cache_clear()
+    utils.log_warning.cache_clear()
     load(tmp_path)
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
@@ -196,7 +198,8 @@ def test_a_fine_tuned_classifier_is_kept_and_used(pets, run, tmp_path, capsys):
     before = utils.load_checkpoint(run / "last.pt")["model"]
     evaluate(run, "--fine-tune", "--labels", "3", "--epochs", "1")
     said = capsys.readouterr().out
-    assert "fine-tuned, 3 a class (6), 1 epoch, simclr, seed 0: " in said
+    assert " labelled images, 1 steps\n" in said  # --epochs is not overruled
+    assert "fine-tuned, 3 a class (6), 1 epoch, SimCLR h, seed 0: test accuracy " in said
     after = utils.load_checkpoint(run / "last.pt")["model"]
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -330,7 +333,7 @@ def test_wrong_weights_to_start_from(imagenet, tmp_path, capsys):
         f"--init {file} --arch resnet50": f"--arch is resnet50, but --init {file} has resnet18",
         f"--init {file} --width 2": f"--width is 2.0, but --init {file} has 1.0",
         f"--init {tmp_path}/fewer": 'does not fit: Missing key(s) in state_dict: "layer3.1.conv2',
-        f"--init {tmp_path}/deeper": "a network that is not supported: basic blocks (2, 2, 2, 3)",
+        f"--init {tmp_path}/deeper": "has an unknown network: basic blocks (2, 2, 2, 3)",
         f"--init {tmp_path}/no\\ resnet": "has no encoder that is a plain ResNet",
         f"--init {file} --init-sha256 abc": "--init-sha256 is abc, but --init",
         "--init nowhere": "nowhere is neither a checkpoint nor a run",
@@ -411,7 +414,9 @@ def test_an_unlabelled_run_logs_what_its_held_out_images_show(tmp_path, no_figur
         patch.setattr(simclr, "HELD_OUT_BATCH", 10)
         simclr.run(config)
     assert "153 images to learn from" in (said := capsys.readouterr().out)
-    assert "(17 more without labels are held out)" in said
+    assert "(17 more are held out, see --hold-out)" in said
+    assert said.count("rank of h") == 2  # after every monitored epoch
+    assert f"load_simCLR.py {config.folder} --data-dir LABELLED_IMAGES --fine-tune\n" in said
     log = utils.read_jsonl(config.folder / "log.jsonl")
     assert [set(row) >= {"held_out_accuracy", "effective_rank"} for row in log] == [True, True]
     data = simclr.load_data(config, CPU)
@@ -434,6 +439,8 @@ def test_the_figure_shows_the_effective_rank():
     assert accuracy.lines[0].get_ydata().tolist() == [30, 30, 30]
     assert rank.lines[0].get_ydata().tolist() == [6, 7, 8]
     assert rank.get_ylim() == (0, pytest.approx(8.8))
+    one = simclr.draw_training(log[:1], 50).axes[0]
+    assert [x for x in one.get_xticks() if x % 1] == []  # no fractions of an epoch
 
 
 # ------------------------------------------------------------- from Python, where people look
@@ -461,6 +468,13 @@ def test_pre_training_tensors_from_python(tmp_path, no_figure):
     torch.testing.assert_close(loaded(images / 255), model.encoder(images / 255))
     with pytest.raises(InputError, match="holds a run with other settings: files of images"):
         simclr.pretrain(images.flip(-1), **settings)
+    simclr.pretrain(images.flip(-1), overwrite=True, **settings)
+    own = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 4))
+    simclr.pretrain(images, own, **settings, run="own")
+    newest = utils.find_checkpoint("", tmp_path / "c")
+    assert newest.parent.name == "tensors"  # not the one of a module that only this test has
+    with pytest.raises(InputError, match=r"own/last.pt holds an encoder module of your own"):
+        load_simCLR.load_encoder(tmp_path / "c" / "own")
     with pytest.raises(InputError, match=r"need uint8 \(N, 3, H, W\), got torch.float32 \(40, 3,"):
         simclr.pretrain(images.float(), **settings)
     with pytest.raises(
@@ -511,7 +525,7 @@ def test_grey_pictures_need_no_colour_in_the_augmentation(tmp_path, capsys, mode
     for i in range(4):
         Image.fromarray(pixels[i]).convert(mode).save(tmp_path / f"{i}.jpg")
     config = simclr.make_config(dataset="folder", data_dir=str(tmp_path), hue=0.1)
-    utils.warn_once.cache_clear()
+    utils.log_warning.cache_clear()
     grey = simclr.resolve(config, simclr.load_data(config, CPU).pretrain, CPU)
     assert (grey.saturation, grey.hue, grey.gray_p) == (0, 0, 0)
     said = "the images are grey: --saturation, --hue, --gray-p are 0, as they would change nothing"
