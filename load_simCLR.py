@@ -1619,7 +1619,7 @@ def draw_boxes(
     """The first images with what was found in them, one on each axis; the truth is dashed."""
     from matplotlib.patches import Rectangle
 
-    back = dict(fc="black", alpha=0.6, lw=0, pad=0.6)
+    back = dict(fc=color, lw=0, pad=0.6)
     for i, axis in enumerate(axes):
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
@@ -1634,7 +1634,7 @@ def draw_boxes(
         for (x1, y1, x2, y2), ec, ls, text in drawn:
             corner, size = (x1 - 0.5, y1 - 0.5), (x2 - x1, y2 - y1)
             axis.add_patch(Rectangle(corner, *size, fill=False, ec=ec, ls=ls))
-            axis.text(x1, y1 - 1, text, color=ec, fontsize=7, va="bottom", bbox=back)
+            axis.text(x1, y1 - 1, text, color="w", fontsize=7, va="bottom", bbox=back)
 
 
 def detect_photos(source: Source, options: Options, device: torch.device) -> None:

@@ -481,6 +481,8 @@ def test_the_command_writes_what_it_promises(encoder, few_scenes, tmp_path, writ
                       "--seeds", "1", "--against", str(encoder), *places])  # fmt: skip
     said = capfd.readouterr().out
     assert "5 images: pre-trained is" in said
+    assert "from scratch, learning rate 0.003: AP50" in said
+    assert "detector.pt began as pre-trained, and learned from 5 images" in said
     beside = encoder.parent / "encoder.pt.evaluation-detection.json"
     results = json.loads(beside.read_text())
     rows = [(r["row"], r["images"], r["seed"]) for r in results["detectors"]]
@@ -502,6 +504,9 @@ def test_the_command_writes_what_it_promises(encoder, few_scenes, tmp_path, writ
     load_simCLR.main([str(encoder), *where, *places])
     assert "images: 1," in capfd.readouterr().out
     assert {entry["image"] for entry in json.loads(out.read_text())} <= {"a.jpg"}
+    where = ("--detect", str(tmp_path / "photos/a.jpg"), "--out", str(tmp_path / "one.json"))
+    load_simCLR.main([str(encoder), *where, *places])
+    assert (tmp_path / "one.json").read_bytes() == out.read_bytes()
 
 
 @pytest.mark.parametrize(
