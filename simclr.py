@@ -946,8 +946,7 @@ def train(
     optimizer = make_optimizer(config, model)
     run = utils.RunFolder(config.folder, config.checkpoint_minutes, config.keep_every)
     now = restore(run, config, data, model, optimizer, clock or utils.Clock())
-    network = compiled(model, optimizer, config, size, now)
-    figure = utils.Throttle(FIGURE_SHARE)
+    network, figure = compiled(model, optimizer, config, size, now), utils.Throttle(FIGURE_SHARE)
     now.clock.lap("other")
     with utils.StopSignals() as stop, utils.Progress(config.epochs * steps, now.done) as progress:
         while not complete(config, now):
@@ -986,8 +985,7 @@ def train(
             now.clock.lap("saving")
             redraw(figure, config, now, size)
             if error:
-                again = "the run is saved, and the same command continues it"
-                raise InputError(f"{error}; {again}")
+                raise InputError(f"{error}; {CONTINUES}")
             if signal:
                 raise Interrupted(signal)
     return model
@@ -996,6 +994,7 @@ def train(
 # --------------------------------------------------------------------------- the parts of train()
 
 CHECKPOINT_FORMAT = 4
+CONTINUES = "the run is saved, and the same command continues it"
 FIGURE_SHARE = 0.01  # of the run's time, at most, to redraw the training curves
 FIGURE = "loss_plot.png"
 TIMED = {  # parts of a run's wall time, in the log and the summary -> what they are called

@@ -706,8 +706,6 @@ def packed(array: np.ndarray, dtype: str) -> str:
     return base64.b64encode(np.ascontiguousarray(array, dtype=dtype).tobytes()).decode()
 
 
-
-
 def make_sprite(tiles: Tensor) -> tuple[str, int]:
     """All images in one, uint8 (N, 3, S, S) -> (data URI, images in a row)."""
     columns = math.ceil(math.sqrt(len(tiles)))
