@@ -15,25 +15,23 @@ To add a study, add an entry to STUDIES:
 
     "crop": Study(
         "How small may crops be?", "Section 3",
-        lambda base: grid(crop_min=(0.08, 0.2, 0.5)),
+        lambda base: [Setting(f"crop{x}", dict(crop_min=x)) for x in (0.08, 0.2, 0.5)],
     ),
 
 A setting names fields of simclr.Config, fields of Variant (another loss, other views, another
 forward pass), or arguments of the measurement. Flags of simclr.py set the base that a study varies.
 
 Reading order: losses · transformations · variants of the training · measurements · the table of
-studies · runs · results and verdict · figures · the CSV file · a study · time · the command line.
+studies · runs · results and verdict · figures · a study · time · the command line.
 """
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import fnmatch
 import functools
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -60,18 +58,15 @@ from utils import Data, Images, ImageSet, InputError, LabelTraining, flag, setti
 # and return a scalar. u is a view, v+ its partner, v- the view of another image.
 
 
-def opposite_similarities(z1: Tensor, z2: Tensor, cosine: bool = True) -> tuple[Tensor, Tensor]:
-    """Similarity of each view to the N views of the other side, at least float32 (2N, N), and where
-    the negatives are: bool (2N, N), false at the partner.
+def opposite_similarities(z1: Tensor, z2: Tensor, cosine: bool = True) -> Tensor:
+    """Similarity of each view to the N views of the other side, at least float32: (2N, N).
 
-    cosine: False for dot products of z as it is. Appendix B.10: the losses other than NT-Xent take
-    their negatives from the other side only.
+    cosine: False for dot products of z as it is.
     """
     z1, z2 = (simclr.normalize_rows(z) if cosine else utils.at_least_float32(z) for z in (z1, z2))
     with utils.autocast(z1.device, "float32"):
         similarity = z1 @ z2.T  # (N, N)
-    negative = ~torch.eye(len(z1), dtype=torch.bool, device=z1.device)
-    return torch.cat([similarity, similarity.T]), negative.repeat(2, 1)
+    return torch.cat([similarity, similarity.T])
 
 
 def positives(similarity: Tensor) -> Tensor:
@@ -79,58 +74,46 @@ def positives(similarity: Tensor) -> Tensor:
     return similarity.unflatten(0, (2, -1)).diagonal(dim1=1, dim2=2).reshape(-1, 1)
 
 
-def semi_hard(similarity: Tensor, negative: Tensor) -> Tensor:
-    """Similarity of each view's semi-hard negative: (2N, N) -> (2N, 1).
+def mean_of_negatives(values: Tensor, similarity: Tensor, mined: bool) -> Tensor:
+    """Mean of the values (2N, N) at the negatives, all on the other side (Appendix B.10).
 
-    The closest of the negatives that are farther than the partner (Schroff et al. 2015, Section
-    5.1). If there is none, the farthest negative, which comes nearest to being one.
+    mined: at each view's semi-hard negative alone, the closest one that is farther than the partner
+    (Schroff et al. 2015, Section 5.1). If there is none, at the farthest, which comes nearest to
+    being one.
     """
-    farther = negative & (similarity < positives(similarity))
-    closest = similarity.masked_fill(~farther, -torch.inf).amax(1, keepdim=True)
-    farthest = similarity.masked_fill(~negative, torch.inf).amin(1, keepdim=True)
-    return torch.where(farther.any(1, keepdim=True), closest, farthest)
-
-
-def over_negatives(values: Tensor, negative: Tensor) -> Tensor:
-    """Mean of the values (2N, N) at the negatives. values[negative] would wait for a GPU."""
-    return (values * negative).sum() / negative.sum()
+    negative = ~torch.eye(values.shape[1], dtype=torch.bool, device=values.device).repeat(2, 1)
+    if mined:
+        farther = negative & (similarity < positives(similarity))
+        closest = similarity.masked_fill(~farther, -torch.inf).argmax(1, keepdim=True)
+        farthest = similarity.masked_fill(~negative, torch.inf).argmin(1, keepdim=True)
+        chosen = torch.where(farther.any(1, keepdim=True), closest, farthest)  # (2N, 1)
+        return values.gather(1, chosen).mean()
+    return (values * negative).sum() / negative.sum()  # values[negative] would wait for a GPU
 
 
 def nt_logistic(z1: Tensor, z2: Tensor, temperature: float, *, mined: bool = False) -> Tensor:
-    """Mean over views of -log sigmoid(u·v+ / tau) - mean over v- of log sigmoid(-u·v- / tau).
-
-    mined: the semi-hard negative alone instead of all negatives.
-    """
-    similarity, negative = opposite_similarities(z1, z2)  # (2N, N)
-    attraction = F.logsigmoid(positives(similarity) / temperature)  # (2N, 1)
-    if mined:
-        repulsion = F.logsigmoid(-semi_hard(similarity, negative) / temperature).mean()
-    else:
-        repulsion = over_negatives(F.logsigmoid(-similarity / temperature), negative)
-    return -attraction.mean() - repulsion
+    """Mean over views of -log sigmoid(u·v+ / tau) - mean over v- of log sigmoid(-u·v- / tau)."""
+    similarity = opposite_similarities(z1, z2)  # (2N, N)
+    attraction = F.logsigmoid(positives(similarity) / temperature).mean()
+    repulsion = F.logsigmoid(-similarity / temperature)  # (2N, N)
+    return -attraction - mean_of_negatives(repulsion, similarity, mined)
 
 
 def margin_triplet(
     z1: Tensor, z2: Tensor, temperature: float, *, margin: float = 0.0, mined: bool = False
 ) -> Tensor:
-    """Mean over views and v- of max(u·v- - u·v+ + margin, 0). The temperature is not used.
-
-    mined: the semi-hard negative alone instead of all negatives.
-    """
-    similarity, negative = opposite_similarities(z1, z2)  # (2N, N)
-    others = semi_hard(similarity, negative) if mined else similarity
-    hinge = (others - positives(similarity) + margin).clamp(min=0)
-    return hinge.mean() if mined else over_negatives(hinge, negative)
+    """Mean over views and v- of max(u·v- - u·v+ + margin, 0). The temperature is not used."""
+    similarity = opposite_similarities(z1, z2)  # (2N, N)
+    hinge = (similarity - positives(similarity) + margin).clamp(min=0)
+    return mean_of_negatives(hinge, similarity, mined)
 
 
 def nt_xent_dot(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     """NT-Xent (Eq. 1) with dot products of z as it is instead of cosines (Table 5)."""
     z = utils.at_least_float32(torch.cat([z1, z2]))  # (2N, D)
+    rows = torch.arange(len(z), device=z.device)
     with utils.autocast(z.device, "float32"):
-        logits = z @ z.T / temperature  # (2N, 2N)
-    logits.fill_diagonal_(float("-inf"))  # k != i
-    partner = torch.arange(len(z), device=z.device).roll(len(z1))  # (2N,) the other view
-    return F.cross_entropy(logits, partner)
+        return simclr.block_loss(z, rows, 2, temperature, decoupled=False) / len(z)
 
 
 LOSSES: dict[str, simclr.Loss] = {
@@ -166,14 +149,12 @@ class Step:
 
 def cutout(images: Tensor, u: Tensor) -> Tensor:
     """Blackens a square somewhere in the image (DeVries and Taylor 2017). u: (N, 2)."""
-    inside = torch.ones_like(images[:, :1], dtype=torch.bool)  # (N, 1, H, W)
-    for i, pixels in enumerate(images.shape[-2:]):
-        length = round(CUTOUT * pixels)
-        start = (u[:, i] * (pixels - length + 1)).floor().clamp(max=pixels - length)
-        offset = torch.arange(pixels, device=u.device) - start[:, None]  # (N, H) or (N, W)
-        shape = (-1, 1, pixels, 1) if i == 0 else (-1, 1, 1, pixels)
-        inside &= ((offset >= 0) & (offset < length)).view(shape)
-    return images.masked_fill(inside, 0.0)
+    pixels = images.shape[-1]
+    length = round(CUTOUT * pixels)
+    start = (u * (pixels - length + 1)).floor().clamp(max=pixels - length)  # (N, 2)
+    offset = torch.arange(pixels, device=u.device) - start[..., None]  # (N, 2, S)
+    rows, columns = ((offset >= 0) & (offset < length)).unbind(1)  # (N, S) each
+    return images.masked_fill(rows[:, None, :, None] & columns[:, None, None], 0.0)
 
 
 def sobel(images: Tensor, u: Tensor) -> Tensor:
@@ -242,7 +223,7 @@ class Variant:
 
     loss_function: str = ""  # one of LOSSES; "": the configuration's
     margin: float = 0.0  # of the margin losses
-    branch: tuple[str, ...] = ()  # of TRANSFORMATIONS: what one view gets, the other none (Fig. 5)
+    branch: tuple[str, ...] = ()  # TRANSFORMATIONS of one view; the other gets none (Figure 5)
     extra: str = ""  # one of EXTRAS, which both views get as well
     passes: int = 1  # 2: each view has a forward pass, and so BatchNorm statistics, of its own
 
@@ -253,11 +234,17 @@ class Variant:
             loss = functools.partial(loss, margin=self.margin)
         return loss
 
-    def batches(self) -> Callable[..., Iterator[Tensor]]:
-        """A function with the arguments and the result of simclr.view_batches()."""
+    def batches(
+        self, config: Config, data: Images, device: torch.device, epoch: int, start: int
+    ) -> Iterator[Tensor]:
+        """simclr.view_batches() with the views of this variant."""
+        config = config.at_epoch(epoch)
         if self.branch:
-            return functools.partial(one_branch_batches, branch=self.branch)
-        return functools.partial(extra_batches, extra=self.extra)
+            return one_branch_batches(config, data, device, epoch, start, self.branch)
+        augment = simclr.make_augment(config)
+        if self.extra:
+            augment.steps.append(EXTRAS[self.extra](config))
+        return simclr.view_batches(config, data, device, epoch, start, augment)
 
     def model(self, config: Config) -> simclr.SimCLR:
         """The model to start from, with the same weights for any number of passes."""
@@ -273,28 +260,12 @@ class TwoPasses(simclr.SimCLR):
     def forward(self, views: Tensor) -> tuple[Tensor, Tensor]:
         if not self.training:
             return super().forward(views)
-        h, z = zip(*(super(TwoPasses, self).forward(half) for half in views.chunk(2)), strict=True)
+        h, z = zip(*map(super().forward, views.chunk(2)), strict=True)
         return torch.cat(h), torch.cat(z)
 
 
-def make_augment(config: Config, extra: str) -> simclr.Augment:
-    """simclr.py's augmentation and, as its last step, one of EXTRAS, if any."""
-    augment = simclr.make_augment(config)
-    if extra:
-        augment.steps.append(EXTRAS[extra](config))
-    return augment
-
-
-def extra_batches(
-    config: Config, data: Images, device: torch.device, epoch: int, start: int, *, extra: str
-) -> Iterator[Tensor]:
-    """simclr.view_batches() with one of EXTRAS on all views: float32 (KN, 3, S, S)."""
-    augment = make_augment(config.at_epoch(epoch), extra)
-    return simclr.view_batches(config, data, device, epoch, start, augment)
-
-
 def one_branch_batches(
-    config: Config, data: Images, device: torch.device, epoch: int, start: int, *,
+    config: Config, data: Images, device: torch.device, epoch: int, start: int,
     branch: tuple[str, ...],
 ) -> Iterator[Tensor]:  # fmt: skip
     """Batches as of simclr.view_batches(): float32 (2N, 3, S, S), of which `branch` transforms the
@@ -327,7 +298,7 @@ SUPERVISED = dict(batch_size=256, lr=0.1, weight_decay=1e-4)  # of LabelTraining
 FEW_LABELS, FEW_EPOCHS, MANY_EPOCHS = 0.01, 60, 30  # Appendix B.5: 1 % of the labels, 10 %
 PROBE = LabelTraining(epochs=20, batch_size=256, lr=0.1, min_steps=500)
 PROBE_VIEWS = 4  # of each image
-COLOR = "color"  # the probe for a transformation that simclr.py's own augmentation has
+COLOR = "color"  # grey or not, which the usual augmentation decides (Table 3)
 
 
 @dataclass
@@ -343,7 +314,7 @@ class Run:
         """The model after pre-training, which is done, continued or read from the checkpoint."""
         return simclr.train(
             self.config, self.data, self.device, loss=self.variant.loss(self.config),
-            batches=self.variant.batches(), model=self.variant.model(self.config),
+            batches=self.variant.batches, model=self.variant.model(self.config),
         )  # fmt: skip
 
     def fine_tuned_accuracy(
@@ -368,14 +339,12 @@ def representation(run: Run) -> dict[str, float]:
     classes, results = len(data.train.classes), {}
     with utils.frozen(model):
         for suffix, network in (("_z", nn.Sequential(*model.children())), ("", model.encoder)):
-            (x, y), (x_test, y_test) = (
-                simclr.labelled_features(network, part, run.config, run.device)
-                for part in (data.train, data.test)
-            )
+            x, y = simclr.labelled_features(network, data.train, run.config, run.device)
+            x_test, y_test = simclr.labelled_features(network, data.test, run.config, run.device)
             results["knn" + suffix] = simclr.knn_of(x, y, x_test, y_test, classes)
             classifier = utils.fit_linear_classifier(x, y, classes)
             results["linear" + suffix] = utils.accuracy(classifier(x_test).argmax(1), y_test)
-        results["selection"], _ = simclr.held_out_knn(x, y, classes)  # x: h
+        results["selection"], _ = simclr.validation_knn(x, y, classes)  # x: h
         results |= contrastive_task(model, run)
     results["parameters"] = sum(p.numel() for p in model.encoder.parameters())
     return results
@@ -383,7 +352,7 @@ def representation(run: Run) -> dict[str, float]:
 
 @torch.no_grad()
 def contrastive_task(model: simclr.SimCLR, run: Run) -> dict[str, float]:
-    """How well the trained model tells which view of the other side belongs to a view (Table 5).
+    """How well the trained model finds the partner of a view on the other side (Table 5).
 
     Entropy in nats of each view's softmax over the N views of the other side, at most ln N; and
     contrastive accuracy, the share of views whose partner is the likeliest of them. Both are the
@@ -391,12 +360,11 @@ def contrastive_task(model: simclr.SimCLR, run: Run) -> dict[str, float]:
     """
     config = dataclasses.replace(run.config, views=2)
     cosine = run.variant.loss_function != "nt-xent-dot"
-    batches = run.variant.batches()(config, run.data.pretrain, run.device, config.epochs, 0)
+    batches = run.variant.batches(config, run.data.pretrain, run.device, config.epochs, 0)
     entropies, accuracies = [], []
     for views in itertools.islice(batches, TASK_STEPS):
         _, z = simclr.forward(model, views, config.precision)
-        similarity, _ = opposite_similarities(*z.chunk(2), cosine)  # (2N, N)
-        logits = similarity / config.temperature
+        logits = opposite_similarities(*z.chunk(2), cosine) / config.temperature  # (2N, N)
         partner = torch.arange(len(z) // 2, device=z.device).repeat(2)  # (2N,)
         entropies.append(torch.special.entr(logits.softmax(1)).sum(1).mean())
         accuracies.append((logits.argmax(1) == partner).float().mean())
@@ -462,25 +430,23 @@ def transformed_features(
 
     part: keeps the randomness of training and test images apart.
     """
-    config, augment, choices = run.config, make_augment(run.config, run.variant.extra), []
-    kind = simclr.RandomGrayscale if transformation == COLOR else Step
-    index = next(i for i, step in enumerate(augment.steps) if isinstance(step, kind))
-    step, share = augment.steps[index], config.gray_p if transformation == COLOR else SOMETIMES
-
-    def recorded(images: Tensor, u: Tensor) -> Tensor:
-        choice = quarter_turns(u) if transformation == "rotation" else u[:, 0] < share
-        choices.append(choice.long())
-        return step(images, u)
-
-    augment.steps[index] = Step(recorded, step.draws)
-
+    config, color = run.config, transformation == COLOR
+    share = config.gray_p if color else SOMETIMES
+    step = simclr.RandomGrayscale(share) if color else EXTRAS[transformation](config)
+    last = simclr.Augment(config.view_side, [step])
+    augment = simclr.make_augment(dataclasses.replace(config, gray_p=0.0) if color else config)
     size = min(config.batch_size, len(data))
     count = len(data) // size
     rows = torch.arange(size * count).view(count, size).repeat(PROBE_VIEWS, 1)
     keys = [(config.seed, simclr.LABELS, part, i) for i in range(len(rows))]
     batches = simclr.augmented_batches(data, rows, keys, augment, 1, run.device, config.workers)
-    h, z = zip(*(simclr.forward(model, x, config.precision) for x in batches), strict=True)
-    return torch.cat(h).float(), torch.cat(z).float(), torch.cat(choices)
+    outputs = []
+    for x, key in zip(batches, keys, strict=True):  # (N, 3, S, S)
+        u = last.draw(len(x), utils.generator(run.device, *key, 1))
+        label = quarter_turns(u) if transformation == "rotation" else u[:, 0] < share
+        outputs.append((*simclr.forward(model, last(x, u), config.precision), label.long()))
+    h, z, labels = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+    return h.float(), z.float(), labels
 
 
 def mlp_accuracy(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, config: Config) -> float:
@@ -546,7 +512,7 @@ class Study:
     where: str  # in the paper
     settings: Callable[[Config], list[Setting]]  # from a base
     metrics: tuple[str, ...] = ("linear", "knn")  # of METRICS; settings are compared by the first
-    # the paper's numbers: metric -> setting's name or group -> value; of lines: series -> x -> it
+    # the paper's numbers, by metric and setting (or group); of "lines" by series and x
     paper: dict[str, dict[Any, float]] = field(default_factory=dict)
     claims: tuple[Claim, ...] = ()
     draw: str = "dots"  # one of DRAWINGS
@@ -582,15 +548,8 @@ OF_TEST_IMAGES = ("linear", "knn", "linear_z", "knn_z", "accuracy", "probe_h", "
 PARAMETERS = "parameters"  # as a setting's x: the number of parameters, which is measured
 SUPERVISED_TOO = (("SimCLR", representation), ("supervised", supervised))  # series, measure
 BATCHES = {"digits": (64, 128, 256, 512)}
-SIDES = {"digits": 16, "cifar10": 32, "fashion-mnist": 28, "stl10": 96, "folder": 224}  # px
 PAPER_BATCHES = (256, 512, 1024, 2048)  # for all other data sets
-
-
-def grid(**fields: Sequence[Any]) -> list[Setting]:
-    """All combinations of values, each named after them."""
-    combinations = itertools.product(*fields.values())
-    points = [dict(zip(fields, values, strict=True)) for values in combinations]
-    return [Setting(",".join(f"{k}={v}" for k, v in point.items()), point) for point in points]
+SIDES = {"digits": 16, "cifar10": 32, "fashion-mnist": 28, "stl10": 96, "folder": 224}  # px
 
 
 def color_settings(base: Config) -> list[Setting]:
@@ -924,14 +883,15 @@ def make_jobs(study_name: str, given: dict[str, Any], seeds: int) -> list[Job]:
     varied = ({key for s in settings for key in s.fields} | set(study.fixed)) - set(study.around)
     for key in sorted(varied & set(given)):
         raise InputError(f"the study {study_name} sets {flag(key)} itself: leave it out")
-    names = [{f.name for f in dataclasses.fields(kind)} for kind in (Config, Variant)]
+    of_config, of_variant = ({f.name for f in dataclasses.fields(k)} for k in (Config, Variant))
     jobs = []
     for seed, chosen in itertools.product(range(base.seed, base.seed + seeds), settings):
-        of_config, of_variant = ({k: v for k, v in chosen.fields.items() if k in n} for n in names)
-        arguments = {k: v for k, v in chosen.fields.items() if k not in names[0] | names[1]}
-        config, variant = make_base({**given, **of_config, "seed": seed}), Variant(**of_variant)
-        pairs = variant.loss_function not in ("", *simclr.LOSSES) or variant.passes == 2
-        if config.views > 2 and (pairs or variant.branch):
+        fields = chosen.fields.items()
+        config = make_base(given | {k: v for k, v in fields if k in of_config} | {"seed": seed})
+        variant = Variant(**{k: v for k, v in fields if k in of_variant})
+        arguments = {k: v for k, v in fields if k not in of_config | of_variant}
+        two_views = variant.loss_function not in ("", *simclr.LOSSES) or variant.passes == 2
+        if config.views > 2 and (two_views or variant.branch):
             raise InputError(f"the study {study_name} is of two views: leave --views out")
         config.run = run_name(config, variant)
         name = f"{study_name}/{chosen.name}-seed{seed}"
@@ -945,6 +905,8 @@ def run_name(config: Config, variant: Variant) -> str:
     identity = {name: getattr(config, name) for name in names}
     if config.dataset == "folder":
         identity["data_dir"] = str(Path(config.data_dir).resolve())
+    if config.labels_from:
+        identity["labels_from"] = str(Path(config.labels_from).resolve())
     text = json.dumps([identity, dataclasses.asdict(variant)], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     return f"{utils.ABLATIONS}/{config.dataset}-seed{config.seed}-{digest}"
@@ -954,6 +916,7 @@ def run_job(job: Job, data: Data, device: torch.device) -> None:
     """Train or continue the job's run, measure, and keep the result. The caller holds its lock."""
     started = time.perf_counter()
     run = Run(simclr.resolve(job.config, data.pretrain, device), job.variant, data, device)
+    simclr.check_batch(run.config, len(data.pretrain))
     log = run.config.folder / utils.LOG
     utils.write_json(log.with_name(VARIANT), dataclasses.asdict(job.variant))
     before = sum(row["seconds"] for row in utils.read_jsonl(log))  # of training in earlier calls
@@ -979,15 +942,12 @@ class Results:
         factor = 100 if METRICS[metric].unit == "%" else 1
         by_seed: dict[int, list[float]] = {}
         for row in self.rows:
-            if row["setting"] in names and row.get(metric, "") != "":
-                by_seed.setdefault(row["seed"], []).append(factor * float(row[metric]))
+            if row["setting"] in names and metric in row:
+                by_seed.setdefault(row["seed"], []).append(factor * row[metric])
         return {seed: statistics.fmean(values) for seed, values in sorted(by_seed.items())}
 
     def columns(self, metric: str) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation over the seeds of each setting.
-
-        The mean is NaN if it was not measured, the standard deviation 0 for one seed.
-        """
+        """Mean (NaN: not measured) and standard deviation (0: one seed) of each setting."""
         values = [list(self.values(s.name, metric).values()) for s in self.settings]
         means = [statistics.fmean(v) if v else math.nan for v in values]
         return means, [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
@@ -998,8 +958,8 @@ class Results:
 
     @property
     def images(self) -> int:
-        """Of the test split; 0 if a CSV does not say."""
-        return max(int(row.get("test_images") or 0) for row in self.rows)
+        """Of the test split."""
+        return self.rows[0]["test_images"]
 
     def best_of_groups(self) -> Results:
         """Of each group of settings, which are neighbours, the one of the best mean `selection`."""
@@ -1020,31 +980,27 @@ def paper_numbers(study: Study, metric: str, settings: Sequence[Setting]) -> lis
 def markdown(study: Study, results: Results) -> str:
     """The table of the study, a row per setting: means over the seeds, and their error.
 
-    That is the standard deviation over the seeds, of accuracies with the sampling error of few test
-    images (utils.accuracy_error).
+    That is utils.accuracy_error(), or, for numbers that are no test accuracies, the standard
+    deviation over the seeds.
     """
     columns = [["setting", *(s.label for s in results.settings)]]
     for metric in study.metrics:
+        images = results.images if metric in OF_TEST_IMAGES else utils.FEW_IMAGES
         cells = [f"{METRICS[metric].title}, {METRICS[metric].unit}".rstrip(", ")]
         for mean, spread in zip(*results.columns(metric), strict=True):
-            if math.isnan(mean):
-                cells.append("–")
-                continue
-            error, known = spread, results.seeds > 1
-            if metric in OF_TEST_IMAGES and 0 < results.images < utils.FEW_IMAGES:
-                error, known = utils.accuracy_error(mean / 100, results.images, spread / 100), True
-                error *= 100
-            cells.append(f"{mean:.1f}" + f" ± {error:.1f}" * known)
+            error = 100 * utils.accuracy_error(mean / 100, images, spread / 100)
+            text = f"{mean:.1f}" + f" ± {error:.1f}" * (results.seeds > 1 or error > 0)
+            cells.append("–" if math.isnan(mean) else text)
         columns.append(cells)
         if metric in study.paper:
             numbers = paper_numbers(study, metric, results.settings)
             cells = ["–" if math.isnan(number) else f"{number:g}" for number in numbers]
             columns.append(["paper, ImageNet", *cells])
-    widths = [max(map(len, column)) for column in columns]
-    rows = [*zip(*columns, strict=True)]
-    rows.insert(1, tuple("-" * width for width in widths))
-    cells = [[cell.ljust(w) for cell, w in zip(row, widths, strict=True)] for row in rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+    for column in columns:
+        width = max(map(len, column))
+        column.insert(1, "-" * width)
+        column[:] = [cell.ljust(width) for cell in column]
+    return "\n".join(f"| {' | '.join(row)} |" for row in zip(*columns, strict=True))
 
 
 def compare(results: Results, left: tuple[str, str], right: tuple[str, str]) -> tuple[bool, str]:
@@ -1060,15 +1016,13 @@ def compare(results: Results, left: tuple[str, str], right: tuple[str, str]) -> 
         return False, "not measured"
     mean, seeds = statistics.fmean(points), len(points)
     spread = statistics.stdev(points) if seeds > 1 else 0.0
-    images, variance = results.images, spread**2 / seeds
+    shares = [statistics.fmean(side.values()) / 100 for side in (values, others)]
+    sampling = sum(p * (1 - p) for p in shares) / results.images  # variance of the difference
     text = f"{'better' if mean >= 0 else 'worse'} by {abs(mean):.1f}"
     text += f" ± {spread:.1f} points" if seeds > 1 else " points"
-    if images:
-        shares = [statistics.fmean(side.values()) / 100 for side in (values, others)]
-        variance += 100**2 * sum(p * (1 - p) for p in shares) / images
-        text += f" = {abs(mean) * images / 100:.0f} of {images:,} images"
+    text += f" = {abs(mean) * results.images / 100:.0f} of {results.images:,} images"
     text += f", {seeds} seeds" if seeds > 1 else ", one seed"
-    if abs(mean) <= 2 * math.sqrt(variance):
+    if abs(mean) <= 2 * math.sqrt(spread**2 / seeds + 100**2 * sampling):
         return False, f"{text}: not significant"
     return True, f"{text}: significant" + ", if other seeds agree" * (seeds == 1)
 
@@ -1090,7 +1044,8 @@ def verdict(study: Study, results: Results) -> str:
     theirs = {s: theirs[s] for s in ours if not math.isnan(theirs[s])}
     if len(ours) < 2:
         return "Too little was measured to compare."
-    best, other, *_ = ranked = sorted(ours, key=ours.__getitem__, reverse=True)
+    ranked = sorted(ours, key=ours.__getitem__, reverse=True)
+    best, other = ranked[:2]
     favourite = max(theirs, key=theirs.__getitem__, default=best)
     note = "paper: the same; " * bool(theirs) + f"next: {other.label}"
     if favourite is not best:
@@ -1185,10 +1140,7 @@ def draw_lines(figure: Any, study: Study, results: Results, where: str) -> None:
 
 
 def draw_panel(axis: Any, study: Study, lines: list[tuple], title: str, paper: bool) -> None:
-    """Lines of (label, x, y, error bars or None). x: numbers, on a logarithmic axis, or names.
-
-    The lines are told apart without colours: by shades of grey, dashes and markers.
-    """
+    """Lines of (label, x, y, error bars or None). x: numbers, on a logarithmic axis, or names."""
     from matplotlib.ticker import LogLocator
 
     ticks = list(dict.fromkeys(x for _, xs, *_ in lines for x in xs))
@@ -1196,11 +1148,9 @@ def draw_panel(axis: Any, study: Study, lines: list[tuple], title: str, paper: b
     for i, (label, xs, means, bars) in enumerate(lines):
         aside = 0 if paper else APART * (i - (len(lines) - 1) / 2)
         places = [x * 2**aside if numeric else ticks.index(x) + aside / 2 for x in xs]
-        shade = f"{0.65 * (i // 2) / max(1, (len(lines) - 1) // 2):.2f}"
         axis.errorbar(
-            places, means, yerr=bars, capsize=2, label=label, color=shade, markersize=5,
+            places, means, yerr=bars, capsize=2, label=label, markersize=5,
             marker=MARKERS[i % len(MARKERS)], linestyle="--" if i % 2 else "-",
-            mfc="white" if i % 2 else shade,
         )  # fmt: skip
     if numeric:
         axis.set_xscale("log")
@@ -1226,8 +1176,8 @@ def draw_matrix(figure: Any, study: Study, results: Results, where: str) -> None
     rows = [[cells.get((first, then), math.nan) for then in names] for first in names]
     for row in rows:
         row.append(statistics.fmean([v for v in row if not math.isnan(v)] or [math.nan]))
-    low, high = (f(v for row in rows for v in row if not math.isnan(v)) for f in (min, max))
-    high = max(high, low + METRICS[metric].span)
+    known = [v for row in rows for v in row if not math.isnan(v)]
+    low, high = min(known), max(*known, min(known) + METRICS[metric].span)
     figure.set_size_inches(6.6, 5.2)
     axis = figure.subplots()
     image = axis.imshow(rows, cmap="Greys", vmin=low - 0.15 * (high - low), vmax=high)
@@ -1246,30 +1196,16 @@ def draw_matrix(figure: Any, study: Study, results: Results, where: str) -> None
 
 DRAWINGS = {"dots": draw_dots, "lines": draw_lines, "matrix": draw_matrix}
 
-# ------------------------------------------------------------------------------------- the CSV file
-
-LAST_COLUMNS = ("test_images", "seconds", "run", "base")
+# ------------------------------------------------------------------------------------------ a study
 
 
 def describe_base(given: dict[str, Any]) -> str:
-    """The flags that set the base, but for its seed: what a CSV is of."""
+    """The data set, the epochs and the other flags of the base: what a CSV is of."""
     base = make_base(given)
-    names = [f.name for f in dataclasses.fields(base) if f.metadata["identity"]]
-    names = [name for name in (*names, "data_dir") if name in given and name != "seed"]
-    names = dict.fromkeys(["dataset", "epochs", *names])
-    return " ".join(f"{flag(name)} {getattr(base, name)}" for name in names)
-
-
-def write_csv(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    columns = sorted(dict.fromkeys(itertools.chain(*rows)), key=LAST_COLUMNS.__contains__)
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    utils.write_atomically(file, text.getvalue().encode())
-
-
-# ------------------------------------------------------------------------------------------ a study
+    named = {f.name for f in dataclasses.fields(base) if f.metadata["identity"]} - {"seed"}
+    flags = {"dataset": base.dataset, "epochs": base.epochs, **given}
+    named |= {"data_dir", "labels_from", "init"}
+    return " ".join(f"{flag(name)} {value}" for name, value in flags.items() if name in named)
 
 
 class Grid:
@@ -1284,15 +1220,13 @@ class Grid:
         self.failed: dict[str, str] = {}  # job's name -> why
 
     def run_shard(self, data: Data, device: torch.device, first: int, shards: int) -> None:
-        """Do every shards-th job from number `first` on that is not done.
+        """Runs the unfinished jobs of a shard: every `shards`-th one, from number `first` on.
 
-        A job that another process does is left to it; one that fails is noted, and the others are
-        done. Raises simclr.Interrupted.
+        Skips a job that another process is running. Notes a job that fails, and goes on. Raises
+        simclr.Interrupted.
         """
         mine = self.jobs[first - 1 :: shards]
         for i, job in enumerate(mine, 1):
-            if job.result() is not None:
-                continue
             with contextlib.suppress(InputError), utils.run_lock(job.config.folder):
                 if job.result() is not None:  # another process has just done it
                     continue
@@ -1305,31 +1239,29 @@ class Grid:
 
     def finish(self) -> None:
         """If this process is the last one, write the table and the figure, and print both."""
-        left = [j for j in self.jobs if j.result() is None and j.name not in self.failed]
-        if left:
+        done = [job for job in self.jobs if job.name not in self.failed]
+        if left := sum(job.result() is None for job in done):
             print(
-                f"\n{len(left)} of {len(self.jobs)} runs of {self.name} are left to other shards "
+                f"\n{left} of {len(self.jobs)} runs of {self.name} are left to other shards "
                 "or processes; the last one draws"
             )
             return
         rows = []
-        for job in self.jobs:
-            if job.name not in self.failed:
-                fields = {k: "+".join(v) if k == "branch" else v
-                          for k, v in job.setting.fields.items()}  # fmt: skip
-                row = {"setting": job.setting.name, "seed": job.config.seed, **fields}
-                rows.append(row | job.result() | {"run": job.config.run, "base": self.described})
+        for job in done:
+            row = {"setting": job.setting.name, "seed": job.config.seed, **job.setting.fields}
+            rows.append(row | job.result() | {"run": job.config.run, "base": self.described})
         if rows:
-            write_csv(self.csv, rows)
+            columns = dict.fromkeys(itertools.chain(*rows))
+            cells = ([row.get(name, "") for name in columns] for row in rows)
+            utils.write_csv(self.csv, columns, cells)
             self.report(rows)
 
     def report(self, rows: list[dict[str, Any]]) -> None:
         """Draw the figure; print the table and the verdict."""
         from matplotlib.figure import Figure  # late: half a second that --help does not need
 
-        study, results = self.study, Results(self.study.settings(self.base), rows)
-        if any(s.group for s in results.settings):
-            results = results.best_of_groups()
+        study = self.study
+        results = Results(study.settings(self.base), rows).best_of_groups()
         seeds = f"mean ± std of {results.seeds} seeds" if results.seeds > 1 else "1 seed"
         figure = Figure(layout="constrained")
         DRAWINGS[study.draw](figure, study, results, f"{self.base.dataset}, {seeds}")
@@ -1337,7 +1269,7 @@ class Grid:
         utils.save_figure(figure, self.png, dpi=120)
         print(f"\n{study.question} ({study.where}) on {self.base.dataset}\n")
         print(markdown(study, results))
-        if 0 < results.images < utils.FEW_IMAGES:
+        if results.images < utils.FEW_IMAGES:
             print(f"±: sampling error of {results.images:,} images, and spread over seeds if any")
         print(f"\n{verdict(study, results)}\n\ntable   {self.csv}\nfigure  {self.png}")
 
@@ -1361,7 +1293,10 @@ def seconds_per_view(base: Config, data: Data, device: torch.device) -> float:
 
 
 def seconds_left(jobs: Sequence[Job], images: int, per_view: float) -> float:
-    """What is left to do, as if all networks were the base's. Shared pre-trainings count once."""
+    """Estimated seconds of the unfinished jobs, each network taken to be as fast as the base's.
+
+    Shared pre-trainings count once; fine-tuning is not counted.
+    """
     left = {job.result_file: job for job in jobs if job.result() is None}
     views: dict[Path, int] = {}
     for file, job in left.items():
@@ -1446,15 +1381,14 @@ def run(names: Sequence[str], options: Options, given: dict[str, Any]) -> bool:
         list_studies(given, options.seeds)
         return True
     grids = [Grid(name, given, options.seeds) for name in names]
+    base = grids[0].base
+    device = utils.choose_device(base.device)
+    data = simclr.load_data(base, device)
     if options.dry_run:
         jobs = [job for each in grids for job in each.jobs]
         for job in jobs:
             state = "to do" if job.result() is None else "done"
             print(f"{job.name}  {job.config.folder}  ({state})")
-    base = grids[0].base
-    device = utils.choose_device(base.device)
-    data = simclr.load_data(base, device)
-    if options.dry_run:
         seconds = seconds_left(jobs, len(data.pretrain), seconds_per_view(base, data, device))
         print(f"\n{len(jobs)} runs, about {duration(seconds)} left (estimated from a few steps)")
         return True

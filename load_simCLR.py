@@ -20,9 +20,9 @@ RUN is the name of a run, its folder or a checkpoint file. From Python:
 
 What makes the numbers trustworthy: the encoder's parameters and buffers are compared byte for
 byte before and after every evaluation of it frozen; settings such as the l2 penalty are chosen
-on a part of the training set; the test split only gives the number that is reported (the kNN
-accuracy during training is of it, too: see --knn-split of simclr.py); a checkpoint is loaded
-strictly or not at all.
+on a part of the training set; the test split is used only for the number that is reported (and for
+the kNN accuracy during training: see --knn-split of simclr.py); a checkpoint is loaded strictly or
+not at all.
 
 Reading order: loading · export · evaluation · results · figure · classifiers · new images ·
 detection · options · main. How other projects name their weights is in utils.py.
@@ -32,20 +32,24 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import csv
 import dataclasses
 import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
+import pickle
 import re
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
@@ -53,6 +57,8 @@ import matplotlib
 import numpy as np
 import torch
 import torchvision
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from sklearn import metrics
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
@@ -61,7 +67,6 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.ops import MultiScaleRoIAlign, nms
 from torchvision.transforms.v2 import functional as TF
-from tqdm import tqdm
 
 import simclr
 import utils
@@ -91,24 +96,20 @@ TOLERANCE = 0.2  # by which resized images may leave [0, 1]: bicubic interpolati
 
 
 def check_first_images(encoder: nn.Module, inputs: tuple[Tensor]) -> None:
-    """Forward pre-hook: check_images() of the first batch. TorchScript and compilers skip it."""
+    """Forward pre-hook: InputError if the first batch is not float (B, 3, S, S) in [0, 1]."""
     if not torch.jit.is_scripting() and not getattr(encoder, "images_checked", False):
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # compilers skip the check, as TorchScript does
             return
-        check_images(inputs[0])
+        images = inputs[0]
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise InputError(f"give RGB images (B, 3, S, S), not {tuple(images.shape)}")
+        if not images.is_floating_point():
+            raise InputError(f"give float images in [0, 1], not {images.dtype}: images / 255")
+        low, high = images.min().item(), images.max().item()
+        if low < -TOLERANCE or high > 1 + TOLERANCE:
+            remedy = "do not normalise them" if low < 0 else "images / 255"
+            raise InputError(f"give images in [0, 1], not {low:.3g} to {high:.3g}: {remedy}")
         encoder.images_checked = True
-
-
-def check_images(images: Tensor) -> None:
-    """Raises InputError if images are not float (B, 3, S, S) in [0, 1]."""
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise InputError(f"give RGB images (B, 3, S, S), not {tuple(images.shape)}")
-    if not images.is_floating_point():
-        raise InputError(f"give float images in [0, 1], not {images.dtype}: images / 255")
-    low, high = images.min().item(), images.max().item()
-    if low < -TOLERANCE or high > 1 + TOLERANCE:
-        remedy = "do not normalise them" if low < 0 else "images / 255"
-        raise InputError(f"give images in [0, 1], not {low:.3g} to {high:.3g}: {remedy}")
 
 
 # ------------------------------------------------------------------------------------------ export
@@ -133,7 +134,7 @@ def export_encoder(source: Source, file: Path) -> str:
     utils.save_checkpoint(file, state)
 
     channels, _, kernel, _ = encoder.conv1.weight.shape
-    arch = source.config.arch if source.config else source.foreign.arch
+    arch = source.shape["arch"]
     if channels != 64 or not hasattr(torchvision.models, arch):
         return f"load it with load_simCLR.load_encoder({str(file)!r})"
     weights = f"torch.load({str(file)!r})"
@@ -200,15 +201,14 @@ class Evaluation:
             source.encoder, self.untrained(seed=0), device, source.projector
         )
         self.classes = len(data.train.classes)
-        # of h, once linear() has run; with its classes (M,) and confidences (M,) of the test images
-        self.classifier: utils.LinearClassifier | None = None
+        # set by linear(): the classifier of h, classes (M,) and confidences (M,) of the test images
+        self.classifier: nn.Linear | None = None
         self.predicted = self.confidence = torch.empty(0)
         self._features: dict[str, tuple[Tensor, Tensor]] = {}
 
     def untrained(self, seed: int) -> nn.Module:
         """The network before pre-training; seed 0 is where the run itself began."""
-        config = dataclasses.replace(self.config, seed=self.config.seed + seed)
-        encoder = self.source.untrained(config)
+        encoder = self.source.untrained(self.config, seed)
         return encoder.to(self.device, memory_format=torch.channels_last)
 
     def features(self, name: str) -> tuple[Tensor, Tensor]:
@@ -246,11 +246,8 @@ class Evaluation:
         """Logistic regression on frozen features."""
         column = Column("linear", "linear")
         for name in self.encoders:
-            x, x_test = self.features(name)
-            with steps_bar(len(utils.L2_STRENGTHS), f"linear, {name}") as bar:
-                classifier = utils.fit_linear_classifier(
-                    x, self.data.train.labels, self.classes, after_fit=bar.update
-                )
+            (x, x_test), y = self.features(name), self.data.train.labels
+            classifier = utils.fit_linear_classifier(x, y, self.classes, f"linear, {name}")
             logits = classifier(x_test)
             self.record(column, name, logits)
             column.l2[name] = classifier.l2
@@ -276,7 +273,8 @@ class Evaluation:
         n = len(self.data.train)
         training = LabelTraining(self.options.epochs or LINEAR_EPOCHS, LINEAR_BATCH, min_steps=0)
         steps, size = training.steps(n), training.batch(n)
-        x = torch.cat([h for h, _ in self.augmented_features(name, size, n // size, stream=0)])
+        first = self.augmented_features(name, size, math.ceil(n / size), stream=0)
+        x = torch.cat([h for h, _ in first])
         mean, std = utils.standardization(x)
         x = (x - mean) / std
         curvature = torch.linalg.matrix_norm(x.mT @ x / len(x), ord=2).item() / 2
@@ -284,8 +282,8 @@ class Evaluation:
         inputs = self.augmented_features(name, size, steps, stream=1)
         batches = (((h - mean) / std, labels) for h, labels in inputs)
         layer = utils.zero_classifier(x.shape[1], self.classes).to(self.device)
-        with steps_bar(steps, f"linear, augmented, {name}") as bar:
-            utils.train_on_labels(layer, batches, steps, rate, training, "float32", bar.update)
+        title = f"linear, augmented, {name}"
+        utils.train_on_labels(layer, batches, steps, rate, training, "float32", title)
         return lambda h: layer((h - mean) / std).detach()
 
     def augmented_features(
@@ -305,8 +303,8 @@ class Evaluation:
     def semi(self) -> list[Column]:
         """Fine-tuned with few labels: the encoder and, from scratch, the untrained one.
 
-        Beside them logistic regression on raw pixels. The head is thrown away, as in the paper.
-        A column for each label set; of sets of the same images only the first.
+        Beside them logistic regression on raw pixels. The head is not used, as in the paper.
+        A column for each label set; one of as many images as an earlier one is left out.
         """
         columns: dict[int, Column] = {}  # by the number of labels
         augment = simclr.geometric_augment(self.config)
@@ -351,12 +349,10 @@ class Evaluation:
     ) -> nn.Sequential:  # fmt: skip
         """Adds the scores of a copy of `start` that is trained on the labels of `rows`."""
         name = "simclr" if start is self.encoders["simclr"] else "untrained"
-        title = f"{column.title}, {self.source.row_names[name]}, seed {seed}"
-        with steps_bar(training.steps(len(rows)), title) as bar:
-            network = simclr.fine_tune(
-                start, self.data.train, rows, augment, training, self.config, self.device, seed,
-                bar.update,
-            )  # fmt: skip
+        title = f"{column.title}, {simclr.row_names(self.source.config)[name]}, seed {seed}"
+        network = simclr.fine_tune(
+            start, self.data.train, rows, augment, training, self.config, self.device, seed, title
+        )
         logits = simclr.features(network, self.data.test, self.config, self.device)
         self.record(column, name, logits)
         accuracy = percent(column.scores[name][-1:], len(logits))
@@ -382,10 +378,9 @@ class Evaluation:
         return torch.cat(chosen)
 
 
-def evaluate(evaluation: Evaluation, after_task: Callable = lambda _: None) -> dict[str, Any]:
-    """Runs the tasks of the options. Returns the columns and the seconds of each task.
+def evaluate(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
+    """Runs the tasks of the options. After each, yields all columns and seconds so far.
 
-    after_task: is given them after each task, so that a long evaluation can be kept as it grows.
     Raises RuntimeError if an evaluation changed the encoder, which would make it void.
     """
     results: dict[str, Any] = {"columns": [], "seconds": {}}
@@ -398,9 +393,8 @@ def evaluate(evaluation: Evaluation, after_task: Callable = lambda _: None) -> d
                 columns = method(evaluation)
             results["columns"] += [dataclasses.asdict(column) for column in columns]
             results["seconds"][task] = round(time.perf_counter() - started, 2)
-            after_task(results)
+            yield results
             print(f"{task:20} {results['seconds'][task]:8.1f} s", flush=True)
-    return results
 
 
 def class_measures(predicted: Tensor, truth: Tensor, scores: Tensor | None) -> dict[str, float]:
@@ -410,23 +404,15 @@ def class_measures(predicted: Tensor, truth: Tensor, scores: Tensor | None) -> d
     """
     y, guess = truth.cpu().numpy(), predicted.cpu().numpy()
     over = dict(labels=np.unique(y), average="macro", zero_division=0)
-    values = {
-        "mean_per_class": float(metrics.recall_score(y, guess, **over)),
-        "macro_f1": float(metrics.f1_score(y, guess, **over)),
-    }
+    _, recall, f1, _ = metrics.precision_recall_fscore_support(y, guess, **over)
+    values = {"mean_per_class": float(recall), "macro_f1": float(f1)}
     if scores is not None and len(over["labels"]) == 2:
         values["auroc"] = float(metrics.roc_auc_score(y, scores.cpu().numpy()))
     return values
 
 
-def steps_bar(total: int, title: str) -> tqdm:
-    """A bar on the terminal of the main process, which update() advances by a step."""
-    hidden = None if utils.is_main_process() else True
-    return tqdm(total=total, desc=title, unit="step", leave=False, disable=hidden)
-
-
 def evaluation_setup(source: Source, options: Options, device: torch.device) -> Evaluation:
-    """The evaluation of `source` on the images that the options, or else its run, name.
+    """The evaluation of `source` on the images that the options name, by default its run's.
 
     Raises InputError if the data cannot be had or have no labels, or do not suit the encoder.
     """
@@ -441,13 +427,8 @@ def evaluation_setup(source: Source, options: Options, device: torch.device) -> 
         )
     config = simclr.resolve(config, data.pretrain, device)
     check_size(source, config.image_size)
-    config = dataclasses.replace(config, precision=choose_precision(source, options, device))
+    config = dataclasses.replace(config, precision=source.precision(device, options.precision))
     return Evaluation(source, config, simclr.only_readable(data, config), device, options)
-
-
-def choose_precision(source: Source, options: Options, device: torch.device) -> str:
-    """As in training, where the hardware has it."""
-    return source.precision(device) if options.precision == "auto" else options.precision
 
 
 # ----------------------------------------------------------------------------------------- results
@@ -529,10 +510,8 @@ def write_predictions(
     """A CSV file: image, labels int64 (M,) by the names of their classes, confidence in [0, 1]."""
     named = [[classes[i] for i in column.tolist()] for column in labels.values()]
     numbers = [f"{value:.6f}" for value in confidence.tolist()]
-    text = io.StringIO(newline="")
-    csv.writer(text).writerow(["image", *labels, "confidence"])
-    csv.writer(text).writerows(zip(images, *named, numbers, strict=True))
-    utils.write_atomically(file, text.getvalue().encode("utf-8", "surrogateescape"))
+    columns = ["image", *labels, "confidence"]
+    utils.write_csv(file, columns, zip(images, *named, numbers, strict=True))
 
 
 # ------------------------------------------------------------------------------------------ figure
@@ -550,8 +529,6 @@ def draw_evaluation(
     results: as in evaluation.json. mistakes: images uint8 (H, W, 3) with what to write above them;
     None if they were not looked for.
     """
-    from matplotlib.figure import Figure
-
     heights = [1.4 + 0.42 * len(results["columns"]), *[4.6] * ("confusion" in results)]
     figure = Figure(figsize=(9.5, sum(heights)), layout="constrained")
     upper, *lower = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
@@ -645,7 +622,7 @@ def mistake_tiles(evaluation: Evaluation, classes: Sequence[str]) -> list[tuple[
 FINE_TUNED, LINEAR = "classifier.pt", "linear_classifier.pt"
 
 
-class Classifier(nn.Module):
+class Classifier(nn.Sequential):
     """An encoder and a linear layer: float (B, 3, S, S) in [0, 1] -> logits (B, K).
 
     facts: what its file holds: classes, image_size, range, accuracy, ….
@@ -655,9 +632,6 @@ class Classifier(nn.Module):
         super().__init__()
         self.encoder, self.linear, self.facts = encoder, linear, facts
         self.classes, self.image_size = tuple(facts["classes"]), facts["image_size"]
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.linear(self.encoder(images))
 
 
 def load_classifier(where: str | Path = "", device: torch.device | str = "cpu") -> Classifier:
@@ -682,15 +656,10 @@ def load_classifier(where: str | Path = "", device: torch.device | str = "cpu") 
     return classifier.to(device)
 
 
-def shape_of(source: Source) -> dict[str, Any]:
-    """Which ResNet it is."""
-    return {k: getattr(source.config or source.foreign, k) for k in ("arch", "width", "stem")}
-
-
-def stem_of(source: Source) -> dict[str, Any]:
-    """What is special about its stem, as in utils.ForeignEncoder."""
-    resnet = source.resnet
-    return {"padding": resnet.conv1.padding[0], "stem_relu": isinstance(resnet.relu, nn.ReLU)}
+def network_of(source: Source) -> dict[str, Any]:
+    """Shape and stem of its ResNet, by the names of utils.ForeignEncoder."""
+    padding, relu = source.resnet.conv1.padding[0], source.resnet.relu
+    return {**source.shape, "padding": padding, "stem_relu": isinstance(relu, nn.ReLU)}
 
 
 def save_classifier(
@@ -702,10 +671,10 @@ def save_classifier(
     accuracy: in [0, 1], on the test images. origin: what was trained on what.
     """
     source, data, config = evaluation.source, evaluation.data, evaluation.config
-    network = {**shape_of(source), **stem_of(source), "normalize": source.normalize}
+    network = network_of(source) | {"normalize": source.normalize, "origin": origin}
     state = {
         utils.CLASSIFIER_KEY: utils.CLASSIFIER_FORMAT,
-        "network": network | {"origin": origin},
+        "network": network,
         "classes": list(data.train.classes),
         "image_size": config.image_size,
         "range": list(config.range),
@@ -720,9 +689,7 @@ def save_classifier(
 
 def save_linear_classifier(evaluation: Evaluation) -> None:
     """Keeps the classifier that evaluation.linear() has fitted."""
-    source, fitted = evaluation.source, evaluation.classifier
-    linear = nn.Linear(*fitted.weight.shape)
-    linear.load_state_dict({"weight": fitted.weight.T, "bias": fitted.bias})
+    source, linear = evaluation.source, evaluation.classifier
     accuracy = utils.accuracy(evaluation.predicted, evaluation.data.test.labels)
     file = source.output(LINEAR, evaluation.options.figures)
     origin = f"linear classifier on {len(evaluation.data.train):,} labelled images"
@@ -767,7 +734,7 @@ def find_classifier(source: Source, options: Options, device: torch.device) -> C
     evaluation.encoders = {"simclr": source.encoder}
     with utils.frozen(source.encoder):
         evaluation.linear()
-    save_linear_classifier(evaluation)
+    utils.broadcast_from_rank0(save_linear_classifier, evaluation)  # all ranks read its file
     return load_classifier(source.output(LINEAR, options.figures))
 
 
@@ -809,41 +776,29 @@ def embed_images(
     network: nn.Module, where: Path, facts: dict[str, Any], source: Source, options: Options,
     device: torch.device,
 ) -> tuple[list[str], Tensor]:  # fmt: skip
-    """What a network computes of every image below a folder, or of one image, streamed from disk.
+    """A network's outputs for one image, or for all images below a folder that can be read.
 
-    facts: `image_size` and `range` of its training, if they are known. Prints which images could
-    not be read. Returns the paths relative to the folder and float32 (N, D) in their order. Raises
-    InputError if there is no image that can be read.
+    facts: `image_size` and `range` of its training, if they are known. Returns the paths relative
+    to the folder and float32 (N, D) in their order. Raises InputError if no image can be read.
     """
     default = IMAGENET_STEM_SIZE if source.resnet.conv1.stride[0] == 1 else simclr.STREAMED_SIZE
     size = options.image_size or facts.get("image_size") or default
     check_size(source, size)
-    folder, paths = where.parent, [where.name]
-    if where.is_dir():
-        folder, paths = where, utils.list_images(where)
-    if not paths:
-        raise InputError(f"no images in {folder}")
-    names = np.array([os.fsencode(path) for path in paths])
     grey_range = options.range or tuple(facts.get("range", ()))
-    grey_range = utils.choose_range(folder, paths, grey_range)
-    files = ImageFiles(folder, names, max_bad=1.0, grey_range=grey_range)
+    images = utils.load_unlabelled(where, 1.0, grey_range)
     network = network.to(device, memory_format=torch.channels_last)
     with utils.frozen(network):
         h = utils.embed(
-            network, files, size, device, choose_precision(source, options, device), EMBED_BATCH,
-            utils.worker_count(options.workers), str(where),
+            network, images, size, device, source.precision(device, options.precision), EMBED_BATCH,
+            options.workers, str(where),
         )  # fmt: skip
-    if files.unreadable:
-        print(f"{len(files.unreadable):,} of {len(paths):,} images could not be read:")
-        for reason in files.unreadable.values():
-            print(f"  {utils.one_line(reason, 500)}")
     read = utils.rows_read(h)
-    return list(itertools.compress(paths, read.tolist())), h[read]
+    return list(itertools.compress(utils.image_names(images), read.tolist())), h[read]
 
 
 # ------------------------------------------------------------------------ detection: images, boxes
 
-MAKE_SCENES, HEADS, SAMPLES = range(4, 7)  # streams of randomness, beside those of simclr.py
+MAKE_SCENES, HEADS, SAMPLES = range(4, 7)  # streams of randomness, as those of simclr.py
 RELATIVE = [1, 1]  # width and height of an image, in the units of YOLO's boxes
 
 
@@ -866,7 +821,7 @@ class Boxes:
 
     boxes: float32 (K, 4), left, top, right and bottom edge in pixels of the image as displayed.
     labels: int64 (K,), from 1 on, as 0 is the background. ignored: bool (K,), COCO's crowds and
-    VOC's difficult objects: nothing is learned from them, and to find them is no hit and no miss.
+    VOC's difficult objects: not trained on, and a detection of one is neither a hit nor a miss.
     image_ids, class_ids: for files in COCO's formats. dropped: boxes that were left out, and why.
     """
 
@@ -1201,9 +1156,10 @@ def summary(precision: np.ndarray) -> dict[str, float]:
 # ----------------------------------------------------------------------- detection: the detectors
 
 DETECTION_LABELS = ("50", "200", "1000")
-FEWEST = 5  # labelled images: a fifth of the most is held out, to choose the learning rate by
+FEWEST = 5  # labelled images: a fifth of the largest set is held out to choose the learning rate
 RATES = (1e-3, 3e-3)  # of AdamW, to choose from
 LONGER = 3  # times the steps, in a further row
+MOST_TRAINERS = 4  # processes that train detectors of small images
 DETECTION_BATCH, WARM_SHARE = 8, 0.1  # images a step; of the steps, in which the rate rises
 SCALES = (0.75, 0.875, 1)  # one is drawn for an image in training; the last is for testing
 LONGEST = 5 / 3  # the longer side of an image, by the shorter; longer images are made smaller
@@ -1214,14 +1170,14 @@ class DetectorSizes(NamedTuple):
 
     stages: tuple[int, ...]  # of the ResNet, whose outputs enter the feature pyramid
     side: int  # px, the shorter side of an image by default
-    anchors: tuple[float, ...]  # shares of that side, equally many for each level and a further one
+    anchors: tuple[float, ...]  # shares of that side, as many for each level as for the pooled one
     epochs: int  # passes over the labelled images
     steps: int  # at least
     channels: int = 256
     roi: int = 7  # side of what is cut out of a level for an object
-    points: int = 2  # and points a side that each value in it is the mean of
+    points: int = 2  # sampling points a side for each value in it
     head: int = 1024
-    options: Mapping[str, Any] = MappingProxyType({})  # further ones of FasterRCNN
+    options: Mapping[str, Any] = {}  # further ones of FasterRCNN
 
 
 SMALL = dict(roi=5, points=1, head=256, options=dict(
@@ -1239,11 +1195,11 @@ DETECTORS = {
 
 
 class Levels(BackboneWithFPN):
-    """A feature pyramid on a ResNet, which alone may run in bfloat16: roi_align has no kernel."""
+    """A feature pyramid on a ResNet. Only the ResNet may run in bfloat16: roi_align cannot."""
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         with utils.autocast(x.device, self.precision):
-            levels = self.body(x)
+            levels = self.body(x.contiguous(memory_format=torch.channels_last))  # faster on a CPU
         return self.fpn({name: level.float() for name, level in levels.items()})
 
 
@@ -1304,6 +1260,28 @@ class Start(NamedTuple):
     frozen: bool = False  # whether the encoder's weights and statistics stay as they are
 
 
+class Trial(NamedTuple):
+    """A detector to train and to measure."""
+
+    name: str  # of Detection.starts
+    images: int  # with labels
+    seed: int
+    rate: float
+    times: int = 1  # multiplies the usual number of steps
+    held_out: bool = False  # measured on a fifth of these images instead of the test images
+
+
+class Measured(NamedTuple):
+    """What Detection.measure() returns."""
+
+    trial: Trial
+    steps: int
+    seconds: float
+    found: list[dict[str, Tensor]]  # see detect()
+    precision: np.ndarray  # see precisions()
+    detector: FasterRCNN
+
+
 class Detection:
     """A comparison of detectors: what they begin with, learn from, and are measured on.
 
@@ -1315,7 +1293,7 @@ class Detection:
         dataset = options.dataset or ("folder" if options.data_dir else "")
         config = source.config_for(dataset, options.data_dir, options.image_size, options.range)
         self.config, self.seed = config, config.seed
-        self.precision = choose_precision(source, options, device)
+        self.precision = source.precision(device, options.precision)
         self.kind = "small" if source.resnet.conv1.stride[0] == 1 else "imagenet"  # of DETECTORS
         side = DETECTORS[self.kind].side
         if config.dataset == "digits":
@@ -1325,6 +1303,7 @@ class Detection:
             self.kind = "digits" if self.kind == "small" else self.kind
         elif config.dataset == "folder":
             self.train, self.test, self.where = read_boxes(Path(config.data_dir))
+            self.train.images.grey_range = self.test.images.grey_range = config.range
         else:
             raise InputError(f"{config.dataset} has no boxes: give --data-dir, a folder that has")
         self.side = options.image_size or side  # px
@@ -1337,7 +1316,7 @@ class Detection:
             self.starts["frozen"] = pretrained._replace(title=f"{title}, frozen", frozen=True)
         for name in options.against:
             other = load_source(utils.find_checkpoint(name, options.checkpoints))
-            if shape_of(other) != shape_of(source):
+            if other.shape != source.shape:
                 raise InputError(f"--against {name}: another architecture ({other.description})")
             self.starts[name] = Start(other.name, other.resnet, other.normalize)
 
@@ -1349,16 +1328,6 @@ class Detection:
             raise InputError(f"--labels {text}: give {FEWEST} to {most:,} training images")
         return min(amount, most)
 
-    def untrained(self, seed: int) -> nn.Module:
-        """The encoder before pre-training, without its normalisation."""
-        config = dataclasses.replace(self.config, seed=self.seed + seed)
-        return utils.without_normalization(self.source.untrained(config))
-
-    def steps(self, n: int) -> int:
-        """Steps to train on n labelled images."""
-        sizes, passes = DETECTORS[self.kind], math.ceil(n / DETECTION_BATCH)
-        return self.options.epochs * passes or max(sizes.steps, sizes.epochs * passes)
-
     def labelled(self, amount: int, seed: int) -> Boxes:
         """The images that the detectors of one seed learn from."""
         random = utils.generator("cpu", self.seed, simclr.LABELS, seed)
@@ -1367,11 +1336,13 @@ class Detection:
     def fit(self, name: str, data: Boxes, rate: float, steps: int, seed: int) -> FasterRCNN:
         """Trains a detector by AdamW.
 
-        Its heads at first, the order of the images and torchvision's sampling of boxes depend on
-        the seed alone, and not on what it begins with.
+        The initial heads, the order of the images and torchvision's sampling of boxes depend only
+        on the seed, not on the encoder.
         """
         start = self.starts[name]
-        resnet = copy.deepcopy(start.resnet) or self.untrained(seed)
+        resnet = copy.deepcopy(start.resnet)
+        if resnet is None:
+            resnet = utils.without_normalization(self.source.untrained(self.config, seed))
         detector = make_detector(
             resnet, self.kind, start.normalize, data.classes, self.side, self.precision,
             utils.derive_seed(self.seed, seed),
@@ -1383,8 +1354,9 @@ class Detection:
         random = utils.generator("cpu", *key)
         orders = torch.cat([torch.randperm(len(data), generator=random) for _ in range(passes)])
         title = f"{start.title}, {len(data)} images, seed {seed}"
-        with utils.fork_rng(self.device), steps_bar(steps, title) as bar:
-            for step, rows in enumerate(orders.split(DETECTION_BATCH)[:steps]):
+        batches = utils.progress_bar(orders.split(DETECTION_BATCH)[:steps], title, steps)
+        with utils.fork_rng(self.device):
+            for step, rows in enumerate(batches):
                 warm = min(1, (step + 1) / (WARM_SHARE * steps))
                 simclr.set_rate(optimizer, rate * warm * (1 + math.cos(math.pi * step / steps)) / 2)
                 torch.manual_seed(utils.derive_seed(*key, step))
@@ -1394,7 +1366,6 @@ class Detection:
                 sum(detector(images, targets).values()).backward()
                 optimizer.step()
                 optimizer.zero_grad()
-                bar.update()
         return detector.eval()
 
     def example(self, data: Boxes, row: int, mirrored: bool) -> tuple[Tensor, dict[str, Tensor]]:
@@ -1406,17 +1377,18 @@ class Detection:
         target = {"boxes": boxes, "labels": data.labels[row][learned]}
         return image.to(self.device), {key: x.to(self.device) for key, x in target.items()}
 
-    def rates(self, name: str) -> dict[float, float]:
-        """AP50 by each of RATES on a fifth of the most labelled images, the best first."""
-        data = self.labelled(self.amounts[-1], 0)
-        held_out, learned = map(data.subset, torch.arange(len(data)).tensor_split([len(data) // 5]))
-        values = {}
-        for rate in RATES:
-            detector = self.fit(name, learned, rate, self.steps(len(learned)), 0)
-            values[rate] = summary(precisions(held_out, detect(detector, held_out.images)))["AP50"]
-            print(f"{self.starts[name].title}, learning rate {rate:g}: AP50 "
-                  f"{100 * values[rate]:.1f} % on held-out images", flush=True)  # fmt: skip
-        return dict(sorted(values.items(), key=lambda pair: -pair[1]))
+    def measure(self, trial: Trial) -> Measured:
+        """Trains a detector and applies it to images that it has not learned from."""
+        data, test = self.labelled(trial.images, trial.seed), self.test
+        if trial.held_out:
+            test, data = map(data.subset, torch.arange(len(data)).tensor_split([len(data) // 5]))
+        sizes, passes = DETECTORS[self.kind], math.ceil(len(data) / DETECTION_BATCH)
+        usual = self.options.epochs * passes or max(sizes.steps, sizes.epochs * passes)
+        started, steps = time.perf_counter(), trial.times * usual
+        detector = self.fit(trial.name, data, trial.rate, steps, trial.seed)
+        found = detect(detector, test.images)
+        seconds = time.perf_counter() - started
+        return Measured(trial, steps, seconds, found, precisions(test, found), detector)
 
 
 @torch.no_grad()
@@ -1432,38 +1404,86 @@ def detect(detector: FasterRCNN, images: utils.Images) -> list[dict[str, Tensor]
 # ------------------------------------------------------------------------- detection: evaluation
 
 
+def _measure(job: bytes, trial: Trial) -> bytes:
+    """Detection.measure() in a process of one thread."""
+    torch.set_num_threads(1)
+    # pickled here: torch's own way of passing tensors needs shared memory, a file for each
+    return pickle.dumps(pickle.loads(job).measure(trial))
+
+
+@contextlib.contextmanager
+def trainers(job: Detection) -> Iterator[Callable[[list[Trial]], Iterable[Measured]]]:
+    """A function that measures trials, in order, with the same result for any number of threads.
+
+    Detectors of small images are made of tiny operations: on two busy cores a step took 0.3 s with
+    one thread and 2.4 s with two. So each gets a process of one thread, as many as there are
+    threads. Raises InputError if one of them dies.
+    """
+    count = min(torch.get_num_threads(), MOST_TRAINERS)
+    if job.device.type != "cpu" or job.side > simclr.SMALL_STEM_SIZE or count == 1:
+        yield partial(map, job.measure)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(count, spawn, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    work = partial(_measure, pickle.dumps(job))
+    try:
+        yield lambda trials: map(pickle.loads, pool.map(work, trials))
+    except BrokenProcessPool as error:
+        raise InputError("a process that trains a detector died: was there too little memory? "
+                         "With OMP_NUM_THREADS=1 there is only one") from error  # fmt: skip
+    finally:
+        for process in [*pool._processes.values()]:  # kill_workers() from Python 3.14 on
+            process.kill()
+
+
+def choose_rates(job: Detection, measure: Callable) -> dict[str, dict[float, float]]:
+    """For each row AP50 by RATES on a fifth of the most labelled images, the best rate first."""
+    values: dict[str, dict[float, float]] = {name: {} for name in job.starts}
+    most = job.amounts[-1]
+    trials = [Trial(name, most, 0, r, held_out=True) for name in values for r in RATES]
+    for measured in measure(trials):
+        trial, ap = measured.trial, summary(measured.precision)["AP50"]
+        values[trial.name][trial.rate] = ap
+        print(f"{job.starts[trial.name].title}, learning rate {trial.rate:g}: AP50 "
+              f"{100 * ap:.1f} % on held-out images", flush=True)  # fmt: skip
+    return {name: dict(sorted(of.items(), key=lambda x: -x[1])) for name, of in values.items()}
+
+
 def compare_detectors(job: Detection) -> tuple[dict, dict, FasterRCNN]:
     """Trains and measures every row with every number of labelled images.
 
-    Returns what evaluation-detection.json says of them; by row and number of images, of seed 0,
-    what was found in the test images and precisions(); and SimCLR's detector of the most images.
+    Returns the entries of evaluation-detection.json; for seed 0, by (row, number of images), the
+    detections and precisions() on the test images; and SimCLR's detector of the most images.
     """
-    rates = {name: job.rates(name) for name in job.starts}
     few, outputs, records = job.amounts[0], {}, []
-    cells = [
-        (n, seed, name, 1) for n in job.amounts
-        for seed in range(job.options.seeds if n == few else 1) for name in job.starts
-    ]  # fmt: skip
-    for n, seed, name, times in [*cells, (few, 0, "scratch", LONGER)]:
-        started, rate, steps = time.perf_counter(), next(iter(rates[name])), times * job.steps(n)
-        detector = job.fit(name, job.labelled(n, seed), rate, steps, seed)
-        found = detect(detector, job.test.images)
-        precision = precisions(job.test, found)
-        of_classes = zip(job.test.classes, precision.mean((0, 2)).tolist(), strict=True)
-        record = {
-            "row": "longer" if times > 1 else name,
-            "title": job.starts[name].title + f", {times} × the steps" * (times > 1),
-            "images": n, "seed": seed, "steps": steps, "learning_rate": rate, **summary(precision),
-            "per_class": {key: None if math.isnan(ap) else ap for key, ap in of_classes},
-        }  # fmt: skip
-        records.append(record)
-        if seed == 0:
-            outputs[record["row"], n] = found, precision
-        if (record["row"], n, seed) == ("simclr", job.amounts[-1], 0):
-            best = detector
-        print(f"{record['title']}, {n:,} images, seed {seed}: AP50 {100 * record['AP50']:.1f} % "
-              f"({time.perf_counter() - started:.0f} s)", flush=True)  # fmt: skip
-    return {"rates": rates, "detectors": records}, outputs, best
+    with trainers(job) as measure:
+        rates = choose_rates(job, measure)
+        best = {name: next(iter(values)) for name, values in rates.items()}
+        trials = [
+            Trial(name, n, seed, best[name]) for n in job.amounts
+            for seed in range(job.options.seeds if n == few else 1) for name in job.starts
+        ]  # fmt: skip
+        # the longest comes early, so that no process waits for it at the end
+        trials.insert(len(job.starts), Trial("scratch", few, 0, best["scratch"], LONGER))
+        for trial, steps, seconds, found, precision, detector in measure(trials):
+            of_classes = zip(job.test.classes, precision.mean((0, 2)).tolist(), strict=True)
+            longer = f", {trial.times} × the steps" * (trial.times > 1)
+            record = {
+                "row": "longer" if longer else trial.name,
+                "title": job.starts[trial.name].title + longer,
+                "images": trial.images, "seed": trial.seed, "steps": steps,
+                "learning_rate": trial.rate, **summary(precision),
+                "per_class": {key: None if math.isnan(ap) else ap for key, ap in of_classes},
+            }  # fmt: skip
+            records.append(record)
+            if trial.seed == 0:
+                outputs[record["row"], trial.images] = found, precision
+            if (record["row"], trial.images, trial.seed) == ("simclr", job.amounts[-1], 0):
+                kept = detector
+            print(f"{record['title']}, {trial.images:,} images, seed {trial.seed}: AP50 "
+                  f"{100 * record['AP50']:.1f} % ({seconds:.0f} s; detector {len(records)} of "
+                  f"{len(trials)})", flush=True)  # fmt: skip
+    return {"rates": rates, "detectors": records}, outputs, kept
 
 
 def run_detection(job: Detection) -> dict:
@@ -1481,15 +1501,9 @@ def run_detection(job: Detection) -> dict:
     for name, part in (("training", job.train), ("test", job.test)):
         if dropped := [f"{n:,} {reason}" for reason, n in part.dropped.items() if n]:
             print(f"boxes left out of the {name} images: {', '.join(dropped)}")
-    started, threads = time.perf_counter(), torch.get_num_threads()
-    if job.device.type == "cpu" and job.side <= simclr.SMALL_STEM_SIZE:
-        # of tiny operations: on two busy cores a step took 0.3 s with one thread, 2.4 s with two
-        torch.set_num_threads(1)
-    try:
-        with utils.frozen(source.encoder):
-            measured, outputs, detector = compare_detectors(job)
-    finally:
-        torch.set_num_threads(threads)
+    started = time.perf_counter()
+    with utils.frozen(source.encoder):
+        measured, outputs, detector = compare_detectors(job)
     results = {
         "checkpoint": str(source.file), "encoder": source.description, "where": job.where,
         "train_images": len(job.train), "test_images": len(job.test), "image_size": job.side,
@@ -1501,10 +1515,9 @@ def run_detection(job: Detection) -> dict:
     found = zip(*(image.values() for image in outputs["simclr", job.amounts[-1]][0]), strict=True)
     utils.write_json(files[1], coco_boxes(job.test, *found))
     utils.write_json(files[2], coco_truth(job.test))
-    encoder = {**shape_of(source), **stem_of(source)}
     made = {"kind": job.kind, "normalize": source.normalize, "classes": list(detector.classes),
             "side": job.side, "precision": job.precision}  # fmt: skip
-    state = {"encoder": encoder, "detector": made, "model": detector.state_dict()}
+    state = {"encoder": network_of(source), "detector": made, "model": detector.state_dict()}
     utils.save_checkpoint(files[3], state)
     classes, style = utils.names_in_figures(job.test.classes)
     records = measured["detectors"]
@@ -1524,7 +1537,7 @@ def scores_of(records: Sequence[dict], row: str, n: int, measure: str) -> list[f
 
 
 def detection_text(records: Sequence[dict]) -> str:
-    """The table, and by how much each number of labelled images speaks for pre-training."""
+    """The table, and for each number of labelled images the gain by pre-training."""
     titles = {record["row"]: record["title"] for record in records}
     amounts = sorted({record["images"] for record in records})
     columns = [
@@ -1580,8 +1593,6 @@ def draw_detection(
 
     records, outputs: of compare_detectors(). classes: their names in figures.
     """
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(9.5, 7.4), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=(3.3, 4))
     left, right = upper.subplots(1, 2)
@@ -1617,8 +1628,6 @@ def draw_boxes(
     classes: Sequence[str], color: str, truth: Sequence[Tensor] = (),
 ) -> None:  # fmt: skip
     """The first images with what was found in them, one on each axis; the truth is dashed."""
-    from matplotlib.patches import Rectangle
-
     back = dict(fc=color, lw=0, pad=0.6)
     for i, axis in enumerate(axes):
         axis.set(xticks=[], yticks=[])
@@ -1639,8 +1648,6 @@ def draw_boxes(
 
 def detect_photos(source: Source, options: Options, device: torch.device) -> None:
     """--detect: writes what the run's detector finds in a folder's images, and draws some."""
-    from matplotlib.figure import Figure
-
     file = source.output("detector.pt", options.figures)
     if not file.exists():
         raise InputError(f"there is no {file} yet: --tasks detection trains it")
@@ -1648,12 +1655,8 @@ def detect_photos(source: Source, options: Options, device: torch.device) -> Non
     out = Path(options.out or source.output("boxes.json", options.figures))
     figure_file = Path(options.figures) / source.name / f"{out.stem}.png"
     check_targets(out, figure_file)
-    names = utils.list_images(where) if where.is_dir() else [where.name]
-    if not names:
-        raise InputError(f"no images in {where}")
-    folder = where if where.is_dir() else where.parent
-    files = ImageFiles(folder, np.array([os.fsencode(name) for name in names]), max_bad=1.0)
-    files = utils.only_readable(files, utils.worker_count(options.workers))
+    grey_range = options.range or (source.config.range if source.config else ())
+    files = utils.only_readable(utils.load_unlabelled(where, 1.0, grey_range), options.workers)
     found = detect(detector, files)
     entries = [
         {"image": name, "category": detector.classes[label - 1], "bbox": [x1, y1, x2 - x1, y2 - y1],
@@ -1812,12 +1815,11 @@ def run_evaluation(source: Source, options: Options, device: torch.device) -> di
         f"{utils.describe_precision(config.precision, device)}\n"
     )
     header = header_of(evaluation)
-
-    def keep(measured: dict) -> None:
-        utils.write_json(result_file, with_earlier(result_file, header, measured))
-
-    results = with_earlier(result_file, header, evaluate(evaluation, keep))
-    tiles, (names, style) = None, utils.names_in_figures(data.train.classes)
+    for measured in evaluate(evaluation):
+        results = with_earlier(result_file, header, measured)
+        utils.write_json(result_file, results)
+    tiles, rows = None, simclr.row_names(source.config)
+    names, style = utils.names_in_figures(data.train.classes)
     if evaluation.classifier is not None:
         if not suffix:  # of the run's own images
             save_linear_classifier(evaluation)
@@ -1834,32 +1836,26 @@ def run_evaluation(source: Source, options: Options, device: torch.device) -> di
     utils.write_json(result_file, results)
     with matplotlib.rc_context(style):
         drawn = {**results, "classes": names}
-        utils.save_figure(draw_evaluation(drawn, source.row_names, tiles), figure_file)
-    print(f"\n{text_of(results, source.row_names)}")
+        utils.save_figure(draw_evaluation(drawn, rows, tiles), figure_file)
+    print(f"\n{text_of(results, rows)}")
     print(f"results       {result_file}\nfigure        {figure_file}")
     if options.predictions:
         print(f"predictions   {options.predictions}")
     return results
 
 
-SETTINGS = ("dataset", "data_dir", "image_size", "precision")  # of the configuration
-
-
 def header_of(evaluation: Evaluation) -> dict[str, Any]:
-    """What evaluation.json says beside the measurements; where it differs, so do they."""
+    """What evaluation.json says beside the measurements; those of another header are not kept."""
     source, config, data = evaluation.source, evaluation.config, evaluation.data
     return {
-        "checkpoint": str(source.file),
-        "sha256": utils.file_digest(source.file),
-        "encoder": source.description,
-        "normalize": source.normalize,
-        **{name: getattr(config, name) for name in SETTINGS},
-        "train_images": len(data.train),
-        "test_images": len(data.test),
-        "classes": list(data.train.classes),
-        "majority": data.majority,
+        "checkpoint": str(source.file), "sha256": utils.file_digest(source.file),
+        "encoder": source.description, "normalize": source.normalize,
+        "dataset": config.dataset, "data_dir": config.data_dir,
+        "image_size": config.image_size, "precision": config.precision,
+        "train_images": len(data.train), "test_images": len(data.test),
+        "classes": list(data.train.classes), "majority": data.majority,
         "uneven_classes": data.uneven,
-    }
+    }  # fmt: skip
 
 
 def check_targets(*files: str | Path) -> None:
@@ -1912,7 +1908,7 @@ def run(where: str, options: Options) -> dict | None:
     device = utils.choose_device(options.device)
     alone = {*options.tasks} - SHARED_TASKS | {*["fine-tune"] * options.fine_tune}
     if utils.rank_info().size > 1 and alone:
-        raise InputError(f"{' '.join(sorted(alone))}: they train in one process; without torchrun")
+        raise InputError(f"{' '.join(sorted(alone))}: they train in one process: omit torchrun")
     with utils.process_group(device):
         file = utils.find_checkpoint(where, options.checkpoints)
         source = load_source(file, options.normalize, options.prefix)

@@ -26,8 +26,9 @@ Read from the top to the end of train(), in the paper's order: settings · augme
 evaluation of a run, fine-tuning and the command line.
 
 What train() takes from utils.py: ImageSet and ImageFiles (images in memory, or on disk), RunFolder
-(a run's checkpoints and log), StopSignals (Ctrl-C, SIGTERM), Progress (the bar), and the functions
-for several processes, which do nothing in a single one: rank, world_size, all_reduce_max, Gather,
+(a run's checkpoints and log), StopSignals (Ctrl-C, SIGTERM), Progress (the bar), Clock (the time of
+each part), Throttle (the curves are redrawn in 1 % of the time), and the functions for several
+processes, which communicate only if there are several: rank, world_size, all_reduce_max, Gather,
 on_device, distributed.
 
 A run keeps its files in checkpoints/<run>/ and draws figures/<run>/loss_plot.png. The same
@@ -61,6 +62,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import utils
@@ -90,8 +92,8 @@ class Config:
     dataset: str = setting("digits", "what to pre-train on", utils.DATASETS)
     data_dir: str = setting("data", "where data sets are kept and downloaded to; with 'folder' "
                             "your images", identity=False)
-    labels_from: str = setting("", "another folder, with train/<class>/ and test/<class>/, that "
-                               "measures kNN; data_dir is learned from", identity=False)
+    labels_from: str = setting("", "another folder, with train/<class>/ and test/<class>/, to "
+                               "measure kNN on; data_dir is trained on", identity=False)
     image_size: int = setting(0, "side in px that the encoder sees; 0: the images' own, or 224 if "
                               "their sizes vary", low=0, high=MAX_SIZE)
     view_size: int = setting(0, "side in px of the views in pre-training; 0: image_size. Smaller "
@@ -100,8 +102,8 @@ class Config:
     view_sizes: tuple[int, ...] = setting((), "several sides in px, each for an equal part of the "
                                           "epochs: views that grow, such as 16 16 24 24 32",
                                           low=MIN_SIZE, high=MAX_SIZE)
-    range: tuple[float, ...] = setting((), "black and white of grey pictures of more than 8 bits "
-                                       "(default: by their type and values)")
+    range: tuple[float, ...] = setting((), "values shown as black and as white in grey pictures of "
+                                       "more than 8 bits (default: by type and values)")
     hold_out: float = setting(0.0, "share of unlabelled images left out of training (64 to 2,048, "
                               "at most a tenth, none if under 16): contrastive accuracy and "
                               "effective rank of h are measured on it", low=0, high=0.1)
@@ -128,7 +130,7 @@ class Config:
     init: str = setting("", "start from these weights: a run, or a file of torchvision, timm or "
                         "another project (arch, width, stem and normalize follow from it)",
                         identity=False)
-    init_sha256: str = setting("", "SHA-256 that this file must have (default: recorded only)")
+    init_sha256: str = setting("", "SHA-256 that the --init file must have (default: any)")
     normalize: str = setting("none", "how the model normalises images in [0, 1]",
                              ("none", *utils.MEANS))
     projection: str = setting("nonlinear", "projection head g", ("nonlinear", "linear", "none"))
@@ -164,8 +166,8 @@ class Config:
                            ("auto", "on", "off"), identity=False)
     knn_every: int = setting(10, "epochs between measurements of kNN accuracy; 0: only at the end",
                              low=0)
-    knn_split: str = setting("test", "images that this accuracy is of; held-out: a fifth of the "
-                             "training images", ("test", "held-out"))
+    knn_split: str = setting("test", "images to classify for it: the test images, or a fifth of "
+                             "the labelled training images", ("test", "held-out"))
     stop_at_knn: float = setting(0.0, "kNN accuracy in [0, 1] at which the run ends early; 0: none",
                                  low=0, high=1)
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", identity=False)
@@ -223,10 +225,10 @@ BLUR_SIGMA = (0.1, 2.0)  # px
 BLUR_KERNEL = 0.1  # kernel size as a share of the image's side
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as torchvision
 # bytes of float32 images that are augmented together: a CPU's cache, a small part of a GPU's memory
-PIECE_BYTES = {"cpu": 2**21, "gpu": 2**28}
+CHUNK_BYTES = {"cpu": 2**21, "gpu": 2**28}
 
 
-def lerp(low: float, high: float, u: Tensor) -> Tensor:
+def uniform(low: float, high: float, u: Tensor) -> Tensor:
     """[0, 1) -> [low, high)."""
     return low + (high - low) * u
 
@@ -251,7 +253,7 @@ class RandomResizedCrop:
 
     size: int  # px
     scale: tuple[float, float]  # of the area
-    draws = 2 * CROP_TRIES + 2
+    draws = 2 * CROP_TRIES + 2  # areas, ratios, top, left
 
     def boxes(self, u: Tensor, height: Tensor, width: Tensor) -> Tensor:
         """Crop boxes int64 (N, 4): top, left, height, width, distributed as torchvision's.
@@ -259,8 +261,8 @@ class RandomResizedCrop:
         height, width: (N,), of the images in px.
         """
         height, width = height.to(u)[:, None], width.to(u)[:, None]  # float (N, 1)
-        area = height * width * lerp(*self.scale, u[:, :CROP_TRIES])  # (N, tries)
-        ratio = lerp(*map(math.log, RATIO), u[:, CROP_TRIES:-2]).exp()  # uniform in its logarithm
+        area = height * width * uniform(*self.scale, u[:, :CROP_TRIES])  # (N, tries)
+        ratio = uniform(*map(math.log, RATIO), u[:, CROP_TRIES:-2]).exp()  # log-uniform
         w = (area * ratio).sqrt().round()  # (N, tries)
         h = (area / ratio).sqrt().round()
         fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
@@ -271,7 +273,7 @@ class RandomResizedCrop:
         first = F.pad(fits, (0, 1), value=True).int().argmax(1, keepdim=True)  # (N, 1), that fits
         w, h = w.gather(1, first), h.gather(1, first)  # (N, 1)
 
-        # u < 1, but the product may be rounded up
+        # rounding may give one pixel too many
         top = torch.minimum((u[:, -2:-1] * (height - h + 1)).floor(), height - h)
         left = torch.minimum((u[:, -1:] * (width - w + 1)).floor(), width - w)
         central = first == CROP_TRIES
@@ -335,7 +337,7 @@ class RandomRotation:
     draws = 1
 
     def __call__(self, images: Tensor, u: Tensor) -> Tensor:
-        return rotate(images, lerp(-self.degrees, self.degrees, u[:, 0]))
+        return rotate(images, uniform(-self.degrees, self.degrees, u[:, 0]))
 
 
 def rotate(images: Tensor, degrees: Tensor) -> Tensor:
@@ -351,10 +353,9 @@ def rotate(images: Tensor, degrees: Tensor) -> Tensor:
 class ColorJitter:
     """Brightness, contrast and saturation in random order, then hue, each by a random factor.
 
-    torchvision gives hue a random place in the order, too. Here it comes last, so that all images
-    are shifted at once: at four places without waiting for the device, the whole augmentation takes
-    1.3 to 1.9 times as long. The place moves a pixel by 0.004 on average at s = 0.5; at s = 1 by
-    0.011, where all of hue moves it by 0.021, and 6 % of the pixels by more than 0.05.
+    torchvision puts hue at a random place in the order. With hue last, the whole augmentation is
+    1.3 to 1.9 times as fast; a pixel differs by 0.004 on average at s = 0.5, and by 0.011 at s = 1,
+    where 6 % of the pixels differ by more than 0.05.
     """
 
     draws = 8  # coin, three factors, hue, three for the order
@@ -367,11 +368,11 @@ class ColorJitter:
 
     def __call__(self, images: Tensor, u: Tensor) -> Tensor:
         jittered = u[:, :1] < self.p  # (N, 1)
-        factors = [lerp(max(0, 1 - s), 1 + s, u[:, 1 + i]) for i, s in enumerate(self.strengths)]
+        factors = [uniform(max(0, 1 - s), 1 + s, u[:, 1 + i]) for i, s in enumerate(self.strengths)]
         factors = torch.where(jittered, torch.stack(factors, 1), 1.0)  # (N, 3); 1 changes nothing
         images = color_jitter(images, factors, order=u[:, 5:8].argsort(1))
         if self.hue:
-            turns = torch.where(jittered[:, 0], lerp(-self.hue, self.hue, u[:, 4]), 0.0)  # (N,)
+            turns = torch.where(jittered[:, 0], uniform(-self.hue, self.hue, u[:, 4]), 0.0)  # (N,)
             images = adjust_hue(images, turns)
         return images
 
@@ -380,7 +381,7 @@ def color_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     """torchvision's adjust_brightness, -contrast and -saturation in a given order.
 
     images: float (N, 3, H, W) in [0, 1]. factors: (N, 3), >= 0, of the three. order: int64 (N, 3),
-    a permutation of 0 1 2 a row, in which the image gets them.
+    in each row 0, 1 and 2 in the order for that image.
 
     All three blend the image with a grey one: out = f·x + (1 - f)·reference, clamped, where the
     reference is black, the image's mean luma, or each pixel's luma.
@@ -414,15 +415,15 @@ def adjust_hue(images: Tensor, turns: Tensor) -> Tensor:
     # The hue, in sixths of a turn times chroma, has a formula for each channel that may be the
     # largest. A choice by lerp with weights 0 and 1 is exact, and on a CPU ten times as fast as
     # torch.where with a mask of pixels.
-    red_is_not, green_is_not = (high - red).sign_(), (high - green).sign_()  # 0 or 1
-    largest_is_red = green - blue
-    largest_is_green = (blue - red).add_(chroma, alpha=2)
-    largest_is_blue = (red - green).add_(chroma, alpha=4)
-    sixths = largest_is_green.lerp_(largest_is_blue, green_is_not)
-    sixths = largest_is_red.lerp_(sixths, red_is_not)
+    not_red, not_green = (high - red).sign_(), (high - green).sign_()  # 0 or 1
+    hue_if_red = green - blue
+    hue_if_green = (blue - red).add_(chroma, alpha=2)
+    hue_if_blue = (red - green).add_(chroma, alpha=4)
+    sixths = hue_if_green.lerp_(hue_if_blue, not_green)
+    sixths = hue_if_red.lerp_(sixths, not_red)
     hue = sixths.div_((6 * chroma).clamp_(min=1e-12)) + per_image(turns)  # (N, 1, H, W) in turns
     n = 5 - 2 * torch.arange(3, device=images.device).view(1, 3, 1, 1)
-    k = hue + (n / 6 + 1)  # (N, 3, H, W), positive, so that frac() is what lies above the floor
+    k = hue + (n / 6 + 1)  # (N, 3, H, W); + 1: frac() of a negative number is negative
     k = k.frac_().mul_(6).sub_(2).abs_().sub_(1).clamp_(0, 1)
     return torch.addcmul(low, chroma, k)
 
@@ -448,7 +449,7 @@ class RandomBlur:
         self.kernel = max(3, 2 * round((BLUR_KERNEL * size - 1) / 2) + 1)  # odd
 
     def __call__(self, images: Tensor, u: Tensor) -> Tensor:
-        blurred = gaussian_blur(images, lerp(*BLUR_SIGMA, u[:, 1]), self.kernel)
+        blurred = gaussian_blur(images, uniform(*BLUR_SIGMA, u[:, 1]), self.kernel)
         return where_chosen(u[:, 0] < self.p, blurred, images)
 
 
@@ -496,10 +497,10 @@ class Augment:
     def __call__(self, images: Tensor, u: Tensor | None = None, first: int = 0) -> Tensor:
         if u is None:
             u = torch.rand(len(images), self.draws, device=images.device)
-        limit = PIECE_BYTES["cpu" if images.device.type == "cpu" else "gpu"]
-        piece = max(8, limit // (3 * 4 * self.size**2))  # images: 3 channels of 4 bytes
+        limit = CHUNK_BYTES["cpu" if images.device.type == "cpu" else "gpu"]
+        chunk = max(8, limit // (3 * 4 * self.size**2))  # images: 3 channels of 4 bytes
         views = []
-        for x, numbers in zip(images.split(piece), u.split(piece), strict=True):
+        for x, numbers in zip(images.split(chunk), u.split(chunk), strict=True):
             x = x.float().div_(255) if x.dtype == torch.uint8 else x  # noqa: PLW2901
             columns = numbers.split([step.draws for step in self.steps], dim=1)
             for step, own in zip(self.steps[first:], columns[first:], strict=True):
@@ -595,7 +596,7 @@ class SimCLR(nn.Module):
     def __init__(self, config: Config, encoder: nn.Module | None = None) -> None:
         super().__init__()
         self.encoder = encoder or Encoder(config.arch, config.width, config.stem)
-        if config.normalize != "none":  # as the weights of --init are used to
+        if config.normalize != "none":  # as the weights of --init expect
             self.encoder = utils.Normalized(self.encoder, config.normalize)
         dim = output_width(encoder, config.view_side) if encoder else self.encoder.feature_dim
         hidden, out = config.head_hidden or dim, config.head_dim
@@ -636,15 +637,17 @@ def nt_xent(
 ) -> Tensor:
     """The normalised temperature-scaled cross entropy loss (Eq. 1), a scalar.
 
-    z1, z2: float (N, D), the projections of the two views of N >= 2 images, of any length: they
-    are normalised here. others: those of further views, if there are K > 2 of each image. The mean
-    over all pairs of a view and another view of its image of
+    Returns the mean, over all ordered pairs of two views of one image, of
 
         -log(exp(cos / tau) / (exp(cos / tau) + the sum of exp(cos / tau) to all negatives)).
 
-    The negatives of a view are the K(N - 1) views of other images. If all rows are equal, it is
-    ln(1 + K(N - 1)). decoupled: without the pair in the denominator, which is no longer NT-Xent
-    (DCL, Yeh et al. 2021). Raises ValueError if the shapes differ or are not (N, D).
+    The negatives of a view are the K(N - 1) views of other images. If all views have the same z,
+    the loss is ln(1 + K(N - 1)), which is ln(2N - 1) for two views.
+
+    z1, z2: float (N, D), the projections of the two views of N >= 2 images, of any length: they
+    are normalised here. others: those of further views, if there are K > 2 of each image.
+    decoupled: without the pair in the denominator, which is no longer NT-Xent (DCL, Yeh et al.
+    2021). Raises ValueError if the shapes differ or are not (N, D).
     """
     views = [z1, z2, *others]
     if z1.ndim != 2 or any(z.shape != z1.shape for z in views):
@@ -653,7 +656,10 @@ def nt_xent(
     with utils.autocast(z1.device, "float32"):  # a loss needs more digits than bfloat16 has
         z = normalize_rows(torch.cat(views))  # (KN, D)
         blocks = row_blocks(z)
-        total = loss(z, blocks[0]) if len(blocks) == 1 else SumOfBlocks.apply(z, loss)
+        # the matrix of 65,536 views takes 16 GiB: the backward pass computes each block again
+        if len(blocks) > 1:
+            loss = partial(checkpoint, loss, use_reentrant=False, preserve_rng_state=False)
+        total = sum(loss(z, rows) for rows in blocks)
         return total / (len(z) * (len(views) - 1))
 
 
@@ -667,7 +673,7 @@ def block_loss(z: Tensor, rows: Tensor, views: int, temperature: float, decouple
     """
     n = len(z) // views
     logits = z[rows] / temperature @ z.T  # (R, KN): cos / tau to every view
-    same = rows[:, None] % n + n * torch.arange(views, device=z.device)  # (R, K), itself too
+    same = rows[:, None] % n + n * torch.arange(views, device=z.device)  # (R, K), the row too
     positives = (z[rows, None] * z[same]).sum(2) / temperature  # (R, K)
     negatives = logits.scatter_(1, same, float("-inf")).logsumexp(1, keepdim=True)  # (R, 1)
     denominators = negatives if decoupled else torch.logaddexp(positives, negatives)
@@ -695,8 +701,8 @@ class LARS(Optimizer):
     """Layer-wise adaptive rate scaling (You et al. 2017), as the paper trains (Section 2.2).
 
     For each weight: g ← gradient + decay·w, v ← momentum·v + lr·(trust·‖w‖ / ‖g‖)·g, w ← w - v.
-    A group with adapt=False (biases and BatchNorm, as in the paper) has the ratio 1; so has a
-    weight whose norm or gradient is zero.
+    trust·‖w‖ / ‖g‖ becomes 1 in a group with adapt=False (biases and BatchNorm, as in the paper),
+    and where a norm is zero.
     """
 
     def __init__(
@@ -713,7 +719,7 @@ class LARS(Optimizer):
                 self._update(weights, group)
 
     def _update(self, weights: list[Tensor], group: dict[str, Any]) -> None:
-        """All weights of a group at once: on a GPU one kernel launch a weight instead of six."""
+        """All weights of a group at once: a GPU then needs few kernel launches."""
         for p in weights:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -753,22 +759,22 @@ def make_optimizer(config: Config, model: nn.Module) -> Optimizer:
     return torch.optim.AdamW(groups, lr=config.lr, fused=fused)
 
 
-def peak_learning_rate(config: Config, size: int) -> float:
+def peak_learning_rate(config: Config, batch_size: int) -> float:
     """lr·N/256 ("linear"), lr·√N ("sqrt": Appendix B.1 has 0.075·√N), or lr ("none").
 
-    size: N, the images of a step: fewer than config.batch_size where there are fewer images.
+    batch_size: N, of a step: less than config.batch_size where there are fewer images.
     """
-    scale = {"linear": size / 256, "sqrt": math.sqrt(size), "none": 1.0}
+    scale = {"linear": batch_size / 256, "sqrt": math.sqrt(batch_size), "none": 1.0}
     return config.lr * scale[config.lr_scaling]
 
 
-def learning_rate(config: Config, step: int, size: int, steps: int) -> float:
+def learning_rate(config: Config, step: int, batch_size: int, steps: int) -> float:
     """The rate of a step of the run: linear up to the peak, then half a cosine to zero.
 
     Section 2.2: linear warm-up for the first epochs, cosine decay without restarts. step: from 0,
-    over all epochs. size: N, images a step. steps: of an epoch.
+    over all epochs. batch_size: N. steps: of an epoch.
     """
-    peak, total = peak_learning_rate(config, size), config.epochs * steps
+    peak, total = peak_learning_rate(config, batch_size), config.epochs * steps
     warmup = round(config.warmup_epochs * steps)
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -817,18 +823,18 @@ def augmented_batches(
     data: Images, batches: Tensor, keys: Sequence[tuple[int, ...]], augment: Augment, views: int,
     device: torch.device, workers: int = 0, rank: int = 0, world_size: int = 1,
 ) -> Iterator[Tensor]:  # fmt: skip
-    """Augmented views of given images: float32 (V·N, 3, S, S) on `device`, a batch each.
+    """Augmented views of given images: float32 (KN, 3, S, S) on `device`, a batch each.
 
     batches: int64 (steps, N), rows of `data`. keys: for each batch the stream of its randomness
-    (utils.generator). views: V; rows i, N + i, 2N + i … of the result are the views of one image.
-    workers: as in Config. Only every world_size-th image from `rank` on
-    is computed, with the views that it has in the whole batch.
+    (utils.generator). views: K; rows i, N + i, 2N + i … of the result are the views of one image.
+    workers: as in Config. Only every world_size-th image from `rank` on is computed, with the views
+    that it has in the whole batch.
     """
     n, rows = batches.shape[1], batches[:, rank::world_size]  # N, (steps, N / W)
 
     def draw(key: tuple[int, ...], where: torch.device | str) -> Tensor:
-        """The numbers of this rank's images, (V, N / W, draws), out of those of the whole batch."""
-        u = augment.draw(views * n, utils.generator(where, *key))  # (V·N, draws)
+        """The numbers of this rank's images, (K, N / W, draws), out of those of the whole batch."""
+        u = augment.draw(views * n, utils.generator(where, *key))  # (KN, draws)
         return u.unflatten(0, (views, n))[:, rank::world_size]
 
     if isinstance(data, ImageSet):
@@ -838,19 +844,19 @@ def augmented_batches(
 
     def requests() -> Iterator[tuple[Tensor, Tensor]]:
         for row, key in zip(rows, keys, strict=True):
-            u = draw(key, "cpu").transpose(0, 1).contiguous()  # (N / W, V, draws)
+            u = draw(key, "cpu").transpose(0, 1).contiguous()  # (N / W, K, draws)
             yield row, u.pin_memory() if device.type == "cuda" else u
 
     crop: RandomResizedCrop = augment.steps[0]  # by the workers; the other steps on the device
     boxes = partial(crop_boxes, crop)
     for crops, u in utils.decoded_batches(data, requests(), crop.size, boxes, workers, device):
-        images = crops.transpose(0, 1).flatten(0, 1)  # uint8 (V·N / W, 3, S, S)
+        images = crops.transpose(0, 1).flatten(0, 1)  # uint8 (KN / W, 3, S, S)
         u = u.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)  # noqa: PLW2901
         yield augment(images, u, first=1)
 
 
 def crop_boxes(crop: RandomResizedCrop, sizes: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """Boxes (N, V, 4) of V crops of each image. sizes: (N, 2) height, width. u: (N, V, draws)."""
+    """Boxes (N, K, 4) of K crops of each image. sizes: (N, 2) height, width. u: (N, K, draws)."""
     height, width = torch.from_numpy(sizes).repeat_interleave(u.shape[1], 0).unbind(1)
     boxes = crop.boxes(torch.from_numpy(u[..., : crop.draws]).flatten(0, 1), height, width)
     return boxes.unflatten(0, u.shape[:2]).numpy()
@@ -864,7 +870,7 @@ class TrainState:
     """How far a run has come: with weights and optimiser state all that resuming needs."""
 
     steps: int  # of an epoch
-    sums: Tensor  # float32 (3,): loss, contrastive accuracy and mean cosine of `step` steps
+    sums: Tensor  # float32 (3,): loss, contrastive accuracy, mean cosine, summed over `step` steps
     epoch: int = 0  # complete epochs
     step: int = 0  # complete steps of the current epoch
     seconds: float = 0.0  # of training in the current epoch
@@ -899,10 +905,11 @@ def training_step(
 ) -> tuple[Tensor, Tensor]:
     """One forward and backward pass; the gradients are added to those of the weights.
 
-    views: float32 (KN / W, 3, S, S), this rank's part of the K = 2 views of N images. Returns the
+    views: float32 (KN / W, 3, S, S), this rank's part of the K views of N images. Returns the
     loss of the whole batch and z (KN, D), both detached.
     """
-    if 0 < config.micro_batch < utils.world_size() * len(views) // config.views:
+    n = utils.world_size() * len(views) // config.views  # N
+    if 0 < config.micro_batch < n:
         return cached_gradients(network, views, loss, config)
     _, z = forward(network, views, config.precision)  # one pass: BatchNorm sees all KN views
     z = gather_views(z, config.views)  # (KN, D), with gradient
@@ -921,7 +928,8 @@ def forward(network: nn.Module, views: Tensor, precision: str) -> tuple[Tensor, 
 def gather_views(z: Tensor, views: int) -> Tensor:
     """The whole batch's z from each rank's part, with gradient: (KN / W, D) -> (KN, D).
 
-    In the order of the batch, of which a rank has every W-th image (see view_batches).
+    In the order of the batch, of which a rank has every W-th image (see view_batches). In the
+    backward pass Gather sums the gradients of W ranks, and DistributedDataParallel divides by W.
     """
     if utils.world_size() == 1:
         return z
@@ -936,9 +944,9 @@ def train(
 ) -> SimCLR:  # fmt: skip
     """Algorithm 1, from the run's last checkpoint on. W ranks compute what one process computes.
 
-    config: resolved. loss, batches, model: what others replace. clock: of the command. The caller
-    holds utils.run_lock(config.folder). Raises Interrupted, after saving, on a signal; InputError
-    for other settings than the run's, a loss that is not finite, unreadable images or a full disk.
+    config: resolved. loss, batches, model: of ablations and pretrain(). clock: the command's. The
+    caller holds utils.run_lock(config.folder). Raises Interrupted, after saving, on a signal;
+    InputError for other settings than the run's, a loss not finite, unreadable images, a full disk.
     """
     size, steps = batch_count(config, len(data.pretrain))  # N, steps an epoch
     loss = loss or LOSSES[config.loss]
@@ -946,13 +954,13 @@ def train(
     optimizer = make_optimizer(config, model)
     run = utils.RunFolder(config.folder, config.checkpoint_minutes, config.keep_every)
     now = restore(run, config, data, model, optimizer, clock or utils.Clock())
-    network, figure = compiled(model, optimizer, config, size, now), utils.Throttle(FIGURE_SHARE)
+    network, figure = compiled(model, config, size, now), utils.Throttle(FIGURE_SHARE)
     now.clock.lap("other")
     with utils.StopSignals() as stop, utils.Progress(config.epochs * steps, now.done) as progress:
         while not complete(config, now):
             network.train()
             signal = save_due = 0
-            errors: list[InputError] = []  # raised when all that was done is saved
+            errors: list[InputError] = []  # of the stream: raised below, after saving
             stream = batches(config, data.pretrain, device, now.epoch, now.step)
             for views in utils.until_error(stream, errors):  # float32 (KN / W, 3, S, S)
                 set_rate(optimizer, learning_rate(config, now.done, size, steps))
@@ -962,8 +970,8 @@ def train(
                 now.add(value, contrastive_accuracy(*z.chunk(config.views)), mean_cosine(z))
                 progress.advance()
                 signal, save_due = utils.all_reduce_max(stop.signal or 0, run.save_due())
-                if signal or save_due:  # all ranks leave the epoch after the same step
-                    break
+                if signal or save_due:  # in all ranks after the same step
+                    break  # to save; `while` then continues the epoch
             check_finite(model, now, config)  # waits for the device
             now.seconds += now.clock.lap("training")
             error = errors[0] if errors else utils.unreadable_error(data.pretrain)
@@ -972,7 +980,7 @@ def train(
                 if config.view_sizes and now.epoch + 1 == config.epochs:
                     estimate_statistics(model, data.pretrain, config, device)
                 if measured_after(now.epoch + 1, config, data) and not error:
-                    # first save what a killed or impatiently stopped measurement would lose
+                    # saved before a slow measurement: a resumed run begins with that
                     run.save(snapshot(config, data, model, optimizer, now), due=knn_is_slow(now))
                     now.clock.lap("saving")
                     row |= measure(model, data, config, device, now)
@@ -980,7 +988,7 @@ def train(
                 write_events(config, row)
                 progress.show(*describe(row, config))
                 (signal,) = utils.all_reduce_max(stop.signal or 0)
-            must = signal or error or complete(config, now)
+            must = signal or error or complete(config, now)  # else if saving takes little time
             run.save(snapshot(config, data, model, optimizer, now), must=must, due=save_due)
             now.clock.lap("saving")
             redraw(figure, config, now, size)
@@ -997,14 +1005,8 @@ CHECKPOINT_FORMAT = 4
 CONTINUES = "the run is saved, and the same command continues it"
 FIGURE_SHARE = 0.01  # of the run's time, at most, to redraw the training curves
 FIGURE = "loss_plot.png"
-TIMED = {  # parts of a run's wall time, in the log and the summary -> what they are called
-    "training": "training",
-    "monitoring": "kNN",
-    "saving": "saving",
-    "drawing": "curves",
-    "evaluation": "evaluation",
-    "other": "reading, compiling, the rest",
-}
+# parts of a run's wall time, in the log and the summary; other: reading, compiling, the rest
+TIMED = ("training", "monitoring", "saving", "drawing", "evaluation", "other")
 STATISTICS_IMAGES = 8192
 HELD_OUT_BATCH = 128  # images, whose 256 views are computed together
 SLOW_KNN_S = 10.0  # seconds: torchrun and SLURM wait for half a minute after SIGTERM
@@ -1063,9 +1065,9 @@ def restore(
 ) -> TrainState:  # fmt: skip
     """Load the run's last checkpoint into model and optimizer, or begin a new run and save it.
 
-    A checkpoint from before the first step does not count: nothing would be lost. Raises
-    InputError if the checkpoint is of another configuration, naming what differs, or cannot be
-    read, or if none can be written: now, and not after hours.
+    A checkpoint from before the first step is overwritten. Raises InputError if the checkpoint is
+    of another configuration, naming what differs, or cannot be read, or if none can be written, so
+    that this fails at the start.
     """
     device = next(model.parameters()).device
     steps = batch_count(config, len(data.pretrain))[1]
@@ -1095,10 +1097,8 @@ def restore(
     return now
 
 
-def compiled(
-    model: SimCLR, optimizer: Optimizer, config: Config, size: int, now: TrainState
-) -> nn.Module:
-    """What is trained: the model, or the model in DistributedDataParallel, or compiled.
+def compiled(model: SimCLR, config: Config, size: int, now: TrainState) -> nn.Module:
+    """The network to train: the model, its DistributedDataParallel, or its compiled form.
 
     With --compile auto it is compiled where that can pay, and only used if it is faster. Where
     torch.compile fails, as without a C compiler, a line says so and the model is not compiled.
@@ -1106,7 +1106,7 @@ def compiled(
     """
     if config.compile == "off" or complete(config, now):
         return utils.distributed(model)
-    torch.compiler.reset()  # else torch leaves a process's ninth network uncompiled
+    torch.compiler.reset()  # else torch compiles only eight networks in a process
     weights, started = copy.deepcopy(model.state_dict()), time.perf_counter()
     count, side = config.views * (config.micro_batch or size), config.at_epoch(now.epoch).view_side
     views = torch.zeros((count, 3, side, side), device=now.sums.device)
@@ -1125,7 +1125,7 @@ def compiled(
         except Exception as error:  # compilers raise nearly anything
             reason = utils.one_line(str(error), 200)
             utils.log_warning(f"torch.compile failed, so the network is not compiled ({reason})")
-    optimizer.zero_grad()
+    model.zero_grad()
     model.load_state_dict(weights)  # BatchNorm's statistics have moved
     return network
 
@@ -1217,14 +1217,14 @@ def knn_is_slow(now: TrainState) -> bool:
 def measure(
     model: SimCLR, data: Data, config: Config, device: torch.device, now: TrainState
 ) -> dict:
-    """What the log gets of a monitored epoch: kNN of labelled images, and of those held out."""
+    """What the log gets of a monitored epoch: kNN accuracy, and what measure_held_out() finds."""
     row = measure_held_out(model, data.held_out, config, device) if data.held_out else {}
     if data.labelled and config.knn_split == "test":
         accuracy = knn_accuracy(model.encoder, data, config, device)
         row |= {"knn": accuracy, "knn_images": len(data.test)}
     elif data.labelled:
         x, y = labelled_features(model.encoder, data.train, config, device)
-        row["knn"], row["knn_images"] = held_out_knn(x, y, len(data.train.classes))
+        row["knn"], row["knn_images"] = validation_knn(x, y, len(data.train.classes))
     return row | {"knn_seconds": round(now.clock.lap("monitoring"), 3)}
 
 
@@ -1259,25 +1259,21 @@ def measure_held_out(
     return {"held_out_accuracy": accuracy, "effective_rank": effective_rank(h[0])}
 
 
-@torch.no_grad()
 def estimate_statistics(
     model: SimCLR, images: Images, config: Config, device: torch.device
 ) -> None:
     """Estimates BatchNorm's running statistics anew, on images as they are when h is evaluated.
 
-    For a run whose views had other sizes: the statistics of features depend on the size. They are
+    For a run with view_sizes: the statistics of features depend on the size of the images. They are
     those of up to STATISTICS_IMAGES images without augmentation.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     size, steps = batch_count(config, len(images))
     rows = torch.randperm(len(images), generator=utils.generator("cpu", config.seed, SHUFFLE))
     rows = rows[: size * min(steps, max(1, STATISTICS_IMAGES // size))]
     rows, size = rows[utils.rank() :: utils.world_size()], size // utils.world_size()
     batches = images.batches(config.image_size, size, device, config.workers, rows)
-    model.train()
-    for i, x in enumerate(batches, 1):
-        with utils.temporarily(norms, "momentum", 1 / i):  # so that all batches count the same
-            forward(model, x, config.precision)
+    with utils.autocast(device, config.precision):
+        torch.optim.swa_utils.update_bn(batches, model)  # the mean over the batches
 
 
 def describe(row: dict, config: Config) -> tuple[dict[str, str], str, bool]:
@@ -1311,7 +1307,8 @@ def cached_gradients(
         return utils.at_least_float32(z).unflatten(0, (config.views, -1))
 
     parts = views.unflatten(0, (config.views, -1)).split(size, dim=1)
-    # 1. z of all views, without activations; dropout draws the same numbers again in pass 3
+    # 1. z of all views, without activations: BatchNorm's running statistics move in pass 3 alone,
+    # and dropout draws the same numbers there
     norms = [m for m in network.modules() if hasattr(m, "track_running_stats")]
     still = utils.temporarily(norms, "track_running_stats", False)
     with torch.no_grad(), still, utils.fork_rng(views.device):
@@ -1343,33 +1340,9 @@ def redraw(throttle: utils.Throttle, config: Config, now: TrainState, size: int)
     """Draw the training curves, if that has not taken too large a share of the time."""
     if now.log and utils.is_main_process() and (throttle.due() or complete(config, now)):
         with throttle:
-            figure = draw_training(now.log, size, config=config)
+            figure = draw_training(config, now.log, size)
             utils.warn_on_failure(utils.save_figure, figure, config.figure_folder / FIGURE)
     now.clock.lap("drawing")
-
-
-class SumOfBlocks(torch.autograd.Function):
-    """The sum of block_loss(z, rows) over all blocks of rows of z (KN, D).
-
-    Each block's gradient is computed with its loss, and then the block's memory is freed: the
-    matrix of 65,536 views would take 16 GiB. The result can be differentiated once.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, block_loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        leaf, total = z.detach().requires_grad_(), z.new_zeros(())
-        for rows in row_blocks(z):
-            with torch.enable_grad():
-                block = block_loss(leaf, rows)
-            block.backward()  # adds to leaf.grad
-            total += block.detach()
-        ctx.save_for_backward(leaf.grad)
-        return total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None]:
-        return outer * ctx.saved_tensors[0], None
 
 
 @torch.no_grad()
@@ -1403,11 +1376,12 @@ RECIPES: dict[str, dict[str, Any]] = {
         color_strength=0.5, gray_p=0.1, optimizer="sgd", lr=0.03, warmup_epochs=0.0,
         weight_decay=5e-4, decay_all=True, head_hidden=1024,
     ),
-    # much accuracy in little time, by smaller views; tuned with a small network on a CPU (README)
+    # much accuracy in little time: four small views of each image; tuned with a small network on a
+    # CPU (tests/README.md)
     "cifar10-fast": dict(
-        arch="resnet18", batch_size=256, epochs=200, view_size=20, temperature=0.2, crop_min=0.2,
-        color_strength=0.5, gray_p=0.1, optimizer="sgd", lr=0.24, warmup_epochs=20.0,
-        weight_decay=5e-4, decay_all=True, head_hidden=1024,
+        arch="resnet18", batch_size=128, views=4, epochs=100, view_size=20, temperature=0.15,
+        crop_min=0.2, color_strength=0.5, gray_p=0.2, optimizer="sgd", lr=0.72, warmup_epochs=10.0,
+        weight_decay=1e-3, decay_all=True, head_hidden=1024, head_bn=True,
     ),
     # the paper's own (Appendix B.9): 94.0 % with a linear classifier
     "cifar10-paper": dict(
@@ -1460,9 +1434,7 @@ def init_settings(init: str, checkpoints: str = "checkpoints", **given: Any) -> 
     """
     file = utils.find_checkpoint(init, checkpoints)
     source = load_source(file)
-    resnet, shape = source.resnet, source.config or source.foreign
-    settings = {name: getattr(shape, name) for name in ("arch", "width", "stem")}
-    settings["init_sha256"] = utils.file_digest(file)
+    resnet, settings = source.resnet, {**source.shape, "init_sha256": utils.file_digest(file)}
     for name, value in settings.items():
         if given.get(name, "auto") not in (value, "auto", ""):
             raise InputError(f"{flag(name)} is {given[name]}, but --init {file} has {value}")
@@ -1509,7 +1481,7 @@ def side_of(data: Images) -> int:
 def resolve(config: Config, data: Images, device: torch.device) -> Config:
     """Replace what was left open (0, "auto") by what fits the training images and the device.
 
-    Raises InputError if images or views are too small, or the batch cannot be divided as asked.
+    Raises InputError if images or views are too small.
     """
     config, ranks = dataclasses.replace(config), utils.world_size()
     if not config.image_size:
@@ -1525,7 +1497,6 @@ def resolve(config: Config, data: Images, device: torch.device) -> Config:
         config.precision = "bfloat16" if utils.has_fast_bfloat16(device) else "float32"
     if config.stem == "auto":
         config.stem = "small" if config.image_size <= SMALL_STEM_SIZE else "imagenet"
-    batch, _ = batch_count(config, len(data))
     if config.compile == "auto" and (device.type != "cuda" or ranks > 1 or config.micro_batch):
         config.compile = "off"
     if config.compile == "on" and ranks > 1:
@@ -1540,13 +1511,18 @@ def resolve(config: Config, data: Images, device: torch.device) -> Config:
     if config.dataset == "folder":
         config.data_dir = str(Path(config.data_dir).resolve())
         config.labels_from = config.labels_from and str(Path(config.labels_from).resolve())
+    return config
+
+
+def check_batch(config: Config, n: int) -> None:
+    """Raise InputError if the batch of n images cannot be divided as asked."""
+    batch, ranks = batch_count(config, n)[0], utils.world_size()
     part = config.micro_batch or batch
     name = flag("micro_batch" if config.micro_batch else "batch_size")
     if batch % part:
         raise InputError(f"{name} {part} does not divide the batch of {batch} images")
     if part % ranks:
         raise InputError(f"{name} {part} does not divide into equal parts for {ranks} processes")
-    return config
 
 
 # -------------------------------------------------------------------- a run's data and checkpoints
@@ -1556,7 +1532,7 @@ def load_data(config: Config, device: torch.device) -> Data:
     """All splits of config.dataset; images that are held in memory are moved to `device`."""
     given = config.max_bad, config.range
     if config.labels_from:
-        pretrain = utils.load_unlabelled(config.data_dir, *given)
+        pretrain = utils.load_unlabelled(utils.existing_folder(Path(config.data_dir)), *given)
         train, test = utils.load_splits("folder", ("train", "test"), config.labels_from, *given)
     else:
         splits = utils.load_splits(config.dataset, utils.SPLITS, config.data_dir, *given)
@@ -1565,7 +1541,7 @@ def load_data(config: Config, device: torch.device) -> Data:
         raise InputError(f"need at least 2 images to contrast, got {len(pretrain)}")
     learned, held_out = split_held_out(config, pretrain, train)
     moved = learned.to(device)
-    same = train is pretrain  # also if neither has labels
+    same = train is pretrain  # images that serve both are moved once
     data = Data(moved, moved if same else train.to(device), test.to(device))
     data.held_out = held_out.to(device) if held_out else None
     if config.labels_from and not data.labelled:
@@ -1592,7 +1568,7 @@ def split_held_out(
 
 
 def only_readable(data: Data, config: Config) -> Data:
-    """Without the labelled images that cannot be read: training on labels cannot replace them."""
+    """The data without labelled images that cannot be read: training on labels replaces none."""
     train, test = (utils.only_readable(x, config.workers) for x in (data.train, data.test))
     return Data(data.pretrain, train, test)
 
@@ -1618,27 +1594,12 @@ def check_same_run(record: dict, config: Config, data: Data) -> None:
         )
 
 
-@dataclass
-class TrainedRun:
-    """The content of a run's checkpoint. model: frozen and in eval mode, on the CPU."""
+def read_run(state: dict, file: Path) -> tuple[SimCLR, Config, int]:
+    """The model (frozen, in eval mode, on the CPU), settings and complete epochs of a run.
 
-    config: Config
-    model: SimCLR
-    epoch: int  # complete epochs
-    file: Path
-
-
-def load_run(file: Path) -> TrainedRun:
-    """Read a checkpoint that train() wrote. No code in it is executed.
-
-    Where a run's last.pt is damaged, previous.pt is read, with a warning. Raises InputError if
-    there is none, it has another format, or its weights do not fit its configuration exactly.
+    state: the content of its checkpoint `file`. Raises InputError if it has another format, or its
+    weights do not fit its configuration exactly.
     """
-    return trained_run(*utils.load_newest(file))
-
-
-def trained_run(state: dict, file: Path) -> TrainedRun:
-    """load_run() for a checkpoint that has been read from `file`."""
     utils.check_format(f"{file} is a checkpoint", state.get("format"), CHECKPOINT_FORMAT)
     with utils.errors_as_input_error(f"{file} is not a checkpoint of a run"):
         config = Config(**state["config"])
@@ -1648,7 +1609,7 @@ def trained_run(state: dict, file: Path) -> TrainedRun:
         check_config(config)
         model = make_model(config).eval().requires_grad_(False)
         utils.load_weights(model, state["model"], str(file))
-        return TrainedRun(config, model, state["position"]["epoch"], file)
+        return model, config, state["position"]["epoch"]
 
 
 # ------------------------------------------------------------------------ encoders of any origin
@@ -1676,30 +1637,30 @@ class Source:
         """The folder of the figures: the run's, or named after the file."""
         return self.config.run if self.config else self.file.name.split(".")[0]
 
-    @property
-    def row_names(self) -> dict[str, str]:
-        """What rows and panels are called, by the keys of REPRESENTATIONS."""
-        if self.config:
-            return row_names(self.config)
-        return REPRESENTATIONS | {"simclr": "pre-trained encoder"}
-
     def output(self, name: str, figures: str) -> Path:
         """Where results go: beside the checkpoint, or beside the figures if it is read-only there.
 
-        Beside a checkpoint that is not alone in its folder they are named after it.
+        Beside any file but last.pt and previous.pt they are named after it.
         """
         if not os.access(self.file.parent, os.W_OK):
             return Path(figures) / self.name / name
         own = self.file.name in (utils.CHECKPOINT, utils.PREVIOUS)
         return self.file.with_name(name if own else f"{self.file.name}.{name}")
 
-    def precision(self, device: torch.device) -> str:
-        """As in training, where the hardware has it."""
+    def precision(self, device: torch.device, wanted: str = "auto") -> str:
+        """The precision to compute in; "auto": as in training, where the hardware has it."""
         trained = self.config.precision if self.config else "float32"
-        return trained if utils.has_fast_bfloat16(device) else "float32"
+        usual = trained if utils.has_fast_bfloat16(device) else "float32"
+        return usual if wanted == "auto" else wanted
 
-    def untrained(self, config: Config) -> nn.Module:
-        """The same network before pre-training, for images in [0, 1]; by the run's own seed."""
+    @property
+    def shape(self) -> dict[str, Any]:
+        """Architecture, width and stem of the ResNet."""
+        return {k: getattr(self.config or self.foreign, k) for k in ("arch", "width", "stem")}
+
+    def untrained(self, config: Config, seed: int = 0) -> nn.Module:
+        """The same network before pre-training, for images in [0, 1]; seed: added to the run's."""
+        config = dataclasses.replace(config, seed=config.seed + seed)
         copy = self.file.with_name(init_copy(config).name)  # the run may be from another machine
         if config.init and copy.is_file():
             config = dataclasses.replace(config, init=str(copy))
@@ -1715,14 +1676,13 @@ class Source:
     ) -> Config:
         """The settings for other images than the run's; what is not given is the run's.
 
-        Raises InputError if there is no run, or a folder of images, and so it must be given.
+        Raises InputError if dataset or data_dir is needed and not given.
         """
         config = self.config
         if config is None:
             if not dataset:
                 raise InputError(f"{self.file} does not say on what images: give --dataset")
-            shape = {name: getattr(self.foreign, name) for name in ("arch", "width", "stem")}
-            config = make_config(dataset=dataset, run=self.name, data_dir="", **shape)
+            config = make_config(dataset=dataset, run=self.name, data_dir="", **self.shape)
         elif dataset and dataset != config.dataset:
             config = dataclasses.replace(
                 config, dataset=dataset, data_dir="", labels_from="", range=()
@@ -1735,7 +1695,9 @@ class Source:
             data_dir=data_dir or config.labelled_dir or "data",
             labels_from="",
             image_size=image_size or config.image_size,
-            view_size=0,  # a setting of pre-training
+            view_size=0,  # this and the next two are settings of pre-training
+            micro_batch=0,
+            compile="off",
             range=tuple(grey_range) or config.range,
         )
 
@@ -1751,12 +1713,11 @@ def load_source(file: Path, normalize: str = "auto", prefix: str = "") -> Source
     foreign = projector = config = None
     epoch = 0
     if "config" in state and "format" in state:
-        run = trained_run(state, file)
-        config, epoch = run.config, run.epoch
-        resnet, projector = utils.without_normalization(run.model.encoder), run.model.projector
+        model, config, epoch = read_run(state, file)
+        resnet, projector = utils.without_normalization(model.encoder), model.projector
         used = config.normalize if normalize == "auto" else normalize
         inputs = "in [0, 1]" if used == "none" else f"normalised for {used}"
-        text = f"{config.arch} at width {config.width:g}, epoch {run.epoch}, inputs {inputs}"
+        text = f"{config.arch} at width {config.width:g}, epoch {epoch}, inputs {inputs}"
     else:
         foreign = utils.find_encoder(state, file, prefix)
         resnet = Encoder(foreign.arch, foreign.width, foreign.stem)
@@ -1796,8 +1757,10 @@ REPRESENTATIONS = {
 }
 
 
-def row_names(config: Config) -> dict[str, str]:
-    """REPRESENTATIONS of a run, which may have begun with the weights of --init."""
+def row_names(config: Config | None) -> dict[str, str]:
+    """REPRESENTATIONS as they are named for a run, or for an encoder of another project (None)."""
+    if config is None:
+        return REPRESENTATIONS | {"simclr": "pre-trained encoder"}
     return REPRESENTATIONS | ({"untrained": "before pre-training"} if config.init else {})
 
 
@@ -1866,9 +1829,9 @@ def knn_of(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, classes: int) -
     return utils.accuracy(utils.all_gather_rows(predicted, len(x_test)), y_test)
 
 
-def held_out_knn(x: Tensor, y: Tensor, classes: int) -> tuple[float, int]:
+def validation_knn(x: Tensor, y: Tensor, classes: int) -> tuple[float, int]:
     """knn_of() of utils.HELD_OUT of the rows of each class among the others, and their number."""
-    fit, held_out = (torch.from_numpy(rows) for rows in utils.split_held_out(y.cpu().numpy()))
+    fit, held_out = (torch.from_numpy(rows) for rows in utils.stratified_split(y.cpu().numpy()))
     return knn_of(x[fit], y[fit], x[held_out], y[held_out], classes), len(held_out)
 
 
@@ -1903,17 +1866,12 @@ def evaluate(model: SimCLR, data: Data, config: Config, device: torch.device) ->
     return results
 
 
-def results_table(
-    results: dict[str, dict], images: int, names: dict[str, str] = REPRESENTATIONS,
-    fewest: int = LABELS_PER_CLASS,
-) -> str:  # fmt: skip
-    """The results of evaluate() on so many test images, as text.
-
-    names: of the rows. fewest: training images of the smallest class.
-    """
+def results_table(results: dict[str, dict], config: Config, data: Data) -> str:
+    """The results of evaluate() as text."""
+    images, names, smallest = len(data.test), row_names(config), int(data.class_sizes.min())
     line = "{:22} {:>13} {:>19} {:>19}".format
-    few = "≤ " * (fewest < LABELS_PER_CLASS) + f"{LABELS_PER_CLASS} labels a class"
-    titles = f"kNN (k={KNN_NEIGHBOURS})", few, "linear, all labels"
+    labels = "≤ " * (smallest < LABELS_PER_CLASS) + f"{LABELS_PER_CLASS} labels a class"
+    titles = f"kNN (k={KNN_NEIGHBOURS})", labels, "linear, all labels"
     lines = [line(f"{images:,} test images", *titles)]
     for key in FINAL_TABLE:
         knn, few, std, every = (results[score][key] for score in SCORES)
@@ -1921,26 +1879,26 @@ def results_table(
         lines.append(line(names[key], *(utils.accuracy_text(*cell) for cell in cells)))
     if images < utils.FEW_IMAGES:
         lines.append(f"±: sampling error of {images:,} images, and spread over draws of 10 labels")
+    if data.uneven:
+        lines.append(f"the largest class: {data.majority:.1%} of the test images")
     return "\n".join(lines)
 
 
 def draw_training(
-    log: Sequence[dict], size: int, baselines: dict[str, float] | None = None,
-    config: Config | None = None,
-) -> Any:  # fmt: skip
+    config: Config, log: Sequence[dict], size: int, baselines: dict[str, float] | None = None
+) -> Any:
     """The training curves as a matplotlib Figure: loss, contrastive accuracy, kNN, learning rate.
 
     Where images were held out, a third row shows their contrastive accuracy and effective rank.
-    log: rows of log.jsonl. size: N, images a step. baselines: kNN accuracy in [0, 1] of "pixels"
-    and "untrained", when they have been measured. config: the run's.
+    log: rows of log.jsonl. size: N, images a step. baselines: kNN accuracies in [0, 1] by the keys
+    of REPRESENTATIONS, when they have been measured.
     """
     from matplotlib.figure import Figure  # late: half a second that not every import needs
     from matplotlib.ticker import MaxNLocator
 
-    config = config or Config()
-    rows = 3 if any("effective_rank" in row for row in log) else 2
-    figure = Figure(figsize=(7.2, 2.4 * rows), layout="constrained")
-    loss, guess, knn, rate, *held_out = axes = figure.subplots(rows, 2, sharex=True).ravel()
+    lines = 3 if any("effective_rank" in row for row in log) else 2
+    figure = Figure(figsize=(7.2, 2.4 * lines), layout="constrained")
+    loss, guess, knn, rate, *held_out = axes = figure.subplots(lines, 2, sharex=True).ravel()
     for axis, (key, (title, unit, scale, color)) in zip(axes, PANELS.items(), strict=False):
         rows = [row for row in log if key in row]
         epochs, values = [row["epoch"] for row in rows], [scale * row[key] for row in rows]
@@ -1959,14 +1917,16 @@ def draw_training(
     if config.loss != "nt-xent":
         loss.set_title(f"Loss {config.loss}, not NT-Xent")
     loss.axhline(chance, **grey, linestyle="--", label=f"chance, {chance:.2f}")
-    loss.set_ylim(0, 1.05 * max([chance, *(row["loss"] for row in log)]))
-    found = (views - 1) / (views * size - 1)
-    guess.axhline(100 * found, **grey, linestyle="--", label=f"chance, {found:.2%}")
+    losses = [0, chance, *(row["loss"] for row in log)]  # DCL's may be negative
+    loss.set_ylim(min(losses), 1.05 * max(losses))
+    by_chance = (views - 1) / (views * size - 1)
+    guess.axhline(100 * by_chance, **grey, linestyle="--", label=f"chance, {by_chance:.2%}")
     guess.set_ylim(0, 100)
-    for axis, most in zip(held_out, (100, max(1.1 * y for y in values)), strict=False):
-        axis.set_ylim(0, most)  # the last values are the ranks
-    for (key, value), style in zip((baselines or {}).items(), ("--", ":"), strict=False):
-        knn.axhline(100 * value, **grey, linestyle=style, label=row_names(config)[key])
+    if held_out:
+        held_out[0].set_ylim(0, 100)
+        held_out[1].set_ylim(0, 1.1 * max(row.get("effective_rank", 1) for row in log))
+    for key, style in {"pixels": "--", "untrained": ":"}.items() if baselines else ():
+        knn.axhline(100 * baselines[key], **grey, linestyle=style, label=row_names(config)[key])
     knn.set_ylabel(f"% of {config.knn_split} images")
     rate.set_ylim(0, None)
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
@@ -2012,14 +1972,13 @@ def labelled_batches(
 
 def fine_tune(
     encoder: nn.Module, data: Images, rows: Tensor, augment: Augment, training: LabelTraining,
-    config: Config, device: torch.device, seed: int = 0,
-    after_step: Callable[[], Any] = lambda: None,
+    config: Config, device: torch.device, seed: int = 0, title: str = "",
 ) -> nn.Sequential:  # fmt: skip
     """A copy of the encoder with a linear classifier on it, trained as a whole (Appendix B.5).
 
     encoder: images -> features (B, encoder.feature_dim); it is not changed, and an untrained one
     makes this training from scratch. data: labelled; rows: int64 (M,), which of its images to
-    learn from. Returns images -> logits, in eval mode.
+    learn from. title: of a progress bar. Returns images -> logits, in eval mode.
     """
     classifier = utils.zero_classifier(encoder.feature_dim, len(data.classes))
     network = nn.Sequential(copy.deepcopy(encoder), classifier).to(device)
@@ -2028,7 +1987,7 @@ def fine_tune(
     key = (config.seed, LABELS, seed)
     batches = labelled_batches(data, rows, augment, size, steps, key, device, config.workers)
     peak = training.lr * size / 256
-    utils.train_on_labels(network, batches, steps, peak, training, config.precision, after_step)
+    utils.train_on_labels(network, batches, steps, peak, training, config.precision, title)
     return network.eval()
 
 
@@ -2038,12 +1997,15 @@ FIELD_GROUPS = {  # the first field of each group in --help
     "recipe": "data",
     "crop_min": "augmentation (Section 3, Appendix A)",
     "arch": "encoder and projection head (Section 4)",
-    "temperature": "loss and optimiser (Section 2)",
+    "loss": "loss and optimiser (Section 2)",
     "seed": "the run",
 }
-SUMMARY = "summary.json"
 SHEET = (8, 8)  # images, and views of each, that --show-views draws
 LARGEST_TILE = 256  # px: more than the figure shows
+LESS_MEMORY = (
+    " (a step needs less with a smaller --micro-batch, which divides the batch, --batch-size, "
+    "--view-size or --width)"
+)
 
 
 def describe_recipes() -> str:
@@ -2089,8 +2051,10 @@ def draw_views(config: Config, data: Images, device: torch.device) -> Any:
     originals = next(utils.subset(data, rows).batches(config.view_side, count, device))
     key, augment = (config.seed, VIEWS), make_augment(config)
     drawn = next(augmented_batches(data, rows[None], [key], augment, views, device))
-    tiles = torch.stack([originals, *drawn.split(count)], 1)  # (N, 1 + views, 3, S, S)
-    picture = utils.mosaic(utils.to_uint8(tiles), gap=max(1, config.view_side // 16))
+    tiles = torch.stack([originals, *drawn.split(count)], 1).flatten(0, 1)  # image, its views, …
+    gap = max(1, config.view_side // 16)
+    grid = torchvision.utils.make_grid(utils.to_uint8(tiles), 1 + views, gap, pad_value=255)
+    picture = grid.permute(1, 2, 0).cpu().numpy()
 
     figure = Figure(figsize=(9, 9 * picture.shape[0] / picture.shape[1]), layout="constrained")
     axes = figure.subplots()
@@ -2122,34 +2086,25 @@ def run(config: Config, overwrite: bool = False) -> dict:
     with utils.process_group(device):
         data = load_data(config, device)
         config = resolve(config, data.pretrain, device)
+        check_batch(config, len(data.pretrain))
         print(describe_run(config, data, device))
         if config.stop_at_knn and not data.labelled:
             raise InputError("--stop-at-knn: there are no labels to measure it by")
         restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        overwrite = overwrite and not restarted  # by torchrun: the new run has begun already
+        overwrite = overwrite and not restarted  # by torchrun, which restarted the new run
         summary = None if overwrite else utils.broadcast_from_rank0(read_summary, config, data)
         if summary:
             print(f"{config.folder} is finished; --overwrite trains it again")
             print_summary(summary, config, data)
             return summary
         utils.make_folder(config.figure_folder)
-        with utils.run_lock(config.folder):
-            if overwrite:
-                utils.RunFolder(config.folder).delete(SUMMARY)
+        with utils.run_lock(config.folder, overwrite):
             if config.tensorboard and utils.is_main_process():
                 sheet = draw_views(config, data.pretrain, device)
                 utils.event_writer(config.folder).add_figure("views", sheet)
             if config.init:
                 utils.write_atomically(init_copy(config), Path(config.init).read_bytes())
-            try:
-                model = train(config, data, device, clock=clock)
-            except RuntimeError as error:
-                if not utils.is_out_of_memory(error):
-                    raise
-                raise InputError(
-                    f"{device} has too little memory for a step: try a smaller --micro-batch (it "
-                    "divides the batch), --batch-size, --view-size or --width"
-                ) from error
+            model = train(config, data, device, clock=clock)
             results = evaluate(model, data, config, device) if data.labelled else {}
             clock.lap("evaluation")
             summary = utils.broadcast_from_rank0(write_summary, config, data, model, results, clock)
@@ -2162,10 +2117,10 @@ def pretrain(
 ) -> SimCLR:
     """SimCLR from Python, on tensors: trains, or continues, a run in checkpoints/.
 
-    images: uint8 (N, 3, H, W). encoder: any module, float (B, 3, S, S) in [0, 1] -> (B, D), which
-    is trained in place; by default the ResNet of the settings. overwrite: delete a run of the same
-    name first. settings: fields of Config, on top of the recipe "folder". Returns the model in eval
-    mode: model.encoder maps images to h. Raises InputError as train().
+    images: uint8 (N, 3, H, W). encoder: any module on the CPU, float (B, 3, S, S) in [0, 1] ->
+    (B, D), which is trained in place; by default the ResNet of the settings. overwrite: delete a
+    run of the same name first. settings: fields of Config, on top of the recipe "folder". Returns
+    the model in eval mode: model.encoder maps images to h. Raises InputError as train().
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise InputError(f"need uint8 (N, 3, H, W), got {images.dtype} {(*images.shape,)}")
@@ -2173,14 +2128,13 @@ def pretrain(
     device = utils.choose_device(config.device)
     learned = utils.ImageSet(images).to(device)
     config = resolve(config, learned, device)
+    check_batch(config, len(learned))
     data = Data(learned, learned, utils.subset(learned, torch.arange(0)))
     data.files = hashlib.sha256(images.cpu().numpy().tobytes()).hexdigest()
     model = make_model(config, encoder) if encoder else start_model(config)
     if encoder:
         config.arch = utils.OWN_MODULE
-    with utils.run_lock(config.folder):
-        if overwrite:
-            utils.RunFolder(config.folder).delete(SUMMARY)
+    with utils.run_lock(config.folder, overwrite):
         return train(config, data, device, model=model).eval()
 
 
@@ -2206,7 +2160,7 @@ def describe_run(config: Config, data: Data, device: torch.device) -> str:
 def read_summary(config: Config, data: Data) -> dict | None:
     """The summary of the run if it is complete. Raises InputError if the run has other settings."""
     try:
-        summary = json.loads((config.folder / SUMMARY).read_bytes())
+        summary = json.loads((config.folder / utils.SUMMARY).read_bytes())
     except (OSError, ValueError):  # missing, or damaged: then the run is evaluated again
         return None
     check_same_run(summary, config, data)
@@ -2219,10 +2173,8 @@ def write_summary(
     """The last figure and the summary of a trained and evaluated model."""
     log = utils.read_jsonl(config.folder / utils.LOG)
     size, steps = batch_count(config, len(data.pretrain))
-    baselines = None
-    if results and config.knn_split == "test":
-        baselines = {key: results["knn"][key] for key in ("pixels", "untrained")}
-    figure = draw_training(log, size, baselines, config)
+    baselines = results.get("knn") if config.knn_split == "test" else None
+    figure = draw_training(config, log, size, baselines)
     utils.warn_on_failure(utils.save_figure, figure, config.figure_folder / FIGURE)
     clock.lap("drawing")
     training = sum(row["seconds"] for row in log)
@@ -2237,7 +2189,7 @@ def write_summary(
         "views_per_second": config.views * size * steps * len(log) / max(training, 1e-3),
         **clock.seconds(),
     }
-    utils.write_json(config.folder / SUMMARY, summary)
+    utils.write_json(config.folder / utils.SUMMARY, summary)
     return summary
 
 
@@ -2250,11 +2202,8 @@ def print_summary(summary: dict, config: Config, data: Data) -> None:
     folder = shlex.quote(str(config.folder))
     table, labels = "No labelled test images: h was not evaluated", " --data-dir LABELLED_IMAGES"
     if "knn" in summary:
-        fewest = int(data.class_sizes.min())
-        table = results_table(summary, len(data.test), row_names(config), fewest)
-        table += f"\nthe largest class: {data.majority:.1%} of the test images" * data.uneven
-        labels = ""
-    times = {name: summary.get(f"{part}_seconds", 0.0) for part, name in TIMED.items()}
+        table, labels = results_table(summary, config, data), ""
+    times = {part: summary.get(f"{part}_seconds", 0.0) for part in TIMED}
     use = f"  your own images     {again} --dataset folder --data-dir PHOTOS\n"
     if config.dataset == "folder":
         use = (f"  make a classifier   {load} {folder}{labels} --fine-tune\n"
@@ -2263,7 +2212,7 @@ def print_summary(summary: dict, config: Config, data: Data) -> None:
         f"\n{table}\n"
         f"\n{summary['epochs']} of {config.epochs} epochs at {summary['views_per_second']:,.0f} "
         f"views/s in {sum(times.values()):.1f} s: "
-        f"{', '.join(f'{name} {seconds:.1f}' for name, seconds in times.items())}\n"
+        f"{', '.join(f'{part} {seconds:.1f}' for part, seconds in times.items())}\n"
         f"curves        {config.figure_folder / FIGURE}\n"
         f"weights, log  {config.folder}\n"
         "\nnext:\n"
@@ -2273,7 +2222,7 @@ def print_summary(summary: dict, config: Config, data: Data) -> None:
     )
 
 
-@utils.command("simclr.py")
+@utils.command("simclr.py", LESS_MEMORY)
 def main(argv: Sequence[str] | None = None) -> None:
     config, overwrite, views_file = parse_command_line(argv)
     if views_file:

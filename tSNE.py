@@ -1,4 +1,4 @@
-"""Draws what a representation holds: the test images by t-SNE, as figures and as a page to explore.
+"""Draws maps of a representation: the test images by t-SNE, as figures and as a page to explore.
 
     python tSNE.py                             # the newest run
     python tSNE.py cifar10_resnet18            # a run by its name, its folder or its checkpoint
@@ -54,11 +54,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from PIL import Image
 from scipy.linalg import orthogonal_procrustes
-from scipy.ndimage import gaussian_filter
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 from torch import Tensor
+from torchvision.utils import make_grid
 
 import simclr
 import utils
@@ -101,9 +101,11 @@ def check_perplexity(options: Options, images: int) -> None:
     """t-SNE uses 3 · perplexity neighbours of each image, so there must be as many others."""
     most = (images - 1) / 3
     if options.method == "tsne" and options.perplexity > most:
-        way = f"--perplexity {math.floor(most)} at most, or " if most >= 1 else ""
-        why = f"{images} images are too few for a perplexity of {options.perplexity:g}"
-        raise InputError(f"{why}: it needs three times as many neighbours; use {way}--method pca")
+        advice = f"--perplexity {math.floor(most)} at most, or " if most >= 1 else ""
+        reason = f"{images} images are too few for a perplexity of {options.perplexity:g}"
+        raise InputError(
+            f"{reason}: it needs three times as many neighbours; use {advice}--method pca"
+        )
 
 
 # ----------------------------------------------------------------------------- network and images
@@ -145,10 +147,9 @@ class Scene:
     """The images that are drawn, and the training images that they are compared with.
 
     shown: N images. rows: int64 (N,), their numbers in the split. split: "test", or "training"
-    where there are no test images. name: of the data set. Computed: classes, the name of each
-    label, none of unlabelled images; labels, int64 (N,); names and style, of classes in figures;
-    judged, whether a kNN accuracy can be measured; digest, changes with the images (of files: with
-    their names).
+    where there are no test images. name: of the data set. Computed from these: classes, the name
+    of each label, () if unlabelled; labels, int64 (N,); names and style, of classes in figures;
+    judged, whether kNN accuracy can be measured; digest, of the images (of files: of their names).
     """
 
     shown: Images
@@ -217,7 +218,7 @@ def stage(title: str) -> Iterator[None]:
 
 
 def cached(file: Path, title: str, compute: Callable[..., Arrays], *arguments: Any) -> Arrays:
-    """What compute(*arguments) returned in an earlier call, which wrote it to `file`, or now.
+    """The result of compute(*arguments), read from `file` if an earlier call wrote it there.
 
     title: for the line that is printed when it is computed. A damaged file counts as none. A file
     that cannot be written gives a warning.
@@ -251,8 +252,8 @@ def features_of(network: Network, name: str, scene: Scene, device: torch.device)
     encoder, config, h = network.encoders[name], network.config, name == "simclr"
     shown = simclr.features(encoder, scene.shown, config, device)  # (N, D)
     if (shown == shown[0]).all():
-        title = network.source.row_names[name]
-        raise InputError(f"nothing to draw: by {title} all images are alike")
+        title = simclr.row_names(network.source.config)[name]
+        raise InputError(f"nothing to draw: all images have the same features ({title})")
     components = principal_components(shown.cpu().numpy())
     results: dict[str, Any] = {"components": components, "knn": np.float64(math.nan)}
     if h:
@@ -279,8 +280,7 @@ def other_neighbours(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
     similarity, rows = utils.nearest_neighbours(features, features, k + 1)
     own = rows == torch.arange(len(rows), device=rows.device)[:, None]
     own[~own.any(1), -1] = True  # of many equal images an image itself may not be among the first
-    others = (len(rows), rows.shape[1] - 1)
-    return similarity[~own].view(others), rows[~own].view(others)
+    return similarity[~own].view(len(rows), -1), rows[~own].view(len(rows), -1)
 
 
 def principal_components(features: np.ndarray) -> np.ndarray:
@@ -299,7 +299,6 @@ def principal_components(features: np.ndarray) -> np.ndarray:
 # gives the same KL divergence (2.613 and 2.616 after 500 steps)
 ANGLE = 0.7
 MOST_EPOCHS = 6  # panels of kept checkpoints that --epochs draws
-TINY_SPREAD = 1e-4  # standard deviation of the start, as in scikit-learn's init="pca"
 
 
 def tsne(
@@ -308,15 +307,13 @@ def tsne(
     """scikit-learn's t-SNE with the cosine metric: (N, D) -> float32 (N, 2).
 
     start: (N, 2), an arrangement to begin with, which is largely kept; without it, the first two
-    components, scaled down. It uses one thread: several would wait for each other at each of
+    components. It uses one thread: several would wait for each other at each of
     thousands of steps, which is ten times slower where other programs use the cores too. Panels
     are computed in parallel instead.
     """
-    if start is None:
-        start = components[:, :2] / components[:, 0].std() * TINY_SPREAD
-    start = start.astype(np.float32)
+    init = "pca" if start is None else start.astype(np.float32)
     model = TSNE(
-        perplexity=perplexity, metric="cosine", init=start, random_state=seed, angle=ANGLE, n_jobs=1
+        perplexity=perplexity, metric="cosine", init=init, random_state=seed, angle=ANGLE, n_jobs=1
     )
     with threadpool_limits(1, user_api="openmp"):  # of this thread alone
         return model.fit_transform(components)
@@ -364,7 +361,7 @@ class Embedding:
         key = (network.digest, settings, self.scene.digest, name)
         file = self.cache / f"features-{name}-{joblib.hash(key)}.npz"
         epoch = "" if network is self.network else f", epoch {network.source.epoch}"
-        title = f"features, {network.source.row_names[name]}{epoch}"
+        title = f"features, {simclr.row_names(network.source.config)[name]}{epoch}"
         return cached(file, title, features_of, network, name, self.scene, self.device)
 
     def positions(self, features: Arrays, name: str, start: np.ndarray | None = None) -> np.ndarray:
@@ -388,10 +385,10 @@ class Embedding:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # at once, if Ctrl-C was pressed
         target = positions.get("simclr", next(iter(positions.values())))
-        panels = []
+        panels, titles = [], simclr.row_names(self.network.source.config)
         for name, xy in positions.items():
-            title, knn = self.network.source.row_names[name], float(features[name]["knn"])
-            panels.append(Panel(name, title, aligned(xy, target), knn))
+            knn = float(features[name]["knn"])
+            panels.append(Panel(name, titles[name], aligned(xy, target), knn))
         return panels, features["simclr"]
 
     def epochs(self) -> list[Panel]:
@@ -447,9 +444,8 @@ DPI = 200
 MOST_VECTOR_POINTS = 2000  # a panel of more becomes pixels in PDF and SVG
 MOST_NAMES = 10  # classes: up to here the names stand on the maps too
 MOST_LEGEND = 200  # classes: more would leave no room for the panels
-NAME_CELLS = 40  # a map has 40 x 40 places for names
-NAME_BLUR = 1.5  # cells: standard deviation of the Gaussian that smooths the counts of images
-CHARACTER_CELLS = 1.1  # width of a character on a panel
+CHARACTER_WIDTH = 0.0565  # of a name on a map, which is 2 wide
+NAME_ROWS = np.linspace(-0.95, 0.95, 20).tolist()  # heights at which names stand
 GRID_FILL = 0.35  # share of the thumbnails' grid that holds an image
 GRID_PIXELS = 3000  # side of the grid
 CELL_PIXELS = (16, 72)  # least and most
@@ -467,31 +463,21 @@ def unit_square(xy: np.ndarray) -> np.ndarray:
 def name_places(xy: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> list[tuple]:
     """Where the names of classes stand on a map: (class, x, y), no name on another.
 
-    xy: in [-1, 1]². A name stands where many images of its class are, and few of others. A class
-    without images has none. There are none where there are more than MOST_NAMES classes.
+    xy: in [-1, 1]². A name stands as near as it can to the image at the median of its class. A
+    class without images has none. There are none where there are more than MOST_NAMES classes.
     """
     if not 0 < len(names) <= MOST_NAMES:
         return []
-    last = NAME_CELLS - 1
-    columns, rows = ((xy + 1) / 2 * last).round().astype(int).T
-    counts = np.zeros((len(names), NAME_CELLS, NAME_CELLS))
-    np.add.at(counts, (labels, rows, columns), 1)
-    density = gaussian_filter(counts, (0, NAME_BLUR, NAME_BLUR))
-    score = density**2 / (density.sum(0) + 1e-9)  # density times share
-    taken: list[tuple] = []  # label, column and row of the name's middle, half its width
-    for label in np.argsort(-score.max((1, 2)), kind="stable").tolist():
-        if not (images := counts[label]).any():
-            continue
-        row, column = map(int, np.unravel_index(score[label].argmax(), images.shape))
-        half = min(CHARACTER_CELLS * utils.text_width(names[label]), last) / 2
-        column = min(max(column, half), last - half)  # the name stays inside the map
-        hidden = images[max(0, row - 1) : row + 2, int(column - half) : int(column + half) + 2]
-        if hidden.sum() > images.sum() / 2:  # stand beside a cluster that is smaller than the name
-            row += 2 if row < last / 2 else -2
-        rows_taken = [y for _, x, y, w in taken if abs(column - x) <= half + w]
-        free = [r for r in range(1, last) if all(abs(r - y) > 1 for y in rows_taken)]
-        taken.append((label, column, min(free, key=lambda r: abs(r - row)), half))
-    return sorted((label, *(round(2 * i / last - 1, 4) for i in at)) for label, *at, _ in taken)
+    halves = [min(1, CHARACTER_WIDTH * utils.text_width(name) / 2) for name in names]
+    places: list[tuple] = []
+    for label in np.unique(labels).tolist():
+        own, half = xy[labels == label], halves[label]
+        x, y = own[np.square(own - np.median(own, 0)).sum(1).argmin()].tolist()
+        x = min(max(x, half - 1), 1 - half)  # the name stays inside the map
+        taken = [row for other, at, row in places if abs(x - at) <= half + halves[other]]
+        free = [row for row in NAME_ROWS if row not in taken]
+        places.append((label, round(x, 4), min(free, key=lambda row: abs(row - y))))
+    return places
 
 
 def figure_with_legend(
@@ -582,7 +568,8 @@ def draw_thumbnails(
     grid[row, column] = frames[:, :, None, None].expand(-1, -1, cell, cell)
     inner = slice(frame, cell - frame)
     grid[row, column, :, inner, inner] = small_images(scene.shown, cell - 2 * frame, device)
-    picture = utils.mosaic(grid[row.min() : row.max() + 1, column.min() : column.max() + 1])
+    part = grid[row.min() : row.max() + 1, column.min() : column.max() + 1]  # (R, C, 3, S, S)
+    picture = make_grid(part.flatten(0, 1), part.shape[1], padding=0).permute(1, 2, 0).numpy()
 
     height, width = np.array(picture.shape[:2]) / DPI  # a pixel of it is one of the figure
     figure = figure_with_legend(width + 0.1, height + 0.5, scene, caption, layout="constrained")
@@ -628,26 +615,22 @@ def draw_neighbours(scene: Scene, features: Arrays, size: int, seed: int) -> Fig
     """
     chosen, cpu = choose_queries(scene, features, seed), torch.device("cpu")
     rows, k = len(chosen[0][1]), features["train_near"].shape[1]
-    width, height = TILE_INCHES * (k + 1.6), 0.82 * rows + 0.6
+    width, height = TILE_INCHES * (k + 1.2), 0.82 * rows + 0.6
     figure = Figure(figsize=(width * len(chosen), height))
     parts = figure.subfigures(1, len(chosen), squeeze=False)[0]
     for part, (title, queries) in zip(parts, chosen, strict=True):
         part.suptitle(title, x=0.02, ha="left", fontsize=9, fontweight="bold", family="sans-serif")
-        ratios = [1, 0.4, *[1] * k]  # a gap between the image and its neighbours
-        axes = part.subplots(rows, k + 2, squeeze=False, width_ratios=ratios)
+        axes = part.subplots(rows, 1 + k, squeeze=False)
         part.subplots_adjust(0.02, 0.2 / height, 0.98, 1 - 0.5 / height, 0.06, 0.3)
         axes[0, 0].set_title("query", fontsize=7)
         header = "nearest training images" + ", cosine similarity" * (not scene.classes)
-        axes[0, 2].set_title(header, fontsize=7, loc="left")
+        axes[0, 1].set_title(header, fontsize=7, loc="left")
         near = torch.from_numpy(features["train_near"][queries]).flatten()
         own = small_images(utils.subset(scene.shown, torch.from_numpy(queries)), size, cpu)
         theirs = small_images(utils.subset(scene.train, near), size, cpu).unflatten(0, (rows, k))
         tiles = torch.cat([own[:, None], theirs], 1).flatten(0, 1)  # (rows · (1 + k), 3, S, S)
         labels = [label for query in queries for label in tile_labels(scene, features, query)]
-        for axis in axes[:, 1]:
-            axis.set_axis_off()
-        axes = np.delete(axes, 1, axis=1).flat
-        for axis, tile, (text, colour) in zip(axes, tiles, labels, strict=True):
+        for axis, tile, (text, colour) in zip(axes.flat, tiles, labels, strict=True):
             axis.imshow(tile.permute(1, 2, 0).numpy(), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set(color=colour, linewidth=1.6)
@@ -709,9 +692,8 @@ def packed(array: np.ndarray, dtype: str) -> str:
 def make_sprite(tiles: Tensor) -> tuple[str, int]:
     """All images in one, uint8 (N, 3, S, S) -> (data URI, images in a row)."""
     columns = math.ceil(math.sqrt(len(tiles)))
-    grid = tiles.new_full((math.ceil(len(tiles) / columns) * columns, *tiles.shape[1:]), 255)
-    grid[: len(tiles)] = tiles
-    picture = Image.fromarray(utils.mosaic(grid.unflatten(0, (-1, columns))))
+    grid = make_grid(tiles, columns, padding=0, pad_value=255)  # (3, H, W)
+    picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
     buffer = io.BytesIO()
     picture.save(buffer, "webp", lossless=grid.numel() <= LOSSLESS_BYTES, quality=WEBP_QUALITY)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode(), columns
@@ -791,9 +773,7 @@ def run(where: str, options: Options) -> list[Path]:
     moved = Path(config.data_dir).resolve() != Path(own.labelled_dir).resolve()
     moved = moved and config.dataset == "folder"
     suffix = f"-{scene.name}" if moved or config.dataset != own.dataset else ""
-    cache = source.file.parent / "tsne"
-    if not os.access(cache if cache.exists() else cache.parent, os.W_OK):
-        cache = folder / "tsne"
+    cache = source.output("tsne", options.figures)
     with matplotlib.rc_context(scene.style):
         return draw(Embedding(network, scene, options, device, cache), folder, suffix)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import csv
 import ctypes
 import dataclasses
 import errno
@@ -132,11 +133,12 @@ def log_warning(line: str) -> None:
 
 
 @contextlib.contextmanager
-def command(program: str) -> Iterator[None]:
+def command(program: str, less_memory: str = "") -> Iterator[None]:
     """Decorator of every main(): an expected failure becomes one line on stderr and an exit code.
 
     The code is 2 for an InputError or too little memory, and 128 + the signal, as in shells, for
     Ctrl-C, SIGTERM, SIGUSR1 and, without a message, SIGPIPE (`python simclr.py | head -1`).
+    less_memory: how the program needs less, for the message.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names that are not text
@@ -158,7 +160,7 @@ def command(program: str) -> Iterator[None]:
                             "PYTORCH_ENABLE_MPS_FALLBACK=1, or add --device cpu")  # fmt: skip
         if not is_out_of_memory(error):
             raise
-        exit_with_error(program, f"there is too little memory: {error}")
+        exit_with_error(program, f"there is too little memory{less_memory}: {error}")
     except KeyboardInterrupt as stop:
         if rank_info().rank == 0:
             print("\nstopped; what had been saved before is kept", file=sys.stderr)
@@ -351,12 +353,20 @@ def read_jsonl(path: Path) -> list[dict]:
     return rows
 
 
+def write_csv(path: Path, columns: Iterable[str], rows: Iterable[Iterable]) -> None:
+    """Write a table as CSV, atomically. File names that are not text keep their bytes."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+    write_atomically(path, text.getvalue().encode("utf-8", "surrogateescape"))
+
+
 # ----------------------------------------------------------------------------------- checkpoints
 
 CHECKPOINT = "last.pt"
 PREVIOUS = "previous.pt"  # the checkpoint before the last
 KEPT = "epoch{:04d}.pt"  # --keep-every
 LOG = "log.jsonl"
+SUMMARY = "summary.json"
 ABLATIONS = "ablation"  # the folder of ablation_SimCLR.py's runs
 OWN_MODULE = "own module"  # the recorded architecture of an encoder that a user's program made
 SAVE_SHARE = 0.02  # of a run's time, at most, for checkpoints at the end of epochs
@@ -480,11 +490,11 @@ def kept_checkpoints(folder: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path, overwrite: bool = False) -> Iterator[None]:
     """Context manager for exclusive use of a run's folder, which is made if it does not exist.
 
-    Rank 0 locks it for all ranks. Raises InputError if another process works on the run, or the
-    folder cannot be written.
+    overwrite: delete the run that it holds, so that a new one can begin. Rank 0 locks it for all
+    ranks. Raises InputError if another process works on the run, or the folder cannot be written.
     """
     if not is_main_process():
         yield
@@ -501,8 +511,12 @@ def run_lock(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"cannot lock {folder}: {error.strerror or error}") from error
     try:
-        for leftover in folder.glob(".*.tmp"):  # of processes that were killed while writing
-            leftover.unlink(missing_ok=True)
+        files = [*folder.glob(".*.tmp")]  # of processes that were killed while writing
+        if overwrite:  # last.pt last: it names the run
+            files += [folder / SUMMARY, folder / LOG, *kept_checkpoints(folder)]
+            files += [*folder.glob("events.out.tfevents.*"), folder / PREVIOUS, folder / CHECKPOINT]
+        for file in files:
+            file.unlink(missing_ok=True)
         yield
     finally:
         lock.release()
@@ -593,13 +607,6 @@ class RunFolder:
             with errors_as_input_error(f"cannot write {file}"), open(file, "a") as stream:
                 stream.writelines(json.dumps(row) + "\n" for row in log[self._logged :])
             self._logged = len(log)
-
-    def delete(self, *others: str) -> None:
-        """Delete the run's files, and others of these names, so that a new run can begin."""
-        if is_main_process():
-            files = [self.folder / name for name in (*others, LOG)] + kept_checkpoints(self.folder)
-            for file in [*files, self.previous, self.last]:  # last.pt last: it names the run
-                file.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------- signals
@@ -929,8 +936,9 @@ class SyncBatchNormCPU(nn.modules.batchnorm._BatchNorm):
             n = world_size() * x.numel() / x.shape[1]
             with torch.no_grad():
                 self.num_batches_tracked += 1
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(variance * (n / (n - 1)), self.momentum)
+                share = self.momentum or 1 / self.num_batches_tracked.item()  # as torch's
+                self.running_mean.lerp_(mean, share)
+                self.running_var.lerp_(variance * (n / (n - 1)), share)
         scale = self.weight * (variance + self.eps).rsqrt()  # (C,)
         shift = self.bias - mean * scale
         return torch.addcmul(shift.to(x.dtype).view(shape), x, scale.to(x.dtype).view(shape))
@@ -1516,7 +1524,7 @@ def class_balanced_order(labels: np.ndarray, seed: int = 0) -> list[np.ndarray]:
     return [random.permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
 
 
-def split_held_out(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def stratified_split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A fixed split, the same share of every class: sorted indices for (training, testing)."""
     orders = class_balanced_order(labels)
     test = np.concatenate([rows[: round(HELD_OUT * len(rows))] for rows in orders])
@@ -1803,7 +1811,7 @@ def _load_folder(
     labels, classes = folder_labels(folder, paths)
     learn, held_out = np.arange(len(paths)), np.arange(0)
     if folder == root and labels is not None:  # no splits: hold some images of each class out
-        learn, held_out = split_held_out(labels)
+        learn, held_out = stratified_split(labels)
 
     parts: dict[str, tuple] = {
         name: (folder, [paths[i] for i in rows], None if labels is None else labels[rows])
@@ -1851,14 +1859,14 @@ def _name_unused(root: Path, used: set[Path]) -> None:
 
 
 def load_unlabelled(
-    root: str | Path, max_bad: float = 0.0, grey_range: tuple[float, ...] = ()
+    where: Path, max_bad: float = 0.0, grey_range: tuple[float, ...] = ()
 ) -> Images:
-    """All images below a folder of any layout, without labels. See load_images()."""
-    paths = list_images(existing_folder(Path(root)))
+    """One image, or all below a folder of any layout, without labels. See load_images()."""
+    root, paths = (where, list_images(where)) if where.is_dir() else (where.parent, [where.name])
     if not paths:
         raise InputError(f"no images in {root}")
-    grey_range = choose_range(Path(root), paths, grey_range)
-    return _read_folder(Path(root), paths, None, (), max_bad, grey_range)
+    grey_range = choose_range(root, paths, grey_range)
+    return _read_folder(root, paths, None, (), max_bad, grey_range)
 
 
 def _read_folder(
@@ -2464,45 +2472,35 @@ L2_STRENGTHS = tuple(10.0**exponent for exponent in range(5, -7, -1))
 SEARCH_TOLERANCE = 1e-3  # of fit(), to choose among them: 0.1 % of accuracy decides nothing
 
 
-@dataclass
-class LinearClassifier:
-    """Logits of features: (B, D) -> (B, K). l2: the strength of the penalty that was chosen."""
-
-    weight: Tensor  # (D, K)
-    bias: Tensor  # (K,)
-    l2: float
-
-    def __call__(self, features: Tensor) -> Tensor:
-        return features @ self.weight + self.bias
-
-
 def fit_linear_classifier(
-    features: Tensor, labels: Tensor, num_classes: int,
-    after_fit: Callable[[], Any] = lambda: None,
-) -> LinearClassifier:  # fmt: skip
+    features: Tensor, labels: Tensor, num_classes: int, title: str = ""
+) -> nn.Linear:
     """The linear evaluation: logistic regression on frozen features, its penalty chosen fairly.
 
     features: float (N, D), standardised here. labels: int64 (N,). Of L2_STRENGTHS the one that is
     most accurate on a class-balanced fifth of the rows, held out, is used to fit all rows; of equal
-    ones the strongest. after_fit: called after each strength.
+    ones the strongest: `l2` of the returned layer. title: of a progress bar, if any.
     """
     mean, std = standardization(features)
     x = (features - mean) / std
-    parts = split_held_out(labels.cpu().numpy())
+    parts = stratified_split(labels.cpu().numpy())
     fit_rows, held_out = (torch.from_numpy(rows).to(x.device) for rows in parts)
     # where no class has enough images to hold one out: scikit-learn's C = 1
     best, chosen = -1.0, 1 / len(x)
     if len(held_out):
         search = LogisticRegression(x[fit_rows], labels[fit_rows], num_classes)
-        for l2 in L2_STRENGTHS:
+        for l2 in progress_bar(L2_STRENGTHS, title, len(L2_STRENGTHS)):
             weight, bias = search.fit(l2, SEARCH_TOLERANCE)
             score = accuracy((x[held_out] @ weight + bias).argmax(1), labels[held_out])
             if score > best:
                 best, chosen = score, l2
-            after_fit()
     weight, bias = LogisticRegression(x, labels, num_classes).fit(chosen)
     weight = weight / std[:, None]
-    return LinearClassifier(weight, bias - mean @ weight, chosen)
+    layer = zero_classifier(*weight.shape).to(x).requires_grad_(False)
+    layer.weight.copy_(weight.mT)
+    layer.bias.copy_(bias - mean @ weight)
+    layer.l2 = chosen
+    return layer
 
 
 def standardization(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -2534,7 +2532,7 @@ def accuracy_error(value: float, images: int, spread: float = 0.0) -> float:
 
     spread: a standard deviation over seeds, which is added in quadrature.
     """
-    sampling = math.sqrt(value * (1 - value) / images) if images < FEW_IMAGES else 0.0
+    sampling = math.sqrt(value * (1 - value) / images) if 0 < images < FEW_IMAGES else 0.0
     return math.hypot(sampling, spread)
 
 
@@ -2599,19 +2597,19 @@ class LabelTraining:
 
 def train_on_labels(
     network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], steps: int, peak: float,
-    training: LabelTraining, precision: str, after_step: Callable[[], Any] = lambda: None,
+    training: LabelTraining, precision: str, title: str = "",
 ) -> None:  # fmt: skip
     """Train all of `network` by SGD with Nesterov momentum on the cross-entropy, cosine decay.
 
     network: (B, …) -> logits (B, K); its mode is not changed. batches: `steps` pairs of inputs and
-    labels int64 (B,). peak: the first learning rate.
+    labels int64 (B,). peak: the first learning rate. title: of a progress bar, if any.
     """
     device = next(network.parameters()).device
     optimizer = torch.optim.SGD(
         network.parameters(), peak, training.momentum, weight_decay=training.weight_decay,
         nesterov=True,
     )  # fmt: skip
-    for step, (inputs, labels) in enumerate(batches):
+    for step, (inputs, labels) in enumerate(progress_bar(batches, title, steps)):
         for group in optimizer.param_groups:
             group["lr"] = peak * (1 + math.cos(math.pi * step / steps)) / 2
         with autocast(device, precision):
@@ -2619,7 +2617,6 @@ def train_on_labels(
         F.cross_entropy(logits.float(), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
-        after_step()
 
 
 def zero_classifier(dim: int, classes: int) -> nn.Linear:
@@ -2631,13 +2628,6 @@ def zero_classifier(dim: int, classes: int) -> nn.Linear:
 
 
 # -------------------------------------------------------------------------------------- pictures
-
-
-def mosaic(tiles: Tensor, gap: int = 0) -> np.ndarray:
-    """Images side by side on white: uint8 (R, C, 3, S, S) -> uint8 (R·(S+gap), C·(S+gap), 3)."""
-    before, after = gap // 2, gap - gap // 2
-    padded = F.pad(tiles, (before, after, before, after), value=255)  # (R, C, 3, S+gap, S+gap)
-    return padded.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).cpu().numpy()
 
 
 def text_width(name: str) -> int:
@@ -2721,7 +2711,7 @@ class Clock:
 
 def progress_bar(items: Iterable, title: str, total: int) -> Iterable:
     """The items, with a bar on a terminal until they end; without a title there is no bar."""
-    hidden = None if title and is_main_process() else True
+    hidden = None if title and is_main_process() and not multiprocessing.parent_process() else True
     return tqdm(items, title, total, leave=False, disable=hidden)
 
 

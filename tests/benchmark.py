@@ -396,7 +396,7 @@ class Ours:
         self.setup, self.epoch = setup, 0
         now = simclr.TrainState(1, torch.zeros(3, device=setup.device))
         size = setup.config.batch_size
-        self.network = simclr.compiled(setup.model, setup.optimizer, setup.config, size, now)
+        self.network = simclr.compiled(setup.model, setup.config, size, now)
 
     def steps(self, count: int) -> list[float]:
         """Seconds of each of `count` more steps."""

@@ -67,6 +67,12 @@ def position(config, name="last.pt"):
     return where["epoch"], where["step"]
 
 
+def load_run(file):
+    """The model, frozen and in eval mode, config and complete epochs of a run's checkpoint."""
+    model, config, epoch = simclr.read_run(*utils.load_newest(file))
+    return SimpleNamespace(model=model, config=config, epoch=epoch)
+
+
 def interrupt(call, steps):
     """Calls a run that gets SIGTERM after so many steps, and stops."""
     real, count = utils.Progress.advance, itertools.count(1)

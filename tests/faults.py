@@ -301,7 +301,7 @@ def ending(run: Path) -> dict[str, str]:
         "position": canonical(state["position"]),
         "log": json.dumps([untimed(row) for row in state["log"]]),
         "log.jsonl": json.dumps([untimed(row) for row in utils.read_jsonl(run / utils.LOG)]),
-        "summary": json.dumps(untimed(json.loads((run / simclr.SUMMARY).read_bytes()))),
+        "summary": json.dumps(untimed(json.loads((run / utils.SUMMARY).read_bytes()))),
         "kept": "".join(map(canonical, kept)),
     }
     return {part: hashlib.sha256(text.encode()).hexdigest() for part, text in parts.items()}

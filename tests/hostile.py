@@ -226,6 +226,9 @@ class Base:
     def resume(self) -> None:
         simclr.train(self.config, self.data, CPU)
 
+    def read_run(self) -> None:
+        simclr.read_run(*utils.load_newest(self.file))
+
     def load_encoder(self) -> None:
         load_simCLR.load_encoder(self.file)(torch.rand(1, 3, 32, 32))
 
@@ -240,8 +243,8 @@ class Base:
     def readers(self) -> dict[str, Callable[[], Any]]:
         """Each way in which a checkpoint is read."""
         return {
-            "simclr.py": self.resume, "load_run": lambda: simclr.load_run(self.file),
-            "load_encoder": self.load_encoder, "load_simCLR.py": self.export, "tSNE.py": self.draw,
+            "simclr.py": self.resume, "read_run": self.read_run, "load_encoder": self.load_encoder,
+            "load_simCLR.py": self.export, "tSNE.py": self.draw,
         }  # fmt: skip
 
     def judge(self, checkpoint: bytes | dict, readers: tuple[str, ...]) -> str:
@@ -260,9 +263,9 @@ class Base:
         return ""
 
 
-ALL = ("simclr.py", "load_run", "load_encoder", "load_simCLR.py", "tSNE.py")
+ALL = ("simclr.py", "read_run", "load_encoder", "load_simCLR.py", "tSNE.py")
 READERS = ALL[1:]  # simclr.py continues only the configuration that it is given
-OURS = ("simclr.py", "load_run", "tSNE.py")  # load_simCLR.py reads other projects' files as well
+OURS = ("simclr.py", "read_run", "tSNE.py")  # load_simCLR.py reads other projects' files as well
 
 
 def saved(state: Any, **options: Any) -> bytes:

@@ -3,6 +3,8 @@
     python tests/race.py --dataset folder --data-dir data/cifar10_jpeg --recipe cifar10-fast \\
         --arch resnet10 --width 0.25                                        # ten minutes, our loop
     python tests/race.py --dataset folder … --recipe cifar10 --loop usual   # the usual loop
+    python tests/race.py --dataset folder … --recipe cifar10-fast --loop usual \\
+        --views 2 --batch-size 256 --lr 0.36                                # as many views a step
     python tests/race.py --draw figures/race.png                            # all of them, drawn
 
 Trains by our loop or by the usual one (PIL in worker processes, two float32 passes; benchmark.py
@@ -132,7 +134,7 @@ class Race:
         clock = self.clock(model.encoder)  # compiling counts
         size, steps = simclr.batch_count(config, len(data.pretrain))
         now = simclr.TrainState(steps, torch.zeros(3, device=device))
-        network = simclr.compiled(model, optimizer, config, size, now)
+        network = simclr.compiled(model, config, size, now)
         contrast = simclr.LOSSES[config.loss]
         for epoch in itertools.count():
             network.train()
@@ -156,8 +158,8 @@ class Race:
     def usual(self) -> tuple[Clock, nn.Module]:
         """As public single-file implementations train."""
         config, device, images = self.config, self.device, self.data.pretrain
-        if config.blur_p or config.rotation:
-            raise InputError("the usual loop has no blur and no rotation here")
+        if config.blur_p or config.rotation or config.views > 2:
+            raise InputError("the usual loop has two views, no blur and no rotation here")
         model = simclr.make_model(config).to(device)
         optimizer = simclr.make_optimizer(config, model)
         augment = benchmark.Twice(benchmark.pil_pipeline(config))

@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as TF
 import ablation_SimCLR as ablation
 import simclr
 import utils
-from conftest import CPU, error_of, interrupt
+from conftest import CPU, error_of, interrupt, load_run
 
 TINY = ["--epochs", "1", "--width", "0.125", "--batch-size", "300", "--device", "cpu"]
 
@@ -167,7 +167,7 @@ def run_of(tiny_config):
 
 
 def batches_of(run, epoch=0, start=0):
-    return run.variant.batches()(run.config, run.data.pretrain, run.device, epoch, start)
+    return run.variant.batches(run.config, run.data.pretrain, run.device, epoch, start)
 
 
 class Pixels(torch.nn.Module):
@@ -241,11 +241,11 @@ def test_probes_know_what_was_done_to_a_view(run_of, extra):
     n = 300 * ablation.PROBE_VIEWS
     assert (h.shape, z.shape, label.shape) == ((n, 768), (n, 768), (n,))
     assert label.bincount(minlength=2).min() > n / len(label.unique()) - 5 * math.sqrt(n)
-    augment = ablation.make_augment(run.config, extra)
+    augment = simclr.make_augment(run.config)
     u = augment.draw(300, utils.generator("cpu", 0, simclr.LABELS, 1, 2))  # the third batch
-    last = augment.steps.pop()
-    views = augment(run.data.test.images[:300], u[:, : -last.draws])
-    changed = last(views, u[:, -last.draws :])
+    views = augment(run.data.test.images[:300], u)
+    last = simclr.Augment(16, [ablation.EXTRAS[extra](run.config)])
+    changed = last(views, last.draw(300, utils.generator("cpu", 0, simclr.LABELS, 1, 2, 1)))
     assert torch.allclose(h[600:900].view_as(views), changed, atol=1e-5)
     for view, got, choice in zip(views, changed, label[600:900].tolist(), strict=True):
         if extra == "rotation":
@@ -294,8 +294,8 @@ def fast(monkeypatch):
         return {"linear": config.temperature, "knn": 0.5 + 0.01 * config.seed}
 
     for name, temperatures in dict(one=(0.11, 0.12), two=(0.12, 0.14), bad=(0.11, 0.13)).items():
-        grid = ablation.grid(temperature=temperatures)
-        settings = [dataclasses.replace(s, measure=measure) for s in grid]
+        settings = [ablation.Setting(f"temperature={t}", {"temperature": t}, measure=measure)
+                    for t in temperatures]  # fmt: skip
         study = ablation.Study("?", "-", lambda base, settings=settings: settings)
         monkeypatch.setitem(ablation.STUDIES, name, study)
     return done
@@ -537,4 +537,4 @@ def test_a_study_for_real(places, tmp_path, capsys, monkeypatch, few_digits):
         folder = tmp_path / "c" / row["run"]
         variant = json.loads((folder / "variant.json").read_bytes())
         assert variant["loss_function"] == row["loss_function"]
-        assert simclr.load_run(folder / "last.pt").epoch == 1  # an ordinary run
+        assert load_run(folder / "last.pt").epoch == 1  # an ordinary run

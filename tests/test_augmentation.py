@@ -110,7 +110,7 @@ def test_same_randomness_same_views_on_every_device_and_in_pieces(images, device
     augment = paper(rotation=10.0)
     u = augment.draw(len(images), torch.Generator().manual_seed(3))
     whole = augment(images, u)
-    monkeypatch.setattr(simclr, "PIECE_BYTES", dict.fromkeys(("cpu", "gpu"), 8 * 12 * 16**2))
+    monkeypatch.setattr(simclr, "CHUNK_BYTES", dict.fromkeys(("cpu", "gpu"), 8 * 12 * 16**2))
     assert (whole - augment(images, u)).abs().max() <= 1e-5
     assert (whole - augment(images.to(device), u.to(device)).cpu()).abs().max() <= 1e-4
 

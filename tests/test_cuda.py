@@ -63,7 +63,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(gpu_config, monkeypatch):
     assert (position["epoch"], position["step"]) == (1, 2)
     summary = simclr.run(pieces)
     assert losses(pieces) == pytest.approx(losses(whole), rel=0.02)
-    expected = json.loads((whole.folder / simclr.SUMMARY).read_bytes())
+    expected = json.loads((whole.folder / utils.SUMMARY).read_bytes())
     for score in ("knn", "linear_10", "linear_all"):
         assert summary[score] == pytest.approx(expected[score], abs=0.1)
 
@@ -73,7 +73,7 @@ def six_steps(config, data):
     model = utils.on_device(simclr.make_model(config), torch.device(DEVICE))
     optimizer = simclr.make_optimizer(config, model)
     now, values = simclr.TrainState(6, torch.zeros(3, device=DEVICE)), []
-    network = simclr.compiled(model, optimizer, config, config.batch_size, now).train()
+    network = simclr.compiled(model, config, config.batch_size, now).train()
     assert (network is model) == (config.compile == "off")
     for views in simclr.view_batches(config, data, torch.device(DEVICE), 0, 0):
         values.append(simclr.training_step(network, views, simclr.nt_xent, config)[0].item())

@@ -62,7 +62,7 @@ def train(config, data):
         value, z = simclr.training_step(model, views, simclr.nt_xent, config)
         optimizer.step()
         optimizer.zero_grad()
-        now.add(value, simclr.contrastive_accuracy(*z.chunk(2)), simclr.mean_cosine(z))
+        now.add(value, simclr.contrastive_accuracy(*z.chunk(config.views)), simclr.mean_cosine(z))
     return now.step
 
 

@@ -20,7 +20,7 @@ import faults
 import load_simCLR
 import simclr
 import utils
-from conftest import flags_of, position
+from conftest import flags_of, load_run, position
 from utils import InputError
 
 HERE = Path(__file__).parent
@@ -235,7 +235,7 @@ def test_the_checkpoint_before_is_used(run_folder, monkeypatch, capsys, how):
         last.unlink()
     capsys.readouterr()
     assert utils.find_checkpoint("", config.checkpoints) == last
-    assert simclr.load_run(utils.find_checkpoint(config.run, config.checkpoints)).epoch == 2
+    assert load_run(utils.find_checkpoint(config.run, config.checkpoints)).epoch == 2
     assert load_simCLR.load_source(last).description.count("epoch 2")
     warnings = capsys.readouterr().err
     assert warnings.count("\n") == warnings.count("using the checkpoint before it") == 1

@@ -19,7 +19,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 import load_simCLR
 import simclr
 import utils
-from conftest import CPU, error_of
+from conftest import CPU, error_of, load_run
 from hostile import Calls
 from load_simCLR import Options, Source, load_encoder, load_source
 from utils import ImageSet, InputError, LabelTraining
@@ -57,7 +57,7 @@ def test_load_encoder_is_the_trained_encoder_frozen(trained):
     assert h.shape == (8, encoder.feature_dim) == (8, 64)
     assert not h.requires_grad
     assert not any(module.training for module in encoder.modules())
-    assert torch.equal(h, simclr.load_run(trained).model.encoder(images))
+    assert torch.equal(h, load_run(trained).model.encoder(images))
 
 
 @pytest.mark.parametrize("part", ["parameter", "buffer", "hidden buffer"])
@@ -78,12 +78,18 @@ def test_all_frozen_tasks_leave_the_encoder_alone(trained, few_digits, monkeypat
     evaluation = evaluation_of(trained, tasks=tasks, labels=("1",), seeds=1, epochs=1)
     encoder = evaluation.source.encoder
     before = {k: v.clone() for k, v in encoder.state_dict().items()}
-    columns = load_simCLR.evaluate(evaluation)["columns"]
+    columns = [*load_simCLR.evaluate(evaluation)][-1]["columns"]
     assert [column["task"] for column in columns] == ["knn", *tasks]
     assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
     rows = set(simclr.REPRESENTATIONS)
     assert all(set(column["scores"]) == rows for column in columns[:-1])
     assert set(columns[-1]["scores"]) == rows - {"projection"}  # the head is not tuned
+
+
+def test_settings_of_the_batch_do_not_matter_to_an_evaluation(trained, few_digits):
+    source = load_source(trained)
+    source.config.micro_batch, source.config.compile = 16, "on"  # 210 images are no 16s
+    assert load_simCLR.evaluation_setup(source, Options(), CPU).config.micro_batch == 0
 
 
 def test_an_encoder_that_moves_is_caught_by_the_program(trained):
@@ -93,7 +99,7 @@ def test_an_encoder_that_moves_is_caught_by_the_program(trained):
     evaluation = evaluation_of(trained, tasks=("knn",))
     evaluation.source.encoder.register_forward_hook(drift)
     with pytest.raises(RuntimeError, match="changed the encoder"):
-        load_simCLR.evaluate(evaluation)
+        list(load_simCLR.evaluate(evaluation))
 
 
 # -------------------------------------------------------------------------------------- classifiers
@@ -106,11 +112,9 @@ def test_the_strength_is_chosen_on_held_out_training_images(monkeypatch):
     x = x * torch.logspace(-1, 1, 20)  # features of very different scale
     strengths = tuple(10.0 ** (2 - i) for i in range(7))
     monkeypatch.setattr(utils, "L2_STRENGTHS", strengths)
-    calls = []
-    chosen = utils.fit_linear_classifier(x, y, 3, lambda: calls.append(1)).l2
-    assert len(calls) == len(strengths)
+    chosen = utils.fit_linear_classifier(x, y, 3).l2
     scaled = ((x - x.mean(0)) / x.std(0, correction=0)).double().numpy()
-    fit, held_out = utils.split_held_out(y.numpy())
+    fit, held_out = utils.stratified_split(y.numpy())
     assert len(held_out) == 120
     scores = []
     for l2 in strengths:
@@ -406,9 +410,9 @@ def odd_folder(tmp_path, write_image):
 
 def test_embedding_a_folder(places, tmp_path, odd_folder, capsys):
     call(*places, "--embed", odd_folder, "--out", tmp_path / "h.npz", "--workers", "0")
-    out = capsys.readouterr().out
-    assert "1 of 4 images could not be read" in out
-    assert "broken.png" in out
+    said = capsys.readouterr().err
+    assert "broken.png" in said
+    assert "it is left out" in said
     with np.load(tmp_path / "h.npz", allow_pickle=False) as saved:
         assert saved["paths"].tolist() == ["a.png", "c.png", "deep/b.jpg"]
         h = torch.from_numpy(saved["h"])
@@ -875,7 +879,7 @@ def test_files_that_are_no_checkpoints_are_named(tmp_path, content, message):
     with pytest.raises(InputError, match=r"x\.pt is not a readable checkpoint .*" + message):
         load_source(file)
     with pytest.raises(InputError, match=message):  # where a run is continued, too
-        simclr.load_run(file)
+        load_run(file)
 
 
 def test_safetensors(tmp_path, monkeypatch):

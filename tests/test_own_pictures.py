@@ -20,6 +20,7 @@ from PIL import Image
 import load_simCLR
 import simclr
 import utils
+from conftest import load_run
 from utils import InputError
 
 CPU = torch.device("cpu")
@@ -420,10 +421,8 @@ def test_an_unlabelled_run_logs_what_its_held_out_images_show(tmp_path, no_figur
     log = utils.read_jsonl(config.folder / "log.jsonl")
     assert [set(row) >= {"held_out_accuracy", "effective_rank"} for row in log] == [True, True]
     data = simclr.load_data(config, CPU)
-    model, config = (
-        simclr.load_run(config.folder / "last.pt").model,
-        simclr.load_run(config.folder / "last.pt").config,
-    )
+    trained = load_run(config.folder / "last.pt")
+    model, config = trained.model, trained.config
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(simclr, "HELD_OUT_BATCH", 10)
         values = simclr.measure_held_out(model, data.held_out, config, CPU)
@@ -435,11 +434,11 @@ def test_an_unlabelled_run_logs_what_its_held_out_images_show(tmp_path, no_figur
 def test_the_figure_shows_the_effective_rank():
     row = {"loss": 3, "contrastive_accuracy": 0.1, "lr": 0.1, "held_out_accuracy": 0.3}
     log = [{**row, "epoch": e, "effective_rank": 5.0 + e} for e in range(1, 4)]
-    *_, accuracy, rank = simclr.draw_training(log, 50).axes
+    *_, accuracy, rank = simclr.draw_training(simclr.Config(), log, 50).axes
     assert accuracy.lines[0].get_ydata().tolist() == [30, 30, 30]
     assert rank.lines[0].get_ydata().tolist() == [6, 7, 8]
     assert rank.get_ylim() == (0, pytest.approx(8.8))
-    one = simclr.draw_training(log[:1], 50).axes[0]
+    one = simclr.draw_training(simclr.Config(), log[:1], 50).axes[0]
     assert [x for x in one.get_xticks() if x % 1] == []  # no fractions of an epoch
 
 

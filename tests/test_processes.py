@@ -21,7 +21,7 @@ import torch.distributed as dist
 import load_simCLR
 import simclr
 import utils
-from conftest import CPU, ROOT, flags_of, log_of, position
+from conftest import CPU, ROOT, error_of, flags_of, log_of, position
 from utils import InputError
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -268,13 +268,13 @@ def test_cached_gradients_are_those_with_all_activations(parts, device, tiny_con
     close(cached.state_dict(), plain.state_dict())
 
 
-def test_too_little_memory_suggests_micro_batches(tiny_config, monkeypatch):
+def test_too_little_memory_suggests_micro_batches(tiny_config, monkeypatch, capsys):
     def training_step(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     monkeypatch.setattr(simclr, "training_step", training_step)
-    with pytest.raises(InputError, match=r"too little memory .* try a smaller --micro-batch"):
-        simclr.run(tiny_config())
+    error = error_of(capsys, simclr.main, *flags_of(tiny_config()))
+    assert "too little memory (a step needs less with a smaller --micro-batch, which" in error
 
 
 # ------------------------------------------------------------------------------ runs and their ends

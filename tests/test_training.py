@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 import simclr
 import utils
-from conftest import CPU, interrupt, log_of, position
+from conftest import CPU, interrupt, load_run, log_of, position
 from simclr import SimCLR, run
 from utils import ImageFiles, ImageSet, InputError
 
@@ -247,7 +248,7 @@ def test_what_is_compiled(tiny_config, monkeypatch, compile, pays, faster, expec
     monkeypatch.setattr(simclr, "seconds_a_pass", lambda *_: next(seconds))
     monkeypatch.setattr(simclr, "COMPILE_PAYS_S", 0.7 if pays else 0.9)  # 4 steps of 0.2 s
     model, now = simclr.make_model(config), simclr.TrainState(1, torch.zeros(3))
-    network = simclr.compiled(model, simclr.make_optimizer(config, model), config, 8, now)
+    network = simclr.compiled(model, config, 8, now)
     assert (network is not model) == expected
 
 
@@ -472,12 +473,12 @@ def test_the_figure_shows_what_was_logged():
         {"epoch": e, "loss": 5 / e, "contrastive_accuracy": e / 20, "lr": 0.1 / e}
         for e in range(1, 11)
     ]
-    unmeasured = simclr.draw_training(rows, 256).axes[2]
+    unmeasured = simclr.draw_training(simclr.Config(), rows, 256).axes[2]
     assert [text.get_text() for text in unmeasured.texts] == ["not measured"]
     assert not len(unmeasured.get_yticks())
     rows[4]["knn"], rows[9]["knn"] = 0.5, 0.75
     baselines = {"pixels": 0.4, "untrained": 0.3}
-    figure = simclr.draw_training(rows, 256, baselines)
+    figure = simclr.draw_training(simclr.Config(), rows, 256, baselines)
     loss, guess, knn, rate = figure.axes
     assert loss.lines[0].get_ydata().tolist() == [5 / e for e in range(1, 11)]
     assert loss.lines[1].get_ydata()[0] == math.log(511)
@@ -488,7 +489,9 @@ def test_the_figure_shows_what_was_logged():
     assert rate.lines[0].get_ydata()[0] == 0.1
     assert all(axis.get_title() for axis in figure.axes)
     rows[0]["loss"] = 30.0  # above chance
-    assert simclr.draw_training(rows, 256).axes[0].get_ylim()[1] > 30
+    assert simclr.draw_training(simclr.Config(), rows, 256).axes[0].get_ylim()[1] > 30
+    rows[0]["loss"] = -7.0  # as DCL's may be
+    assert simclr.draw_training(simclr.Config(loss="dcl"), rows, 256).axes[0].get_ylim()[0] <= -7
 
 
 def test_a_run_ends_at_the_knn_accuracy_that_was_asked_for(
@@ -512,9 +515,9 @@ def test_the_monitor_can_do_without_test_images(small_config, unjudged, monkeypa
     config = small_config(knn_split="held-out", epochs=1)
     run(config)
     (row,) = log_of(config)
-    data, encoder = simclr.load_data(config, CPU), simclr.load_run(config.folder / "last.pt").model
+    data, encoder = simclr.load_data(config, CPU), load_run(config.folder / "last.pt").model
     x, y = utils.embed(encoder.encoder, data.train, 16, CPU).numpy(), data.train.labels.numpy()
-    fit, held_out = utils.split_held_out(y)
+    fit, held_out = utils.stratified_split(y)
     knn = KNeighborsClassifier(10, metric="cosine").fit(x[fit], y[fit])
     assert row["knn"] == pytest.approx(knn.score(x[held_out], y[held_out]), abs=1e-6)
     assert row["knn_images"] == len(held_out)
@@ -525,7 +528,13 @@ def test_few_test_images_show_their_sampling_error():
     """So that a difference of one picture is not read as a gain."""
     scores = dict.fromkeys(simclr.SCORES, dict.fromkeys(simclr.FINAL_TABLE, 0.9))
     scores["linear_10_std"] = dict.fromkeys(simclr.FINAL_TABLE, 0.01)
-    few, many = (simclr.results_table(scores, n, fewest=n // 200) for n in (400, 2000))
+
+    def table(n):
+        smallest = torch.tensor([n // 200])
+        data = SimpleNamespace(test=range(n), class_sizes=smallest, uneven=False)
+        return simclr.results_table(scores, simclr.Config(), data)
+
+    few, many = table(400), table(2000)
     assert few.count("90.0 ± 1.5 %") == 6
     assert few.count("90.0 ± 1.8 %") == 3  # of the five draws too
     assert "sampling error of 400 images" in few

@@ -28,7 +28,7 @@ import load_simCLR
 import simclr
 import tSNE
 import utils
-from conftest import CPU, error_of
+from conftest import CPU, error_of, load_run
 
 IMAGES, PERPLEXITY = 120, 8
 FLAGS = ["--device", "cpu", "--images", str(IMAGES), "--perplexity", str(PERPLEXITY)]
@@ -43,7 +43,7 @@ def run(finished, tmp_path_factory):
     root = tmp_path_factory.mktemp("run")
     shutil.copytree(finished.folder, root / "c" / finished.config.run)
     places = dict(checkpoints=str(root / "c"), figures=str(root / "f"))
-    trained = simclr.load_run(finished.folder / "last.pt").config
+    trained = load_run(finished.folder / "last.pt").config
     config = simclr.dataclasses.replace(trained, **places)
     flags = [word for name, place in places.items() for word in (f"--{name}", place)]
     return SimpleNamespace(config=config, folder=config.folder, places=flags)
@@ -267,7 +267,7 @@ def test_thumbnails_take_the_nearest_free_cell(count, side):
 
 
 def test_neighbours_are_the_most_similar_other_images(run, shown):
-    model, features = simclr.load_run(run.folder / "last.pt").model, shown.features
+    model, features = load_run(run.folder / "last.pt").model, shown.features
     h, training = (
         simclr.features(model.encoder, data, run.config, CPU).double()
         for data in (shown.scene.shown, shown.scene.train)
@@ -477,7 +477,7 @@ def test_images_that_are_all_alike(run):
     chosen = embedding(run)
     chosen.scene.shown.images[:] = 0
     chosen.scene.digest = "black"
-    with pytest.raises(utils.InputError, match="nothing to draw: by raw pixels all images are"):
+    with pytest.raises(utils.InputError, match="all images have the same features"):
         chosen.panels()
 
 
@@ -503,7 +503,7 @@ def test_the_sheet_of_views_shows_images_and_their_augmentation(tmp_path, capsys
 def test_kept_epochs_are_checkpoints(run):
     files = utils.kept_checkpoints(run.folder)
     assert [file.name for file in files] == [f"epoch000{i}.pt" for i in range(1, 5)]
-    runs = [simclr.load_run(file) for file in [*files, run.folder / "last.pt"]]
+    runs = [load_run(file) for file in [*files, run.folder / "last.pt"]]
     assert [r.epoch for r in runs] == [1, 2, 3, 4, 4]
     weights = [utils.module_digest(r.model) for r in runs]
     assert len(set(weights)) == 4

@@ -9,7 +9,7 @@ import torch
 import ablation_SimCLR as ablation
 import simclr
 import utils
-from conftest import CPU, error_of, interrupt
+from conftest import CPU, error_of, interrupt, load_run
 from utils import InputError
 
 LOSSES = [(simclr.nt_xent, True), (simclr.LOSSES["dcl"], False)]  # whether the pair is in it
@@ -122,7 +122,7 @@ def test_a_growing_run_resumes_bit_for_bit_and_ends_with_new_statistics(
     assert all(torch.equal(one[name], two[name]) for name in one)
 
     data = simclr.load_data(whole, CPU)
-    model = simclr.load_run(whole.folder / "last.pt").model
+    model = load_run(whole.folder / "last.pt").model
     with torch.no_grad():
         inputs = model.encoder.conv1(next(data.pretrain.batches(16, 1000, CPU)))
     assert torch.allclose(model.encoder.bn1.running_mean, inputs.mean((0, 2, 3)), atol=0.02)
