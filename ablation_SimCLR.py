@@ -1394,7 +1394,7 @@ def run(names: Sequence[str], options: Options, given: dict[str, Any]) -> bool:
         return True
     if not data.labelled:
         raise InputError(f"{base.dataset} in {base.data_dir} has no labels to measure by")
-    data = simclr.only_readable(data, base)
+    data = simclr.readable_data(data, base)
     for folder in (grids[0].csv.parent, Path(base.checkpoints, utils.ABLATIONS)):
         utils.make_folder(folder)
     print(f"{describe_base(given)}: {utils.describe_data(data)}; on {device}", flush=True)

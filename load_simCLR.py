@@ -428,7 +428,7 @@ def evaluation_setup(source: Source, options: Options, device: torch.device) -> 
     config = simclr.resolve(config, data.pretrain, device)
     check_size(source, config.image_size)
     config = dataclasses.replace(config, precision=source.precision(device, options.precision))
-    return Evaluation(source, config, simclr.only_readable(data, config), device, options)
+    return Evaluation(source, config, simclr.readable_data(data, config), device, options)
 
 
 # ----------------------------------------------------------------------------------------- results
@@ -1051,7 +1051,7 @@ def digit_scenes(split: str, count: int, seed: int) -> Boxes:
 
     Boxes are tight around the ink.
     """
-    digits = utils.load_images("digits", split)
+    (digits,) = utils.load_splits("digits", [split])
     random = np.random.default_rng(utils.derive_seed(seed, MAKE_SCENES, split == "test"))
     scenes, boxes, labels = np.zeros((count, CANVAS, CANVAS), np.uint8), [], []
     for scene in scenes:

@@ -27,9 +27,9 @@ evaluation of a run, fine-tuning and the command line.
 
 What train() takes from utils.py: ImageSet and ImageFiles (images in memory, or on disk), RunFolder
 (a run's checkpoints and log), StopSignals (Ctrl-C, SIGTERM), Progress (the bar), Clock (the time of
-each part), Throttle (the curves are redrawn in 1 % of the time), and the functions for several
-processes, which communicate only if there are several: rank, world_size, all_reduce_max, Gather,
-on_device, distributed.
+each part, of which saving and drawing get a small share), and the functions for several processes,
+which communicate only if there are several: rank, world_size, all_reduce_max, Gather, on_device,
+distributed.
 
 A run keeps its files in checkpoints/<run>/ and draws figures/<run>/loss_plot.png. The same
 command continues a run that was interrupted or killed. On the CPU, with the same number of
@@ -62,11 +62,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.checkpoint import checkpoint
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import utils
-from utils import Data, Images, ImageSet, InputError, LabelTraining, flag, setting
+from utils import ARCHITECTURES, Data, Images, ImageSet, InputError, LabelTraining, flag, setting
 
 # ---------------------------------------------------------------------------------------- settings
 
@@ -121,8 +119,7 @@ class Config:
     gray_p: float = setting(0.2, "probability of dropping the colour", low=0, high=1)
     blur_p: float = setting(0.0, "probability of Gaussian blur, sigma 0.1 to 2 px", low=0, high=1)
     # model (Section 4)
-    arch: str = setting("resnet50", "encoder", ("resnet10", "resnet18", "resnet34", "resnet50",
-                                                "resnet101", "resnet152"))
+    arch: str = setting("resnet50", "encoder", tuple(ARCHITECTURES))
     width: float = setting(1.0, "multiplies the encoder's channels (the paper's 1x, 2x, 4x)",
                            low=1 / 64, high=16)
     stem: str = setting("auto", "small: 3x3 without max-pool, for images up to 64 px; imagenet: "
@@ -533,15 +530,6 @@ def make_augment(config: Config) -> Augment:
 # stride 2 on CPUs (channels last, from 64 px on); remove SubsamplingConv once that is mended
 CONV_BUG_CHANNELS = 16
 
-ARCHITECTURES: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, ...]]] = {
-    "resnet10": (BasicBlock, (1, 1, 1, 1)),
-    "resnet18": (BasicBlock, (2, 2, 2, 2)),
-    "resnet34": (BasicBlock, (3, 4, 6, 3)),
-    "resnet50": (Bottleneck, (3, 4, 6, 3)),
-    "resnet101": (Bottleneck, (3, 4, 23, 3)),
-    "resnet152": (Bottleneck, (3, 8, 36, 3)),
-}
-
 
 class Encoder(torchvision.models.ResNet):
     """f: images (B, 3, S, S) -> h (B, feature_dim), after average pooling (Section 2.1).
@@ -656,10 +644,7 @@ def nt_xent(
     with utils.autocast(z1.device, "float32"):  # a loss needs more digits than bfloat16 has
         z = normalize_rows(torch.cat(views))  # (KN, D)
         blocks = row_blocks(z)
-        # the matrix of 65,536 views takes 16 GiB: the backward pass computes each block again
-        if len(blocks) > 1:
-            loss = partial(checkpoint, loss, use_reentrant=False, preserve_rng_state=False)
-        total = sum(loss(z, rows) for rows in blocks)
+        total = loss(z, blocks[0]) if len(blocks) == 1 else SumOfBlocks.apply(z, loss)
         return total / (len(z) * (len(views) - 1))
 
 
@@ -685,6 +670,31 @@ def row_blocks(z: Tensor) -> tuple[Tensor, ...]:
     limit = BLOCK_BYTES["cpu" if z.device.type == "cpu" else "gpu"]
     rows = max(1, limit // (len(z) * z.element_size()))
     return torch.arange(len(z), device=z.device).split(rows)
+
+
+class SumOfBlocks(torch.autograd.Function):
+    """The sum of loss(z, rows) over all blocks of rows of z (KN, D), see block_loss().
+
+    Each block's gradient is computed with its loss, and then the block's memory is freed: the
+    matrix of 65,536 views would take 16 GiB. torch.utils.checkpoint takes twice the time and more
+    memory on a CPU. The result can be differentiated once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        leaf, total = z.detach().requires_grad_(), z.new_zeros(())
+        for rows in row_blocks(z):
+            with torch.enable_grad():
+                block = loss(leaf, rows)
+            block.backward()  # adds to leaf.grad
+            total += block.detach()
+        ctx.save_for_backward(leaf.grad)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None]:
+        return outer * ctx.saved_tensors[0], None
 
 
 def normalize_rows(z: Tensor) -> Tensor:
@@ -954,7 +964,7 @@ def train(
     optimizer = make_optimizer(config, model)
     run = utils.RunFolder(config.folder, config.checkpoint_minutes, config.keep_every)
     now = restore(run, config, data, model, optimizer, clock or utils.Clock())
-    network, figure = compiled(model, config, size, now), utils.Throttle(FIGURE_SHARE)
+    network = compiled(model, config, size, now)
     now.clock.lap("other")
     with utils.StopSignals() as stop, utils.Progress(config.epochs * steps, now.done) as progress:
         while not complete(config, now):
@@ -968,7 +978,7 @@ def train(
                 optimizer.step()
                 optimizer.zero_grad()
                 now.add(value, contrastive_accuracy(*z.chunk(config.views)), mean_cosine(z))
-                progress.advance()
+                progress.update()
                 signal, save_due = utils.all_reduce_max(stop.signal or 0, run.save_due())
                 if signal or save_due:  # in all ranks after the same step
                     break  # to save; `while` then continues the epoch
@@ -988,10 +998,11 @@ def train(
                 write_events(config, row)
                 progress.show(*describe(row, config))
                 (signal,) = utils.all_reduce_max(stop.signal or 0)
-            must = signal or error or complete(config, now)  # else if saving takes little time
-            run.save(snapshot(config, data, model, optimizer, now), must=must, due=save_due)
+            must = signal or error or complete(config, now)
+            due = save_due or now.clock.within("saving", SAVE_SHARE)
+            run.save(snapshot(config, data, model, optimizer, now), must=must, due=due)
             now.clock.lap("saving")
-            redraw(figure, config, now, size)
+            redraw(config, now, size)
             if error:
                 raise InputError(f"{error}; {CONTINUES}")
             if signal:
@@ -1003,6 +1014,7 @@ def train(
 
 CHECKPOINT_FORMAT = 4
 CONTINUES = "the run is saved, and the same command continues it"
+SAVE_SHARE = 0.02  # of the run's time, at most, for checkpoints at the end of epochs
 FIGURE_SHARE = 0.01  # of the run's time, at most, to redraw the training curves
 FIGURE = "loss_plot.png"
 # parts of a run's wall time, in the log and the summary; other: reading, compiling, the rest
@@ -1088,7 +1100,9 @@ def restore(
         clock.parts.update(state.get("times", {}))  # of earlier processes, until their last save
         now.step, now.seconds = position["step"], position["seconds"]
         now.sums += torch.tensor(position["sums"], device=device)
-        utils.try_unreadable_again(data.pretrain, state["unreadable"])
+        if state["unreadable"]:  # try them again: batches() records those that still are
+            rows = torch.tensor(state["unreadable"])
+            list(data.pretrain.batches(1, len(rows), torch.device("cpu"), rows=rows))
     if error := utils.unreadable_error(data.pretrain):
         raise error
     run.write_records(state)
@@ -1322,8 +1336,9 @@ def cached_gradients(
     # 3. each micro-batch again, with activations; ranks exchange the sum of the gradients once
     gradients = z.grad.unflatten(0, (config.views, -1)).split(size, dim=1)
     for i, (part, gradient) in enumerate(zip(parts, gradients, strict=True), 1):
-        with utils.exchange_gradients(network, now=i == len(parts)):
-            project_part(part).backward(gradient)
+        if utils.world_size() > 1:  # as DistributedDataParallel.no_sync() sets it
+            network.require_backward_grad_sync = i == len(parts)
+        project_part(part).backward(gradient)
     return value.detach(), whole.detach()
 
 
@@ -1336,12 +1351,12 @@ def write_events(config: Config, row: dict) -> None:
         writer.flush()
 
 
-def redraw(throttle: utils.Throttle, config: Config, now: TrainState, size: int) -> None:
+def redraw(config: Config, now: TrainState, size: int) -> None:
     """Draw the training curves, if that has not taken too large a share of the time."""
-    if now.log and utils.is_main_process() and (throttle.due() or complete(config, now)):
-        with throttle:
-            figure = draw_training(config, now.log, size)
-            utils.warn_on_failure(utils.save_figure, figure, config.figure_folder / FIGURE)
+    due = complete(config, now) or now.clock.within("drawing", FIGURE_SHARE)
+    if due and now.log and utils.is_main_process():
+        figure = draw_training(config, now.log, size)
+        utils.warn_on_failure(utils.save_figure, figure, config.figure_folder / FIGURE)
     now.clock.lap("drawing")
 
 
@@ -1567,7 +1582,7 @@ def split_held_out(
     return utils.subset(pretrain, rows), utils.subset(pretrain, order[:count])
 
 
-def only_readable(data: Data, config: Config) -> Data:
+def readable_data(data: Data, config: Config) -> Data:
     """The data without labelled images that cannot be read: training on labels replaces none."""
     train, test = (utils.only_readable(x, config.workers) for x in (data.train, data.test))
     return Data(data.pretrain, train, test)
@@ -1709,7 +1724,7 @@ def load_source(file: Path, normalize: str = "auto", prefix: str = "") -> Source
     encoder, if the file is another project's and holds several. Raises InputError if the file is
     damaged, needs code to be executed, or holds no ResNet that this program knows.
     """
-    state, file = utils.read_weights(file)
+    state, file = utils.load_newest(file)
     foreign = projector = config = None
     epoch = 0
     if "config" in state and "format" in state:

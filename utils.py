@@ -1,4 +1,4 @@
-"""What the scripts share and what has no SimCLR in it.
+"""Functions that the scripts share. Nothing here is specific to SimCLR.
 
 Reading order: errors · command lines · randomness · files · checkpoints · signals · devices ·
 several processes · weights of other projects · data sets · embedding · classifiers on embeddings ·
@@ -17,7 +17,6 @@ import dataclasses
 import errno
 import functools
 import hashlib
-import inspect
 import io
 import itertools
 import json
@@ -51,6 +50,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 from torch import Tensor, nn
 from torchvision import datasets as tv_datasets
+from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
@@ -91,8 +91,8 @@ def shown(value: Any) -> str:
 def errors_as_input_error(what: str, kind: type[InputError] = InputError) -> Iterator[None]:
     """Context manager that converts any exception to an InputError `what (…)`.
 
-    For files of unknown origin: to read them can raise anything. An InputError stays as it is, and
-    so does the lack of memory. kind: what the error becomes if it is the file's fault.
+    For files of unknown origin, as reading them can raise anything. An InputError and a MemoryError
+    stay as they are. kind: what the error becomes if it is the file's fault.
     """
     try:
         yield
@@ -104,9 +104,9 @@ def errors_as_input_error(what: str, kind: type[InputError] = InputError) -> Ite
 
 
 def until_error(items: Iterable, errors: list[InputError]) -> Iterator:
-    """Iterates over `items`; an InputError ends that and is added to `errors`, to be raised later.
+    """Iterates over `items`. An InputError ends it and is added to `errors`, to be raised later.
 
-    With several ranks it is raised now: the others are in a step that cannot be completed.
+    With several ranks it is raised now, as the others wait in a step that cannot be completed.
     """
     try:
         yield from items
@@ -222,9 +222,9 @@ def check_settings(options: Any) -> None:
 
 
 def differences(saved: dict, options: Any) -> list[str]:
-    """A text, with both values, for each setting by which two runs are different runs.
+    """A text with both values for each setting that makes two runs different runs.
 
-    saved: the recorded fields of a dataclass like `options`; those that it lacks had their default.
+    saved: the recorded fields of a dataclass like `options`; a missing field had its default.
     """
     saved = {key: tuple(x) if isinstance(x, list) else x for key, x in saved.items()}  # from JSON
     pairs = [
@@ -284,8 +284,7 @@ def derive_seed(seed: int, *keys: int) -> int:
     Streams of different keys are statistically independent (numpy's SeedSequence), so a run needs
     no saved generator state: (seed, epoch, step) give the same numbers again.
     """
-    words = np.random.SeedSequence((seed, *keys)).generate_state(1, np.uint64)
-    return int(words[0] >> np.uint64(1))
+    return int(np.random.SeedSequence((seed, *keys)).generate_state(1, np.uint64)[0]) >> 1
 
 
 def generator(device: torch.device | str, seed: int, *keys: int) -> torch.Generator:
@@ -311,8 +310,6 @@ def write_atomically(path: Path, content: bytes | memoryview, previous: Path | N
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise OSError("it is not a file")  # root could replace /dev/null
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(content)
@@ -369,7 +366,6 @@ LOG = "log.jsonl"
 SUMMARY = "summary.json"
 ABLATIONS = "ablation"  # the folder of ablation_SimCLR.py's runs
 OWN_MODULE = "own module"  # the recorded architecture of an encoder that a user's program made
-SAVE_SHARE = 0.02  # of a run's time, at most, for checkpoints at the end of epochs
 
 
 def save_checkpoint(path: Path, state: dict, previous: Path | None = None) -> None:
@@ -396,13 +392,21 @@ def content_digest(archive: zipfile.ZipFile) -> bytes:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Read the dict of a checkpoint onto the CPU. No code that the file may hold is run.
+    """Read a dict written by torch.save, or safetensors, onto the CPU. No code in it is run.
 
-    Raises InputError if the file is missing, damaged, or holds anything but tensors and plain
-    types. Files of other programs have no digest; the zip's checksums show most damage.
+    Raises InputError, which says what the file is and what to do where that is known, if it is
+    missing, damaged, or holds anything but tensors and plain types. Files of other programs have no
+    digest; the zip's checksums show most damage.
     """
     if not path.exists():
         raise InputError(f"no checkpoint at {path}")
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise InputError(f"to read {path}, pip install safetensors") from None
+        with errors_as_input_error(f"{path} is not a readable checkpoint"):
+            return load_file(path)
     try:
         with errors_as_input_error(f"{path} is not a readable checkpoint"):
             comment, digest = b"", None
@@ -423,16 +427,17 @@ def load_checkpoint(path: Path) -> dict:
     return state
 
 
-def check_format(what: str, found: Any, known: int) -> None:
+def check_format(what: str, number: Any, known: int) -> None:
     """Raise InputError, beginning with `what`, if this version does not read a file's format."""
-    if found != known:
-        raise InputError(f"{what} of format {shown(found)}; this version reads format {known}")
+    if number != known:
+        raise InputError(f"{what} of format {shown(number)}; this version reads format {known}")
 
 
 def load_newest(file: Path) -> tuple[dict, Path]:
     """A checkpoint and its file: `file`, or with a warning previous.pt if last.pt is damaged."""
     try:
-        return load_checkpoint(file), file
+        with torch.serialization.safe_globals([argparse.Namespace]):  # others save their options
+            return load_checkpoint(file), file
     except InputError as error:
         previous = file.with_name(PREVIOUS)
         if file.name != CHECKPOINT or not previous.exists():
@@ -500,17 +505,15 @@ def run_lock(folder: Path, overwrite: bool = False) -> Iterator[None]:
         yield
         return
     make_folder(folder)
-    lock = FileLock(folder / ".lock")  # ends with its process, however that ends
     try:
-        lock.acquire(timeout=0)
+        lock = FileLock(folder / ".lock").acquire(timeout=0)  # ends with its process, at the latest
     except Timeout as error:
         raise InputError(
-            f"another process is working on {folder}; wait for it, or choose another name with "
-            f"{flag('run')}"
+            f"another process is working on {folder}; wait for it, or choose another --run"
         ) from error
     except OSError as error:
         raise InputError(f"cannot lock {folder}: {error.strerror or error}") from error
-    try:
+    with lock:
         files = [*folder.glob(".*.tmp")]  # of processes that were killed while writing
         if overwrite:  # last.pt last: it names the run
             files += [folder / SUMMARY, folder / LOG, *kept_checkpoints(folder)]
@@ -518,8 +521,6 @@ def run_lock(folder: Path, overwrite: bool = False) -> Iterator[None]:
         for file in files:
             file.unlink(missing_ok=True)
         yield
-    finally:
-        lock.release()
 
 
 @functools.cache
@@ -528,26 +529,6 @@ def event_writer(folder: Path) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder))
-
-
-class Throttle:
-    """Limits an action to a share of the time: `if throttle.due(): with throttle: act()`.
-
-    started: time.monotonic() when the action began last; at first, when the object was made.
-    """
-
-    def __init__(self, share: float) -> None:
-        self.share, self.started, self._next = share, time.monotonic(), 0.0
-
-    def due(self) -> bool:
-        return time.monotonic() >= self._next
-
-    def __enter__(self) -> None:
-        self.started = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        now = time.monotonic()
-        self._next = now + (now - self.started) / self.share
 
 
 class RunFolder:
@@ -560,7 +541,7 @@ class RunFolder:
     def __init__(self, folder: Path, minutes: float = 0, keep_every: int = 0) -> None:
         self.folder, self.minutes, self.keep_every = folder, minutes, keep_every
         self.last, self.previous = folder / CHECKPOINT, folder / PREVIOUS
-        self._saving = Throttle(SAVE_SHARE)
+        self._saved = time.monotonic()  # when the last checkpoint was begun
         self._logged = 0  # rows that log.jsonl has
 
     def load(self) -> tuple[dict | None, Path]:
@@ -570,23 +551,22 @@ class RunFolder:
 
     def save_due(self) -> bool:
         """Whether it is time for a checkpoint inside an epoch."""
-        return 0 < 60 * self.minutes <= time.monotonic() - self._saving.started
+        return 0 < 60 * self.minutes <= time.monotonic() - self._saved
 
     def save(self, state: dict, must: Any = False, due: Any = False) -> None:
-        """Save a checkpoint if it must be saved, is due, is to be kept, or takes little time.
+        """Save a checkpoint if it must be saved, is due, or is to be kept.
 
-        It takes little time if checkpoints take less than SAVE_SHARE of the run's. Without a
-        checkpoint the new rows of state["log"] are still appended to log.jsonl. Raises InputError
-        if the checkpoint must be saved and cannot be; otherwise that is a warning.
+        Otherwise the new rows of state["log"] are appended to log.jsonl. Raises InputError if the
+        checkpoint must be saved and cannot be; if it is due or to be kept, that is a warning.
         """
         epoch, step = state["position"]["epoch"], state["position"]["step"]
         keep = bool(self.keep_every and epoch and not step and epoch % self.keep_every == 0)
-        if not (must or due or keep or self._saving.due()):
+        if not (must or due or keep):
             warn_on_failure(self._append_to_log, state["log"])
             return
-        with self._saving:
-            write = partial(self._write, state, keep)
-            write() if must else warn_on_failure(write)
+        self._saved = time.monotonic()
+        write = partial(self._write, state, keep)
+        write() if must else warn_on_failure(write)
 
     def _write(self, state: dict, keep: bool) -> None:
         if keep:  # before last.pt: a run that is killed between the two writes it again
@@ -611,9 +591,8 @@ class RunFolder:
 
 # --------------------------------------------------------------------------------------- signals
 
-STOP_SIGNALS = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
-]  # SIGUSR1 is SLURM's advance notice
+# SIGUSR1 is SLURM's advance notice
+STOP_SIGNALS = [x for x in signal.Signals if x.name in ("SIGINT", "SIGTERM", "SIGUSR1")]
 
 
 class Stopped(KeyboardInterrupt):
@@ -632,15 +611,11 @@ def raise_stopped(number: int, _frame: Any) -> NoReturn:
 @contextlib.contextmanager
 def handling(signals: Sequence[int], handler: Callable[[int, Any], None]) -> Iterator[None]:
     """Context manager that sets a handler of signals; outside the main thread it does nothing."""
-    if threading.current_thread() is not threading.main_thread():
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    with contextlib.ExitStack() as stack:
+        for number in signals if in_main_thread else ():
+            stack.callback(signal.signal, number, signal.signal(number, handler))
         yield
-        return
-    before = {number: signal.signal(number, handler) for number in signals}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
 
 
 class StopSignals(contextlib.ExitStack):
@@ -650,32 +625,29 @@ class StopSignals(contextlib.ExitStack):
     arrives after the loop has read it for the last time raises Stopped at the end.
     """
 
-    pending: ClassVar[int | None] = None  # the signal of the one in use
+    signal: ClassVar[int | None] = None  # one is in use at a time
 
     def __init__(self) -> None:
         super().__init__()
-        self.signal: int | None = None
-        self.callback(setattr, StopSignals, "pending", None)
         self.enter_context(handling(STOP_SIGNALS, self._note))
 
     def __exit__(self, kind: Any, *details: Any) -> None:
         super().__exit__(kind, *details)
-        if kind is None and self.signal is not None:
-            raise Stopped(self.signal)
+        number, StopSignals.signal = StopSignals.signal, None
+        if kind is None and number is not None:
+            raise Stopped(number)
 
     def _note(self, number: int, _frame: Any) -> None:
-        if number == signal.SIGINT and self.signal is not None:
+        if number == signal.SIGINT and StopSignals.signal is not None:
             raise KeyboardInterrupt
-        self.signal = StopSignals.pending = self.signal or number
+        StopSignals.signal = StopSignals.signal or number
 
 
 # --------------------------------------------------------------------------------------- devices
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of <malloc.h>
-
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name ("auto": CUDA, else MPS, else the CPU), after make_fast().
+    """The device of that name ("auto": CUDA, else MPS, else the CPU), fast for steps of one shape.
 
     Of several ranks each takes a GPU of its own. Raises InputError if this machine or this build
     of torch does not have the device, or not one for each rank.
@@ -697,32 +669,23 @@ def choose_device(name: str) -> torch.device:
                 "with --nproc_per_node, or choose --device cpu"
             )
         name = f"cuda:{info.local_rank}"
-    try:
+    with errors_as_input_error(f"--device {name} is not available here"):
         device = torch.device(name)
         torch.ones(1, device=device)  # by a kernel, which this build may lack for an old GPU
-    except Exception as error:  # RuntimeError, AssertionError, NotImplementedError by backend
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"--device {name} is not available here ({reason})") from error
     if device.type not in ("cpu", "cuda", "mps"):
         raise InputError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # so that nothing is put on the first GPU
-    make_fast(device)
-    return device
-
-
-def make_fast(device: torch.device) -> None:
-    """Make steps of equal shapes fast on `device`, in the whole process."""
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # try the kernels once
+    torch.backends.cudnn.benchmark = True  # on CUDA: try the kernels once
     if device.type == "cpu":
         # glibc keeps freed memory. Otherwise each step returns the memory of its activations to
         # Linux and gets it back as new pages, filled with zeros: half a million pages and a fifth
         # of the time of a ResNet-18's step with 512 views
         with contextlib.suppress(OSError, TypeError, AttributeError):  # another C library
             mallopt = ctypes.CDLL(None).mallopt
-            mallopt(M_MMAP_MAX, 0)
-            mallopt(M_TRIM_THRESHOLD, -1)
+            mallopt(-4, 0)  # M_MMAP_MAX of <malloc.h>
+            mallopt(-1, -1)  # M_TRIM_THRESHOLD
+    return device
 
 
 def cpu_cores() -> int:
@@ -747,14 +710,12 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether `device` computes in bfloat16 in hardware (Ampere GPUs on, AVX512-BF16 or AMX)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
-    return False
+    able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return able.get("avx512_bf16", False) or able.get("amx_tile", False)
 
 
 def describe_precision(precision: str, device: torch.device) -> str:
-    """What a network computes in, in words."""
+    """The number format that a network computes in, in words."""
     if precision != "float32" or device.type != "cuda":
         return precision
     if has_fast_bfloat16(device):  # Ampere on
@@ -765,14 +726,11 @@ def describe_precision(precision: str, device: torch.device) -> str:
 @contextlib.contextmanager
 def temporarily(objects: Iterable[Any], name: str, value: Any) -> Iterator[None]:
     """Context manager that sets an attribute of each object, and puts it back at the end."""
-    before = [(each, getattr(each, name)) for each in objects]
-    for each, _ in before:
-        setattr(each, name, value)
-    try:
+    with contextlib.ExitStack() as stack:
+        for each in objects:
+            stack.callback(setattr, each, name, getattr(each, name))
+            setattr(each, name, value)
         yield
-    finally:
-        for each, old in before:
-            setattr(each, name, old)
 
 
 def evaluating(encoder: Callable) -> contextlib.AbstractContextManager:
@@ -889,7 +847,7 @@ def shard_indices(n: int) -> Tensor:
 
 
 def all_gather_rows(part: Tensor, n: int) -> Tensor:
-    """All n rows, in all ranks, of which each has computed its shard_indices(): (n, …)."""
+    """All n rows, in all ranks: (n, …). part: those at this rank's shard_indices(n)."""
     if world_size() == 1:
         return part
     return Gather.apply(part).flatten(0, 1)[:n]
@@ -898,9 +856,8 @@ def all_gather_rows(part: Tensor, n: int) -> Tensor:
 class Gather(torch.autograd.Function):
     """The tensors of all W ranks, in all of them, with gradient: (n, …) -> (W, n, …).
 
-    The gradient of a rank's tensor is the sum of the gradients that all ranks computed for it.
-    Where every rank computes the same loss of the whole batch, that is W times the gradient;
-    DistributedDataParallel then averages over the ranks, which divides by W.
+    The gradient of a rank's tensor is the sum of those that all ranks computed for it: W times the
+    gradient of a loss that each of them computes. DistributedDataParallel divides by W.
     """
 
     @staticmethod
@@ -949,12 +906,9 @@ def on_device(module: nn.Module, device: torch.device) -> nn.Module:
     if world_size() > 1 and device.type == "cuda":
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
     elif world_size() > 1:
-        for parent in [*module.modules()]:
-            for name, norm in parent.named_children():
-                if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-                    synced = SyncBatchNormCPU(norm.num_features, norm.eps, norm.momentum)
-                    synced.load_state_dict(norm.state_dict())
-                    setattr(parent, name, synced)
+        for norm in module.modules():
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                norm.__class__ = SyncBatchNormCPU  # with the same weights and statistics
     return module.to(device, memory_format=torch.channels_last)
 
 
@@ -962,19 +916,9 @@ def distributed(module: nn.Module) -> nn.Module:
     """The module, which averages its gradients over all ranks in each backward pass."""
     if world_size() == 1:
         return module
-    kind = nn.parallel.DistributedDataParallel
-    new = "forward_sync_buffers"  # from torch 2.14 on, where the old name warns
-    name = new if new in inspect.signature(kind).parameters else "broadcast_buffers"
-    # BatchNorm's buffers are the same in all ranks: no need to send them in each pass
-    return kind(module, **{name: False}, gradient_as_bucket_view=True)
-
-
-def exchange_gradients(network: nn.Module, now: bool) -> contextlib.AbstractContextManager:
-    """Context manager: backward passes of a distributed() network average gradients only if `now`.
-
-    Otherwise each rank adds up its own until then.
-    """
-    return contextlib.nullcontext() if now or world_size() == 1 else network.no_sync()
+    network = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
+    network.broadcast_buffers = False  # in each pass: those of BatchNorm are equal in all ranks
+    return network
 
 
 # ---------------------------------------------------------------------- weights of other projects
@@ -990,10 +934,10 @@ MEANS = {  # mean and standard deviation of each channel, as published with the 
     "cifar10-per-image": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
 }
-RESNETS = {  # blocks of each stage, and whether they are bottlenecks -> architecture
-    ((1, 1, 1, 1), False): "resnet10", ((2, 2, 2, 2), False): "resnet18",
-    ((3, 4, 6, 3), False): "resnet34", ((3, 4, 6, 3), True): "resnet50",
-    ((3, 4, 23, 3), True): "resnet101", ((3, 8, 36, 3), True): "resnet152",
+ARCHITECTURES = {  # kind of block, and how many each stage has
+    "resnet10": (BasicBlock, (1, 1, 1, 1)), "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)), "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    "resnet101": (Bottleneck, (3, 4, 23, 3)), "resnet152": (Bottleneck, (3, 8, 36, 3)),
 }  # fmt: skip
 STEMS = {3: "small", 7: "imagenet"}  # side of the first convolution's kernel, px
 
@@ -1030,9 +974,9 @@ MOST_LISTED = 5  # names in a message
 EXPORT_KEY = "simclr"  # of what --export writes into the metadata of the state dict
 CLASSIFIER_KEY, CLASSIFIER_FORMAT = "classifier_format", 1  # of what --fine-tune writes
 
-# A project; patterns of the encoder's prefix and of facts about the file, see find_encoder();
-# how it normalised its images with the 7x7 and with the 3x3 stem, "" if it has no such encoder.
-# The first that fits is taken; one without a name is a guess.
+# Project; pattern of the encoder's prefix; pattern of facts about the file, see find_encoder();
+# normalisation of images with the 7x7 and with the 3x3 stem, "" if it has no such encoder.
+# The first row that fits is taken; a row without a name is a guess.
 ORIGINS = (
     ("MoCo", r"state_dict\.encoder_q\.net\.", "", "", "cifar10-per-image"),
     ("MoCo", r"state_dict\.(encoder_q|base_encoder)\.", "", "imagenet", ""),
@@ -1090,7 +1034,7 @@ class ForeignEncoder:
         if self.origin or normalize != "auto":
             inputs = f"{self.origin or 'origin unknown'}, inputs {inputs}"
         else:
-            inputs = f"origin unknown: inputs taken as {inputs}; set {flag('normalize')}"
+            inputs = f"origin unknown: inputs taken as {inputs}; set --normalize"
         rest = f"; left out: {listed(self.rest)}" if self.rest else ""
         return f"{self.arch} at width {self.width:g}, {self.stem} stem, {inputs}{rest}"
 
@@ -1105,8 +1049,8 @@ def find_encoder(state: dict, where: str | Path, prefix: str = "") -> ForeignEnc
     """Finds the ResNet in a checkpoint, which may hold other networks and nested dicts.
 
     prefix: where it lies in the file, if there are several. Raises InputError if there is none, if
-    several are as likely, or if it is no plain ResNet of three channels. That its tensors are
-    complete shows when they are loaded into a network.
+    several are as likely, or if it is no plain ResNet of three channels. Whether its tensors are
+    complete is checked when a network loads them.
     """
     with errors_as_input_error(f"{where} is not a checkpoint"):
         if CLASSIFIER_KEY in state:
@@ -1147,29 +1091,29 @@ def _tensors(state: dict, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
 
 def _choose_encoder(tensors: dict, where: str | Path, wanted: str) -> tuple[str, str]:
     """Prefix and layout, a key of LAYOUTS, of the encoder in a file. See find_encoder()."""
-    found: dict[str, str] = {}
+    layouts: dict[str, str] = {}
     for layout, name in itertools.product(LAYOUTS, tensors):
         prefix = name.removesuffix(layout)
         whole = prefix != name and (not prefix or prefix.endswith("."))
         if whole and prefix + LAYOUTS[layout][0] in tensors:
-            found.setdefault(prefix, layout)
-    if not found:
+            layouts.setdefault(prefix, layout)
+    if not layouts:
         raise InputError(
             f"{where} has no encoder that is a plain ResNet: conv1.weight and layer1.0.conv1.weight"
             f" below one prefix (it has {len(tensors)} tensors: {listed(list(tensors))})"
         )
-    likely = [prefix for prefix in found if not TRAINING_COPY.search(prefix)] or list(found)
-    if wanted:  # "." is the prefix of no letters
+    likely = [prefix for prefix in layouts if not TRAINING_COPY.search(prefix)] or list(layouts)
+    if wanted:  # "." means the empty prefix
         wanted = WRAPPERS.sub(r"\1", (wanted.strip(".") + ".").lstrip("."))
-        likely = [p for p in found if p == wanted] or [p for p in found if p.startswith(wanted)]
-    there = ", ".join(shown(prefix) or "." for prefix in found)
+        likely = [p for p in layouts if p == wanted] or [p for p in layouts if p.startswith(wanted)]
+    there = ", ".join(shown(prefix) or "." for prefix in layouts)
     if not likely:
-        raise InputError(f"{where} has no encoder at {flag('prefix')} {wanted} (there: {there})")
+        raise InputError(f"{where} has no encoder at --prefix {wanted} (there: {there})")
     one, *others = (_below(tensors, prefix) for prefix in likely)
     if any(x.keys() != one.keys() or not all(map(torch.equal, x.values(), one.values()))
            for x in others):  # fmt: skip
-        raise InputError(f"{where} has several encoders; choose one by {flag('prefix')}: {there}")
-    return likely[0], found[likely[0]]
+        raise InputError(f"{where} has several encoders; choose one by --prefix: {there}")
+    return likely[0], layouts[likely[0]]
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -1208,10 +1152,11 @@ def _infer_architecture(named: dict[str, Tensor], where: str | Path) -> tuple[st
         raise InputError(f"{where} has an encoder of images of {colours} channels, not of RGB")
     convolutions = [name for name in named if name.endswith(".conv1.weight")]
     blocks = tuple(sum(n.startswith(f"layer{i}.") for n in convolutions) for i in (1, 2, 3, 4))
-    bottleneck = "layer1.0.conv3.weight" in named
-    arch, stem = RESNETS.get((blocks, bottleneck)), STEMS.get(kernel[-1])
+    block = Bottleneck if "layer1.0.conv3.weight" in named else BasicBlock
+    arch = next((name for name, parts in ARCHITECTURES.items() if parts == (block, blocks)), None)
+    stem = STEMS.get(kernel[-1])
     if arch is None or stem is None:
-        kind, shape = "bottleneck" if bottleneck else "basic", (channels, colours, *kernel)
+        kind, shape = "basic" if block is BasicBlock else "bottleneck", (channels, colours, *kernel)
         raise InputError(
             f"{where} has an unknown network: {kind} blocks {blocks}, first convolution {shape}"
         )
@@ -1220,9 +1165,7 @@ def _infer_architecture(named: dict[str, Tensor], where: str | Path) -> tuple[st
 
 def _origin_of(prefix: str, stem: str, facts: str) -> tuple[str, str]:
     """Origin, or "" if it is unknown, and normalisation. facts: what else is in the file."""
-    similar = [
-        x for x in ORIGINS if re.fullmatch(x[1], prefix) and re.search(x[2], facts, re.MULTILINE)
-    ]
+    similar = [x for x in ORIGINS if re.fullmatch(x[1], prefix) and re.search(x[2], facts, re.M)]
     for name, _, _, imagenet, small in similar:
         if normalize := imagenet if stem == "imagenet" else small:
             return name, normalize
@@ -1251,28 +1194,10 @@ def without_normalization(encoder: nn.Module) -> nn.Module:
 
 FILE_KINDS = {  # how a file begins that is no checkpoint, in lower case -> what it is
     b"version https://git-lfs": "a pointer of git-lfs: fetch the file itself by git lfs pull",
-    b"<!doctype html": "a web page: download the file itself",
-    b"<html": "a web page: download the file itself",
+    (b"<!doctype html", b"<html"): "a web page: download the file itself",
     b"\x89hdf": "HDF5, as Keras writes it: save the weights with torch.save",
     b"\x1f\x8b": "compressed by gzip: unpack it",
 }
-
-
-def read_weights(path: Path) -> tuple[dict, Path]:
-    """Reads a file of torch.save, or safetensors, and executes nothing that is in it.
-
-    Returns its content and the file, which is previous.pt where last.pt is damaged. Raises
-    InputError that says what the file is and what to do, as far as that is known.
-    """
-    if path.suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-        except ImportError:
-            raise InputError(f"to read {path}, pip install safetensors") from None
-        with errors_as_input_error(f"{path} is not a readable checkpoint"):
-            return load_file(path), path
-    with torch.serialization.safe_globals([argparse.Namespace]):  # others save their options
-        return load_newest(path)
 
 
 def _describe_file(path: Path) -> str:
@@ -1306,6 +1231,7 @@ SPLITS = ("pretrain", "train", "test")
 HELD_OUT = 0.2  # share of each class kept for testing where a data set has no split of its own
 UNEVEN = 1.5  # ratio of the largest and the smallest class from which on accuracy misleads
 Rows = Tensor | None  # int64 (M,): which images, in what order; None: all
+Range = tuple[float, ...]  # values that are black and white in grey pictures; see choose_range()
 
 
 @dataclass
@@ -1313,8 +1239,7 @@ class ImageSet:
     """Images of one size in memory.
 
     images: uint8 (N, 3, H, W). labels: int64 (N,) or None. classes: name of each label. Where the
-    images came from files: paths, a bytes array (N,) of their names below the folder root; and
-    grey_range, see choose_range().
+    images came from files: paths, a bytes array (N,) of names below the folder root; grey_range.
     """
 
     images: Tensor
@@ -1322,7 +1247,7 @@ class ImageSet:
     classes: tuple[str, ...] = ()
     paths: np.ndarray | None = None
     root: Path | None = None
-    grey_range: tuple[float, ...] = ()
+    grey_range: Range = ()
     max_bad: ClassVar[float] = 0.0
     unreadable: ClassVar[dict[int, str]] = {}  # what is in memory has been read
 
@@ -1341,7 +1266,6 @@ class ImageSet:
         self, size: int, batch_size: int, device: torch.device, workers: int = 0, rows: Rows = None
     ) -> Iterator[Tensor]:
         """In order, without augmentation: float32 (B, 3, size, size) in [0, 1] on `device`."""
-        del workers  # nothing to decode
         rows = torch.arange(len(self)) if rows is None else rows
         for chunk in rows.to(self.images.device).split(batch_size):
             yield center_view(self.images[chunk].to(device), size)
@@ -1351,10 +1275,9 @@ class ImageSet:
 class ImageFiles:
     """Images of any size on disk, decoded when they are used.
 
-    root: the folder. paths: bytes array (N,) of file names below it, one flat block. labels: int64
-    (N,) or None. classes: name of each label. max_bad: share of the files in [0, 1] that may be
-    unreadable, see unreadable_error(). unreadable: those known so far, index -> reason.
-    grey_range: see choose_range().
+    root: the folder. paths: a bytes array (N,) of file names below it. labels: int64 (N,) or None.
+    classes: name of each label. max_bad: share of the files in [0, 1] that may be unreadable, see
+    unreadable_error(). unreadable: those known so far, index -> reason.
     """
 
     root: Path
@@ -1363,17 +1286,15 @@ class ImageFiles:
     classes: tuple[str, ...] = ()
     max_bad: float = 0.0
     unreadable: dict[int, str] = dataclasses.field(default_factory=dict)
-    grey_range: tuple[float, ...] = ()
+    grey_range: Range = ()
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def path(self, index: int) -> Path:
-        return self.root / os.fsdecode(self.paths[index])
-
     def image(self, index: int) -> Tensor:
-        """One image, decoded now: uint8 (3, H, W). Raises InputError if it cannot be read."""
-        return read_image(self.path(index), self.grey_range)
+        """One image, decoded now: uint8 (3, H, W). Raises UnreadableImage if it cannot be read."""
+        with Photo(self.root / os.fsdecode(self.paths[index]), self.grey_range) as photo:
+            return photo.pixels().contiguous()
 
     def to(self, device: torch.device) -> ImageFiles:
         labels = None if self.labels is None else self.labels.to(device)
@@ -1393,7 +1314,7 @@ class ImageFiles:
         An image that cannot be read is black and is recorded in `unreadable`.
         """
         rows = torch.arange(len(self)) if rows is None else rows
-        requests = ((chunk, None) for chunk in rows.split(batch_size))
+        requests = ((chunk, torch.empty(len(chunk), 1, 0)) for chunk in rows.split(batch_size))
         for crops, _ in decoded_batches(self, requests, size, None, workers, device):
             yield crops[:, 0].contiguous().float() / 255
 
@@ -1414,9 +1335,9 @@ def subset(data: Images, rows: Tensor) -> Images:
 
 
 def unreadable_error(data: Images) -> InputError | None:
-    """The error of more unreadable images than data.max_bad allows, or of no others, or None.
+    """An InputError if more images than data.max_bad allows, or all, cannot be read; else None.
 
-    All ranks must call it, and then know which files any rank could not read.
+    All ranks must call it; afterwards each knows the unreadable files of all ranks.
     """
     if world_size() > 1 and isinstance(data, ImageFiles):
         every: list[dict[int, str]] = [{}] * world_size()
@@ -1424,23 +1345,13 @@ def unreadable_error(data: Images) -> InputError | None:
         for reasons in every:
             data.record_unreadable(reasons)
     count, size = len(data.unreadable), len(data)
+    text = f"{count:,} of {size:,} images cannot be read"
     if count > MOST_LISTED:
-        log_warning(f"warning: {count:,} of {size:,} images cannot be read and are left out")
+        log_warning(f"warning: {text} and are left out")
     if not count or (count <= data.max_bad * size and count < size):
         return None
-    return InputError(
-        f"{data.unreadable[min(data.unreadable)]}; {count:,} of {size:,} images cannot be read "
-        f"({flag('max_bad')} {data.max_bad:g})"
-    )
-
-
-def try_unreadable_again(data: Images, rows: Iterable[int]) -> None:
-    """Records those of the images at `rows`, unreadable in an earlier run, that still are."""
-    for row in rows:
-        try:
-            data.image(row)
-        except UnreadableImage as error:
-            data.record_unreadable({row: str(error)})
+    first = data.unreadable[min(data.unreadable)]
+    return InputError(f"{first}; {text}" + f" (--max-bad {data.max_bad:g})" * (data.max_bad < 1))
 
 
 def only_readable(data: Images, workers: int) -> Images:
@@ -1455,7 +1366,7 @@ def only_readable(data: Images, workers: int) -> Images:
 
 
 def image_names(data: Images) -> list[str]:
-    """How each image is named in a list: by its path, or without one by its index."""
+    """The name of each image in a list: its path, or its index if it has no path."""
     if data.paths is None:
         return [str(i) for i in range(len(data))]
     return [os.fsdecode(path) for path in data.paths]
@@ -1484,14 +1395,9 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def load_images(dataset: str, split: str, data_dir: str | Path = "data", **options: Any) -> Images:
-    """One split of a data set, see load_splits()."""
-    return load_splits(dataset, (split,), data_dir, **options)[0]
-
-
 def load_splits(
     dataset: str, splits: Sequence[str], data_dir: str | Path = "data", max_bad: float = 0.0,
-    grey_range: tuple[float, ...] = (),
+    grey_range: Range = (),
 ) -> list[Images]:  # fmt: skip
     """Splits of a data set, each an ImageSet, or for folders of large or mixed sizes an ImageFiles.
 
@@ -1499,8 +1405,8 @@ def load_splits(
     images, on STL-10 with the unlabelled ones), "train" (the labelled training images; the same
     object where they have the same images) and "test" (empty for a folder without test images).
     data_dir: where downloads go and are looked for; for "folder" the user's own folder. max_bad:
-    share of a folder's images in [0, 1] that may be unreadable; of those for testing, if it is not
-    0, any. grey_range: of a folder's, see choose_range().
+    share in [0, 1] of a folder's images that may be unreadable; if it is not 0, any share of the
+    test images may be.
 
     Raises InputError for files that are missing and cannot be downloaded, an empty or missing
     folder, or unreadable images.
@@ -1509,13 +1415,12 @@ def load_splits(
         with errors_as_input_error(f"cannot read {data_dir}"):
             return _load_folder(Path(data_dir), splits, max_bad, grey_range)
     if grey_range:
-        raise InputError(f"{flag('range')} is for folders of pictures, not for {dataset}")
+        raise InputError(f"--range is for folders of pictures, not for {dataset}")
     same = dataset != "stl10"  # elsewhere all images to pre-train on have labels
     names = ["train" if same and split == "pretrain" else split for split in splits]
     download = partial(_load_torchvision, dataset, Path(data_dir))
-    read = _load_digits if dataset == "digits" else download
-    loaded = {name: read(name) for name in dict.fromkeys(names)}
-    return [loaded[name] for name in names]
+    read = functools.cache(_load_digits if dataset == "digits" else download)
+    return [read(name) for name in names]
 
 
 def class_balanced_order(labels: np.ndarray, seed: int = 0) -> list[np.ndarray]:
@@ -1615,40 +1520,31 @@ def _load_digits(split: str) -> ImageSet:
     return ImageSet(to_uint8(grey).repeat(1, 3, 1, 1), labels, tuple("0123456789"))
 
 
-EXPECTED_FILES = {  # where there is no network
-    "cifar10": f"{tv_datasets.CIFAR10.filename} or the folder cifar-10-batches-py",
-    "cifar100": f"{tv_datasets.CIFAR100.filename} or the folder cifar-100-python",
-    "svhn": "train_32x32.mat and test_32x32.mat",
-    "fashion-mnist": "FashionMNIST/raw with its four ubyte files",
-    "stl10": f"{tv_datasets.STL10.filename} or the folder stl10_binary",
+TORCHVISION = {  # its class, and the files that it reads where there is no network
+    "cifar10": (tv_datasets.CIFAR10, "cifar-10-python.tar.gz or the folder cifar-10-batches-py"),
+    "cifar100": (tv_datasets.CIFAR100, "cifar-100-python.tar.gz or the folder cifar-100-python"),
+    "svhn": (tv_datasets.SVHN, "train_32x32.mat and test_32x32.mat"),
+    "fashion-mnist": (tv_datasets.FashionMNIST, "FashionMNIST/raw with its four ubyte files"),
+    "stl10": (tv_datasets.STL10, "stl10_binary.tar.gz or the folder stl10_binary"),
 }
 
 
 def _load_torchvision(dataset: str, root: Path, split: str) -> ImageSet:
-    train = split != "test"
-    part = {"pretrain": "train+unlabeled", "train": "train", "test": "test"}[split]
-    makers: dict[str, Callable[[], Any]] = {
-        "cifar10": lambda: tv_datasets.CIFAR10(root, train=train, download=True),
-        "cifar100": lambda: tv_datasets.CIFAR100(root, train=train, download=True),
-        "svhn": lambda: tv_datasets.SVHN(root, "train" if train else "test", download=True),
-        "fashion-mnist": lambda: tv_datasets.FashionMNIST(root, train=train, download=True),
-        "stl10": lambda: tv_datasets.STL10(root, split=part, download=True),
-    }
+    kind, files = TORCHVISION[dataset]
+    options: dict[str, Any] = {"train": split == "train"}
+    if dataset in ("svhn", "stl10"):
+        options = {"split": "train+unlabeled" if split == "pretrain" else split}
     with contextlib.suppress(OSError):  # it may exist, and be for reading only
         root.mkdir(parents=True, exist_ok=True)
     one_process = FileLock(root / ".lock") if os.access(root, os.W_OK) else contextlib.nullcontext()
     try:
         with one_process:  # at a time downloads to the folder
-            return _image_set(dataset, makers[dataset]())
+            source = kind(root, download=True, **options)
     except Exception as error:  # damaged files can raise any type
         raise InputError(
             f"{dataset} could not be read from or downloaded to {root.absolute()} "
-            f"({shown(error)}). Without a network, put {EXPECTED_FILES[dataset]} there"
+            f"({shown(error)}). Without a network, put {files} there"
         ) from error
-
-
-def _image_set(dataset: str, source: Any) -> ImageSet:
-    """What torchvision read."""
     images = torch.as_tensor(source.data)
     if dataset in ("cifar10", "cifar100"):
         images = images.permute(0, 3, 1, 2)  # (N, H, W, 3) -> (N, 3, H, W)
@@ -1672,8 +1568,8 @@ def list_images(root: Path) -> list[str]:
     """Names, relative to `root` and sorted, of all images below it.
 
     Images are known by their endings, and by their content where they have none. Hidden files are
-    left out, and others with a line that says so; linked folders are followed, each once. Raises
-    InputError for a folder that cannot be read: its images would be missed in silence.
+    left out; a warning names others that are left out. Linked folders are followed, each once.
+    Raises InputError for a folder that cannot be read, as its images would be missing unnoticed.
     """
 
     def refuse(error: OSError) -> NoReturn:
@@ -1692,19 +1588,12 @@ def list_images(root: Path) -> list[str]:
             if not known and not name.startswith("."):
                 path = os.path.normpath(os.path.join(below, name))
                 suffix = os.path.splitext(name)[1].lower()
-                image = kinds.get(suffix) in decoded if suffix else _is_image(root / path)
+                image = kinds.get(suffix) in decoded if suffix else image_size(root / path)
                 (names if image else others).append(path)
     if others:
         files = listed(sorted(others))
         log_warning(f"left out of {root}: {len(others):,} files without an image's ending, {files}")
     return sorted(names)
-
-
-def _is_image(path: Path) -> bool:
-    with contextlib.suppress(UnreadableImage):
-        image_size(path)
-        return True
-    return False
 
 
 def _class_of(path: str) -> str:
@@ -1759,13 +1648,12 @@ def split_folders(root: Path) -> tuple[Path, list[Path], list[Path]]:
     and the root is the labelled folder. The names may be in capitals.
     """
     folders = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir()}
-    train = next((folders[name] for name in TRAIN_FOLDERS if name in folders), None)
-    tests, unlabelled = (
+    train, tests, unlabelled = (
         [folders[name] for name in names if name in folders]
-        for names in (TEST_FOLDERS, UNLABELLED_FOLDERS)
+        for names in (TRAIN_FOLDERS, TEST_FOLDERS, UNLABELLED_FOLDERS)
     )
-    if train and (tests or unlabelled or any(path.is_dir() for path in train.iterdir())):
-        return train, tests, unlabelled
+    if train and (tests or unlabelled or any(path.is_dir() for path in train[0].iterdir())):
+        return train[0], tests, unlabelled
     return root, [], []
 
 
@@ -1783,7 +1671,7 @@ def _choose_test(folders: Sequence[Path], classes: Sequence[str]) -> tuple | Non
         except InputError as error:
             fault = fault or error
             continue
-        if classes and labels is not None:
+        if paths and classes and labels is not None:
             return folder, paths, labels
         if paths and not chosen:
             chosen = folder, paths, None
@@ -1793,7 +1681,7 @@ def _choose_test(folders: Sequence[Path], classes: Sequence[str]) -> tuple | Non
 
 
 def _load_folder(
-    root: Path, splits: Sequence[str], max_bad: float, grey_range: tuple[float, ...]
+    root: Path, splits: Sequence[str], max_bad: float, grey_range: Range
 ) -> list[Images]:
     """`root/train/…` with `root/test/…`, `root/<class>/…`, or any tree of images.
 
@@ -1801,34 +1689,30 @@ def _load_folder(
     """
     folder, tests, beside = split_folders(existing_folder(root))
     every, split_name = list_images(folder), "" if folder == root else folder.name
-    more = [os.path.join(split_name, path) for path in every if _is_unlabelled(path)]
-    more += [os.path.join(other.name, path) for other in beside for path in list_images(other)]
-    paths = [path for path in every if not _is_unlabelled(path)]
-    if not paths:  # of folders with labels there are none
-        paths, more = every, []
+    apart = {p for p in every if os.sep in p and _class_of(p).lower() in UNLABELLED_FOLDERS}
+    unlabelled = [os.path.join(split_name, path) for path in every if path in apart]
+    unlabelled += [os.path.join(part.name, path) for part in beside for path in list_images(part)]
+    paths = [path for path in every if path not in apart]
+    if not paths:  # all are in unlabelled/, which then is a folder like any other
+        paths, unlabelled = every, []
     if not paths:
         raise InputError(f"no images in {folder}")
     labels, classes = folder_labels(folder, paths)
-    learn, held_out = np.arange(len(paths)), np.arange(0)
+    train, test = (folder, paths, labels), (folder, [], None)
     if folder == root and labels is not None:  # no splits: hold some images of each class out
-        learn, held_out = stratified_split(labels)
-
-    parts: dict[str, tuple] = {
-        name: (folder, [paths[i] for i in rows], None if labels is None else labels[rows])
-        for name, rows in (("train", learn), ("test", held_out))
-    }
-    parts["test"] = _choose_test(tests, classes) or parts["test"]
-    if more:
-        labelled = [os.path.join(split_name, path) for path in parts["train"][1]]
-        parts["pretrain"] = (root, labelled + more, None)
+        rows_of = stratified_split(labels)
+        train, test = ((folder, [paths[i] for i in rows], labels[rows]) for rows in rows_of)
+    parts: dict[str, tuple] = {"train": train, "test": _choose_test(tests, classes) or test}
+    if unlabelled:
+        labelled = [os.path.join(split_name, path) for path in train[1]]
+        parts["pretrain"] = (root, labelled + unlabelled, None)
     if folder != root:
         _name_unused(root, {folder, *beside, parts["test"][0]})
     grey_range = choose_range(*parts.get("pretrain", (folder, paths))[:2], grey_range)
     wanted = [split if split in parts else "train" for split in splits]
+    limits = {"test": float(max_bad > 0)}  # of unreadable files
     loaded = {
-        split: _read_folder(
-            *parts[split], classes, float(max_bad > 0) if split == "test" else max_bad, grey_range
-        )
+        split: _read_folder(*parts[split], classes, limits.get(split, max_bad), grey_range)
         for split in dict.fromkeys(wanted)
     }
     return [loaded[split] for split in wanted]
@@ -1837,12 +1721,8 @@ def _load_folder(
 def existing_folder(root: Path) -> Path:
     """The folder itself. Raises InputError if it is none."""
     if not os.path.isdir(root):
-        raise InputError(f"{flag('data_dir')} {root} is not a folder")
+        raise InputError(f"--data-dir {root} is not a folder")
     return root
-
-
-def _is_unlabelled(path: str) -> bool:
-    return os.sep in path and _class_of(path).lower() in UNLABELLED_FOLDERS
 
 
 def _name_unused(root: Path, used: set[Path]) -> None:
@@ -1858,10 +1738,8 @@ def _name_unused(root: Path, used: set[Path]) -> None:
         log_warning(f"files not used in {root}: {', '.join(names)}. {hint}")
 
 
-def load_unlabelled(
-    where: Path, max_bad: float = 0.0, grey_range: tuple[float, ...] = ()
-) -> Images:
-    """One image, or all below a folder of any layout, without labels. See load_images()."""
+def load_unlabelled(where: Path, max_bad: float = 0.0, grey_range: Range = ()) -> Images:
+    """One image, or all below a folder of any layout, without labels. See load_splits()."""
     root, paths = (where, list_images(where)) if where.is_dir() else (where.parent, [where.name])
     if not paths:
         raise InputError(f"no images in {root}")
@@ -1871,7 +1749,7 @@ def load_unlabelled(
 
 def _read_folder(
     root: Path, paths: list[str], labels: np.ndarray | None, classes: Sequence[str],
-    max_bad: float, grey_range: tuple[float, ...],
+    max_bad: float, grey_range: Range,
 ) -> Images:  # fmt: skip
     """In memory if all images are small and of one size, otherwise to be streamed.
 
@@ -1892,8 +1770,8 @@ def _read_folder(
             return str(error)
 
     with ThreadPoolExecutor() as pool:  # PIL decodes without holding Python's lock
-        found = pool.map(read, range(len(paths)))
-        images = [*progress_bar(found, f"reading {root}", len(paths))]
+        decoded = pool.map(read, range(len(paths)))
+        images = [*progress_bar(decoded, f"reading {root}", len(paths))]
     good = [i for i, image in enumerate(images) if isinstance(image, Tensor)]
     files.record_unreadable({i: x for i, x in enumerate(images) if isinstance(x, str)})
     if error := unreadable_error(files):
@@ -1907,8 +1785,7 @@ def _fits_in_memory(root: Path, paths: list[str]) -> bool:
     """Whether all images have one small size, by their headers up to the first that differs."""
     common = None
     for path in paths:
-        with contextlib.suppress(UnreadableImage):  # reading it will say so
-            size = image_size(root / path)
+        if size := image_size(root / path):  # otherwise that is reported when it is read
             common = common or size
             large = max(size) > MEMORY_SIDE or 3 * math.prod(size) * len(paths) > MEMORY_BYTES
             if large or size != common:
@@ -1921,9 +1798,7 @@ RANGE_SAMPLE = 64  # files
 USED_SHARE = 0.1  # of a range: pictures that use less of it would be nearly black or flat
 
 
-def choose_range(
-    root: Path, paths: Sequence[str], given: tuple[float, ...] = ()
-) -> tuple[float, ...]:
+def choose_range(root: Path, paths: Sequence[str], given: Range = ()) -> Range:
     """Which values are black and white in a folder's grey pictures of more than 8 bits.
 
     given: by the user, or of a run. Else those of the pictures' type; where a sample of the files
@@ -1941,12 +1816,10 @@ def choose_range(
                 values += [grey.min(), grey.max()] if grey.size else []
     if not values:
         if given:
-            log_warning(
-                f"{root}: {flag('range')} is for grey pictures of more than 8 bits: none found"
-            )
+            log_warning(f"{root}: --range is for grey pictures of more than 8 bits: none found")
         return given
     low, high = float(min(values)), float(max(values))
-    black, white = chosen = given or RANGES[max(modes)[0]]  # of both kinds: that of integers
+    black, white = chosen = given or RANGES[max(modes)[0]]  # integers and floats: of integers
     narrow = min(high, white) - max(low, black) < USED_SHARE * (white - black)
     if not given and (narrow or low < black or high > white):
         chosen = (low, max(high, low + 1e-6))
@@ -1958,7 +1831,7 @@ def choose_range(
         use = "under a tenth of" if narrow else "more than"
         whose = "this range" if given else f"the range of their type, {black:g} to {white:g}"
         text = f"warning: {text}, as they use {use} {whose}"
-    log_warning(f"{text}; {flag('range')} LOW HIGH sets another range")
+    log_warning(f"{text}; --range LOW HIGH sets another range")
     return chosen
 
 
@@ -2010,11 +1883,11 @@ def _errors_naming_file(path: str | Path) -> contextlib.AbstractContextManager:
 class Photo(contextlib.AbstractContextManager):
     """An image file whose header has been read, and no more; if not, raises UnreadableImage.
 
-    height, width: in pixels as displayed. orientation: by EXIF, 1 to 8. grey_range: see
-    choose_range(); () for the type's. Use it in a `with`, which closes the file.
+    height, width: in pixels as displayed. orientation: by EXIF, 1 to 8. grey_range: () for the
+    type's. Use it in a `with`, which closes the file.
     """
 
-    def __init__(self, path: str | Path, grey_range: tuple[float, ...] = ()) -> None:
+    def __init__(self, path: str | Path, grey_range: Range = ()) -> None:
         self.path, self.grey_range = path, grey_range
         with _errors_naming_file(path):
             if not os.path.isfile(path):  # a pipe would be waited for
@@ -2032,8 +1905,10 @@ class Photo(contextlib.AbstractContextManager):
     def pixels(self, least: float = 1) -> Tensor:
         """Decodes it, once: uint8 RGB (3, H, W), with the channels last in memory.
 
-        least: the share of the size that is enough. A JPEG is decoded at 1/8, 1/4 or 1/2 if that
-        is as much: the decoder then averages blocks of pixels and saves most of its arithmetic.
+        EXIF orientation is applied, transparency is put on white, grey of more than 8 bits is
+        scaled from grey_range, of an animation the first frame is taken. least: the share of the
+        size that is needed. A JPEG is decoded at 1/8, 1/4 or 1/2 if that is enough: the decoder
+        then averages blocks of pixels and saves most of its arithmetic.
         """
         image = self.image
         with _errors_naming_file(self.path):
@@ -2079,21 +1954,11 @@ class Photo(contextlib.AbstractContextManager):
             view.copy_(part[0].permute(1, 2, 0))
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """(height, width) in pixels as displayed, from the header alone. InputError if unreadable."""
-    with Photo(path) as photo:
+def image_size(path: Path) -> tuple[int, int] | None:
+    """(height, width) in pixels as displayed, from the header alone; None if that is unreadable."""
+    with contextlib.suppress(UnreadableImage), Photo(path) as photo:
         return photo.height, photo.width
-
-
-def read_image(path: Path, grey_range: tuple[float, ...] = ()) -> Tensor:
-    """Decodes any image file to uint8 RGB (3, H, W).
-
-    EXIF orientation is applied, transparency is put on white, grey of more than 8 bits is scaled
-    from grey_range, of an animation the first frame is taken. Raises UnreadableImage if the file
-    cannot be read or is too large.
-    """
-    with Photo(path, grey_range) as photo:
-        return photo.pixels().contiguous()
+    return None
 
 
 # ------------------------------------------------------------------ data sets: decoding in parallel
@@ -2115,17 +1980,17 @@ class DecodeRequest:
     root: Path
     paths: np.ndarray  # bytes (N,)
     size: int
-    boxes: Boxes | None = None
-    u: np.ndarray | None = None  # (N, V, draws) for boxes
-    grey_range: tuple[float, ...] = ()
+    boxes: Boxes | None
+    u: np.ndarray  # (N, V, draws) for boxes
+    grey_range: Range = ()
 
     def views_in(self, memory: Tensor) -> Tensor:
         """The part of uint8 (bytes,) that its views take: (N, V, size, size, 3)."""
-        shape = (len(self.paths), 1 if self.u is None else self.u.shape[1], self.size, self.size, 3)
+        shape = (*self.u.shape[:2], self.size, self.size, 3)
         return memory[: math.prod(shape)].view(shape)
 
     def __call__(self, memory: Tensor | None = None) -> Answer:
-        """Decodes into `memory`, uint8 (REQUEST_BYTES,). Leaves what cannot be read undefined."""
+        """Decodes into `memory`, uint8 (REQUEST_BYTES,). Views of bad files are undefined."""
         memory = torch.empty(REQUEST_BYTES, dtype=torch.uint8) if memory is None else memory
         views, photos, bad = self.views_in(memory), {}, {}
         with contextlib.ExitStack() as stack:
@@ -2156,7 +2021,7 @@ _slots: list[Tensor] = []  # in a worker: those of its DecodingPool
 
 
 def _start_worker(slots: Tensor) -> None:
-    """What a worker does first."""
+    """The initializer of a worker process."""
     _slots[:] = slots
     for number in STOP_SIGNALS:  # the main process ends its workers
         signal.signal(number, signal.SIG_IGN)
@@ -2203,8 +2068,7 @@ class DecodingPool(ProcessPoolExecutor):
                 under_way.popleft()
         except BrokenProcessPool as error:
             raise InputError(
-                "a process that decodes images died: was there too little memory? Then try fewer "
-                f"{flag('workers')}"
+                "a process that decodes images died: if memory was short, try fewer --workers"
             ) from error
         finally:
             if under_way:  # left early: an exit would wait for them
@@ -2213,7 +2077,7 @@ class DecodingPool(ProcessPoolExecutor):
 
     def _finished(self, views: Tensor, bad: Future) -> Answer:
         while not wait([bad], PATIENCE_S).done:
-            if StopSignals.pending:
+            if StopSignals.signal:
                 raise InputError("stopped while a process that decodes images did not answer")
         return views, bad.result()
 
@@ -2222,10 +2086,10 @@ _idle_pools: dict[int, DecodingPool] = {}  # number of workers -> those that wai
 
 
 def _decode(requests: Iterator[DecodeRequest], workers: int) -> Iterator[Answer]:
-    """What the requests return, in order, by so many processes; by this one for 0.
+    """What the requests return, in order, computed by worker processes, or by this one if 0.
 
-    Views are overwritten when the next are asked for. The workers wait for the next call, but end
-    where requests are left under way.
+    Views are overwritten when the next are asked for. The workers then wait for the next call, but
+    end if requests are left under way.
     """
     if not workers:
         yield from (request() for request in requests)
@@ -2233,8 +2097,8 @@ def _decode(requests: Iterator[DecodeRequest], workers: int) -> Iterator[Answer]
     pool = _idle_pools.pop(workers, None)
     if pool is None:
         with errors_as_input_error(
-            f"cannot start {workers} processes that decode images; {flag('workers')} 0 needs none, "
-            "and in a container a larger --shm-size may help"
+            f"cannot start {workers} processes that decode images; --workers 0 needs none, and in "
+            "a container a larger --shm-size may help"
         ):
             pool = DecodingPool(workers)
     yield from pool.answers(requests)
@@ -2242,29 +2106,28 @@ def _decode(requests: Iterator[DecodeRequest], workers: int) -> Iterator[Answer]
 
 
 def _split(
-    files: ImageFiles, rows: Tensor, u: Tensor | None, size: int, boxes: Boxes | None
+    files: ImageFiles, rows: Tensor, u: Tensor, size: int, boxes: Boxes | None
 ) -> Iterator[DecodeRequest]:
     """The requests for a batch, see decoded_batches()."""
-    image_bytes = 3 * size**2 * (1 if u is None else u.shape[1])
+    image_bytes = 3 * size**2 * u.shape[1]
     if image_bytes > REQUEST_BYTES:
-        raise InputError(f"views of {size} px are too large")
+        raise InputError(f"{u.shape[1]} views of {size} px are too large")
     count = min(REQUEST_IMAGES, REQUEST_BYTES // image_bytes)
     root = files.root.absolute()  # a worker may have been started in another folder
     for start in range(0, len(rows), count):
-        index = rows[start : start + count].numpy()
-        numbers = None if u is None else u[start : start + count].numpy()
+        index, numbers = (x[start : start + count].numpy() for x in (rows, u))
         yield DecodeRequest(root, files.paths[index], size, boxes, numbers, files.grey_range)
 
 
 def decoded_batches(
-    files: ImageFiles, requests: Iterable[tuple[Tensor, Tensor | None]], size: int,
-    boxes: Boxes | None, workers: int, device: torch.device,
-) -> Iterator[tuple[Tensor, Tensor | None]]:  # fmt: skip
+    files: ImageFiles, requests: Iterable[tuple[Tensor, Tensor]], size: int, boxes: Boxes | None,
+    workers: int, device: torch.device,
+) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """Decodes and crops files in worker processes, in order.
 
     requests: for each batch rows of `files`, int64 (N,), and u, float32 (N, V, draws) on the CPU,
-    random numbers for `boxes`; with boxes None, for the center_view(), u is None and V is 1.
-    workers: see worker_count(); the result does not depend on it. Yields for each batch uint8
+    random numbers for `boxes`; (N, 1, 0) with boxes None, for the center_view(). workers: see
+    worker_count(); the result does not depend on it. Yields for each batch uint8
     (N, V, 3, size, size) on `device`, with the channels last in memory, and u as it was given.
 
     A file that cannot be read is recorded in files.unreadable. With boxes the next readable file
@@ -2275,7 +2138,7 @@ def decoded_batches(
     parts = itertools.chain.from_iterable(_split(files, rows, u, size, boxes) for rows, u in ahead)
     with contextlib.closing(_decode(parts, worker_count(workers))) as answers:
         for rows, u in batches:
-            shape = (len(rows), 1 if u is None else u.shape[1], size, size, 3)
+            shape = (*u.shape[:2], size, size, 3)
             crops = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
             done, bad = 0, {}
             while done < len(rows):
@@ -2314,8 +2177,8 @@ def embed(
     """Features of every image, in order, without augmentation: float32 (N, D) on `device`.
 
     encoder: float (B, 3, size, size) in [0, 1] -> (B, D). A module is in eval mode meanwhile:
-    BatchNorm uses its running statistics and does not move. batch_size: of images of 224 px;
-    larger ones go in smaller batches. title: of a progress bar, if any. Each rank embeds a shard,
+    BatchNorm uses its running statistics and does not move. batch_size: for images of 224 px;
+    larger images get smaller batches. title: of a progress bar, if any. Each rank embeds a shard,
     and all ranks get all features. An image that cannot be read has a row of NaN, see rows_read().
 
     Raises InputError, in all ranks, as unreadable_error(), and if any other row is not finite.
@@ -2631,7 +2494,7 @@ def zero_classifier(dim: int, classes: int) -> nn.Linear:
 
 
 def text_width(name: str) -> int:
-    """In Latin characters; those of Chinese, Japanese and Korean are twice as wide."""
+    """Width in Latin characters; Chinese, Japanese and Korean ones are twice as wide."""
     return sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in name)
 
 
@@ -2688,7 +2551,7 @@ def save_figure(figure: Any, path: Path, dpi: int = 150) -> None:
 
 
 class Clock:
-    """Wall time by what it was spent on. Each moment counts for one part, so that they add up.
+    """Wall time by what it was spent on. Each moment counts for one part: the parts add up.
 
     parts: seconds of each part, to which those of earlier processes may be added.
     """
@@ -2703,6 +2566,10 @@ class Clock:
         self.parts[part] = self.parts.get(part, 0.0) + self._last - before
         return self._last - before
 
+    def within(self, part: str, share: float) -> bool:
+        """Whether `part` has taken at most this share of the time."""
+        return self.parts.get(part, 0.0) <= share * sum(self.parts.values())
+
     def seconds(self) -> dict[str, float]:
         """For a log: `wall_seconds`, and those of the parts, as in `saving_seconds`."""
         parts = {"wall": sum(self.parts.values()), **self.parts}
@@ -2716,7 +2583,7 @@ def progress_bar(items: Iterable, title: str, total: int) -> Iterable:
 
 
 class Progress(tqdm):
-    """A bar on a terminal; elsewhere plain lines, one every few seconds and what must be."""
+    """A bar on a terminal; elsewhere a line every few seconds, and lines that must be printed."""
 
     SECONDS_BETWEEN_LINES = 5.0
 
@@ -2725,9 +2592,6 @@ class Progress(tqdm):
         self.values: dict[str, str] = {}  # kNN and others are not measured after each epoch
         self._next_line = 0.0
         super().__init__(total=total, initial=done, unit="step", disable=not self.on_terminal)
-
-    def advance(self) -> None:
-        self.update()
 
     def show(self, values: dict[str, str], line: str, must: bool) -> None:
         """Show `values` beside the bar, or print `line` where there is no terminal."""

@@ -55,6 +55,17 @@ def error_of(capsys, main, *argv):
     return err
 
 
+def load_images(dataset, split, data_dir="data", **options):
+    """One split of a data set."""
+    return utils.load_splits(dataset, [split], data_dir, **options)[0]
+
+
+def read_image(path):
+    """All pixels of an image file: uint8 (3, H, W)."""
+    with utils.Photo(path) as photo:
+        return photo.pixels().contiguous()
+
+
 def log_of(config):
     """The rows of a run's log, without times."""
     rows = utils.read_jsonl(config.folder / "log.jsonl")
@@ -75,7 +86,7 @@ def load_run(file):
 
 def interrupt(call, steps):
     """Calls a run that gets SIGTERM after so many steps, and stops."""
-    real, count = utils.Progress.advance, itertools.count(1)
+    real, count = utils.Progress.update, itertools.count(1)
 
     def advance(bar):
         real(bar)
@@ -83,7 +94,7 @@ def interrupt(call, steps):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils.Progress, "advance", advance)
+        patch.setattr(utils.Progress, "update", advance)
         with pytest.raises(simclr.Interrupted) as stopped:
             call()
     assert stopped.value.signal == signal.SIGTERM

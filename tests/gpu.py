@@ -103,7 +103,8 @@ class Checks:
 
     def linear_algebra(self) -> dict[str, Any]:
         """What ends every run: the linear classifier on pixels, and principal axes."""
-        train, test = (utils.load_images("digits", s).to(self.device) for s in ("train", "test"))
+        splits = utils.load_splits("digits", ["train", "test"])
+        train, test = (split.to(self.device) for split in splits)
         x, x_test = (utils.flat_pixels(part.images.float() / 255) for part in (train, test))
         classifier = utils.fit_linear_classifier(x, train.labels, 10)
         accuracy = utils.accuracy(classifier(x_test).argmax(1), test.labels)

@@ -40,7 +40,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-import conftest  # noqa: F401  makes the scripts importable
+import conftest  # makes the scripts importable
 
 # isort: split
 import ablation_SimCLR
@@ -538,7 +538,7 @@ def strange_places(folder: Path) -> dict[str, Path]:
 
 def judge_good(path: Path, pixels: np.ndarray, tolerance: int) -> str:
     """What is wrong with how an image is read, or ""."""
-    size, read = (attempt(lambda f=f: f(path)) for f in (utils.image_size, utils.read_image))
+    size, read = (attempt(lambda f=f: f(path)) for f in (utils.image_size, conftest.read_image))
     if size.how != "run" or read.how != "run":
         return size.text or read.text
     if size.value != pixels.shape[:2]:
@@ -550,7 +550,7 @@ def judge_good(path: Path, pixels: np.ndarray, tolerance: int) -> str:
 
 def judge_bad(path: Path) -> str:
     """What is wrong with how a file that is not an image is read, or ""."""
-    size, read = (attempt(lambda f=f: f(path)) for f in (utils.image_size, utils.read_image))
+    size, read = (attempt(lambda f=f: f(path)) for f in (utils.image_size, conftest.read_image))
     if read.how != "refused" or str(path) not in read.text:
         return read.text or "was taken for an image"
     return size.text if size.how == "broken" else ""

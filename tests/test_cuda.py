@@ -49,14 +49,14 @@ def test_an_interrupted_run_ends_as_one_that_was_not(gpu_config, monkeypatch):
     """Losses to 2 %, kNN accuracy to a tenth: 4 of the 40 images."""
     whole, pieces = gpu_config(run="whole"), gpu_config(run="pieces")
     simclr.run(whole)
-    advance, count = utils.Progress.advance, itertools.count(1)
+    advance, count = utils.Progress.update, itertools.count(1)
 
     def stop_after_six(bar):
         advance(bar)
         if next(count) == 6:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(utils.Progress, "advance", stop_after_six)
+    monkeypatch.setattr(utils.Progress, "update", stop_after_six)
     with pytest.raises(simclr.Interrupted):
         simclr.run(pieces)
     position = utils.load_checkpoint(pieces.folder / utils.CHECKPOINT)["position"]
@@ -85,7 +85,7 @@ def six_steps(config, data):
 def test_a_compiled_network_learns_what_a_plain_one_learns(gpu_config):
     """Losses to 0.1 %, running statistics to 1 % of the largest of a layer."""
     config = gpu_config(batch_size=35, optimizer="sgd", lr=0.01, lr_scaling="none", compile="off")
-    data = utils.load_images(config.dataset, "pretrain").to(torch.device(DEVICE))
+    data = utils.load_splits(config.dataset, ["pretrain"])[0].to(torch.device(DEVICE))
     config = simclr.resolve(config, data, torch.device(DEVICE))
     plain, statistics = six_steps(config, data)
     config.compile = "on"

@@ -16,7 +16,8 @@ from sklearn.datasets import load_digits
 
 import simclr
 import utils
-from utils import ImageFiles, ImageSet, InputError, load_images
+from conftest import load_images, read_image
+from utils import ImageFiles, ImageSet, InputError
 
 
 def test_digits():
@@ -216,6 +217,14 @@ def test_layouts_that_people_use(tmp_path, write_image, names, classes, test_lab
         assert data.test.labels.tolist() == test_labels
 
 
+def test_an_empty_test_folder_does_not_hide_val(tmp_path, write_image):
+    (tmp_path / "test").mkdir()
+    names = ["train/a/1.png", "train/b/1.png", "val/b/1.png"]
+    data, said = found(tmp_path, write_image, names)
+    assert data.test.labels.tolist() == [1]
+    assert "1 test images in ROOT/val" in said
+
+
 def test_folder_of_classes_holds_out_a_fifth(tmp_path, write_image):
     for name, n in (("a", 10), ("b", 20)):
         for i in range(n):
@@ -284,7 +293,7 @@ def test_mixed_and_large_sizes_are_streamed(tmp_path, write_image):
         assert isinstance(data, ImageFiles)
     data = load_images("folder", "pretrain", tmp_path / "mixed")
     (batch,) = data.batches(16, 8, torch.device("cpu"))
-    image = utils.read_image(tmp_path / "mixed" / "a.png")
+    image = read_image(tmp_path / "mixed" / "a.png")
     expected = torchvision.transforms.v2.functional.resize(image, [16])
     expected = torchvision.transforms.v2.functional.center_crop(expected, [16, 16])
     assert batch.shape == (2, 3, 16, 16)
@@ -352,10 +361,10 @@ def test_panoramas_are_read_up_to_a_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(utils, "MOST_PIXELS", 10_000)
     Image.fromarray(pixels(50, 150, 3)).save(tmp_path / "panorama.png")
     with pytest.warns(Image.DecompressionBombWarning):  # which command() hides
-        assert utils.read_image(tmp_path / "panorama.png").shape == (3, 50, 150)
+        assert read_image(tmp_path / "panorama.png").shape == (3, 50, 150)
     Image.fromarray(pixels(50, 250, 3)).save(tmp_path / "larger.png")
     with pytest.raises(InputError, match=r"larger\.png \(.* exceeds limit of 10000 pixels"):
-        utils.read_image(tmp_path / "larger.png")
+        read_image(tmp_path / "larger.png")
 
 
 def test_linked_folders_are_followed_and_loops_end(tmp_path, write_image):

@@ -19,7 +19,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 import load_simCLR
 import simclr
 import utils
-from conftest import CPU, error_of, load_run
+from conftest import CPU, error_of, load_images, load_run, read_image
 from hostile import Calls
 from load_simCLR import Options, Source, load_encoder, load_source
 from utils import ImageSet, InputError, LabelTraining
@@ -52,7 +52,7 @@ def evaluation_of(file, **overrides):
 
 def test_load_encoder_is_the_trained_encoder_frozen(trained):
     encoder = load_encoder(trained.parent)
-    images = utils.load_images("digits", "test").images[:8].float() / 255
+    images = load_images("digits", "test").images[:8].float() / 255
     h = encoder(images)
     assert h.shape == (8, encoder.feature_dim) == (8, 64)
     assert not h.requires_grad
@@ -271,7 +271,7 @@ def test_evaluation_from_the_command_line(places, tmp_path, capsys):
     with open(predictions, newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["image"] for row in rows] == [str(i) for i in range(360)]
-    truth = utils.load_images("digits", "test").labels
+    truth = load_images("digits", "test").labels
     assert [int(row["true"]) for row in rows] == truth.tolist()
     right = np.mean([row["true"] == row["predicted"] for row in rows])
     assert right == pytest.approx(by_title["linear"]["simclr"][0])
@@ -418,13 +418,13 @@ def test_embedding_a_folder(places, tmp_path, odd_folder, capsys):
         h = torch.from_numpy(saved["h"])
     encoder = load_encoder(tmp_path / "checkpoints" / "digits_resnet10")
     for i, path in enumerate(["a.png", "c.png", "deep/b.jpg"]):
-        image = utils.center_view(utils.read_image(odd_folder / path)[None], 16)
+        image = utils.center_view(read_image(odd_folder / path)[None], 16)
         by_hand = encoder((image * 255).round() / 255)[0]
         assert torch.allclose(h[i], by_hand, atol=0.03 * by_hand.abs().max().item())  # bfloat16
 
 
 def test_classifying_a_folder(places, tmp_path, few_digits, capsys):
-    test = utils.load_images("digits", "test")
+    test = load_images("digits", "test")
     folder = tmp_path / "scans"
     folder.mkdir()
     for i in range(40):
@@ -744,12 +744,6 @@ def test_of_several_encoders_one_has_to_be_named(tmp_path):
     assert same.prefix == "encoder_q.0."
 
 
-def test_architectures_are_those_of_the_program():
-    own = {(tuple(blocks), kind is simclr.Bottleneck): name
-           for name, (kind, blocks) in simclr.ARCHITECTURES.items()}  # fmt: skip
-    assert own == utils.RESNETS
-
-
 @pytest.mark.parametrize("imported", [True, False])
 def test_images_of_another_range_are_refused(tmp_path, trained, imported):
     file = trained
@@ -885,6 +879,7 @@ def test_files_that_are_no_checkpoints_are_named(tmp_path, content, message):
 def test_safetensors(tmp_path, monkeypatch):
     state = simclr.Encoder("resnet10", 0.125, "small").state_dict()
     file = tmp_path / "model.safetensors"
+    file.touch()
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(InputError, match="pip install safetensors"):
         load_source(file)

@@ -20,7 +20,7 @@ from PIL import Image
 import load_simCLR
 import simclr
 import utils
-from conftest import load_run
+from conftest import load_images, load_run
 from utils import InputError
 
 CPU = torch.device("cpu")
@@ -208,7 +208,7 @@ def test_a_fine_tuned_classifier_is_kept_and_used(pets, run, tmp_path, capsys):
     assert classifier.classes == CLASSES
     assert classifier.image_size == 16
     assert not classifier.training
-    test = utils.load_images("folder", "test", pets.root / "pets")
+    test = load_images("folder", "test", pets.root / "pets")
     logits = classifier(test.images.float() / 255)
     right = utils.accuracy(logits.argmax(1), test.labels)
     assert right == classifier.facts["accuracy"]
@@ -238,7 +238,7 @@ def test_a_linear_classifier_is_kept(pets, run, tmp_path, capsys):
         "classifier: linear classifier on 12 labelled images, 2 classes" in capsys.readouterr().out
     )
     classifier = load_simCLR.load_classifier(run / "linear_classifier.pt")
-    test = utils.load_images("folder", "test", pets.root / "pets")
+    test = load_images("folder", "test", pets.root / "pets")
     predicted = classifier(test.images.float() / 255).argmax(1).tolist()
     assert [row["predicted"] for row in rows_of(tmp_path / "x.csv")] == [
         CLASSES[i] for i in predicted

@@ -290,8 +290,8 @@ def a_run(config, fails=""):
         if fails == "decoding":
             simclr.augmented_batches = fail_after_two_batches
         if fails == "signal":
-            advance = utils.Progress.advance
-            utils.Progress.advance = lambda bar: (
+            advance = utils.Progress.update
+            utils.Progress.update = lambda bar: (
                 advance(bar), os.kill(os.getpid(), signal.SIGTERM)
             )  # fmt: skip
     simclr.main(flags_of(config))

@@ -15,7 +15,7 @@ from test_processes import CONTEXT
 
 import simclr
 import utils
-from conftest import CPU, interrupt, log_of, position
+from conftest import CPU, interrupt, log_of, position, read_image
 from utils import ImageFiles, InputError
 
 SIDE = 16  # px of all views here
@@ -89,7 +89,7 @@ def cropped(path, boxes, size=SIDE):
 
 def from_whole(path, boxes, size=SIDE):
     """The same by torchvision, from all pixels."""
-    image, resize = utils.read_image(path), utils.TF.resized_crop
+    image, resize = read_image(path), utils.TF.resized_crop
     return torch.stack([resize(image, *box, [size, size]).permute(1, 2, 0) for box in boxes])
 
 

@@ -14,7 +14,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 import simclr
 import utils
-from conftest import CPU, interrupt, load_run, log_of, position
+from conftest import CPU, interrupt, load_images, load_run, log_of, position
 from simclr import SimCLR, run
 from utils import ImageFiles, ImageSet, InputError
 
@@ -145,7 +145,7 @@ def test_an_epoch_sees_each_image_once_and_drops_a_smaller_last_batch(
 
 
 def test_order_and_views_follow_from_seed_epoch_and_step(tiny_config):
-    data = utils.load_images("digits", "test")
+    data = load_images("digits", "test")
     data.images = data.images[:20]
 
     def batches(epoch, start=0, **overrides):
@@ -167,7 +167,7 @@ def test_streamed_views_equal_views_from_memory(photo_config, tmp_path):
     --view-size is the side of the views, held in memory or streamed, and of nothing else.
     """
     config = photo_config(4, (20, 20), view_size=12, batch_size=4, rotation=0.0)
-    memory = utils.load_images("folder", "pretrain", config.data_dir)
+    memory = load_images("folder", "pretrain", config.data_dir)
     names = np.array([f"{i}.png".encode() for i in range(4)])
     streamed = ImageFiles(tmp_path / "photos", names)
     augment = plain_augment(config)
@@ -299,7 +299,7 @@ def test_resuming_from_an_older_checkpoint_is_bit_identical(small_config, monkey
     first = run(whole)
     with monkeypatch.context() as patch:
         due = iter([True])
-        patch.setattr(utils.Throttle, "due", lambda _: next(due, False))
+        patch.setattr(utils.Clock, "within", lambda *_: next(due, False))
         kill(killed, "redraw", 3)
     assert len(log_of(killed)) == 3
     assert position(killed) == (1, 0)
@@ -439,7 +439,7 @@ def test_a_process_that_decodes_and_dies_costs_no_step(photo_config, no_figure):
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
     small_config, monkeypatch
 ):
-    monkeypatch.setattr(utils, "SAVE_SHARE", 1e9)  # after every epoch
+    monkeypatch.setattr(simclr, "SAVE_SHARE", 1e9)  # after every epoch
     config, calls = small_config(), itertools.count(1)
 
     def explode(z1, z2, temperature):
