@@ -41,7 +41,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,8 +78,7 @@ def mean_of_negatives(values: Tensor, similarity: Tensor, mined: bool) -> Tensor
     """Mean of the values (2N, N) at the negatives, all on the other side (Appendix B.10).
 
     mined: at each view's semi-hard negative alone, the closest one that is farther than the partner
-    (Schroff et al. 2015, Section 5.1). If there is none, at the farthest, which comes nearest to
-    being one.
+    (Schroff et al. 2015, Section 5.1), or at the farthest negative if none is farther.
     """
     negative = ~torch.eye(values.shape[1], dtype=torch.bool, device=values.device).repeat(2, 1)
     if mined:
@@ -185,11 +184,10 @@ def quarter_turns(u: Tensor) -> Tensor:
 
 
 def sometimes(step: Step) -> Step:
-    """The step for the images whose first number of u is below SOMETIMES, nothing for others."""
+    """Takes the step for images whose first number of u is below SOMETIMES, none for others."""
 
     def function(images: Tensor, u: Tensor) -> Tensor:
-        chosen = simclr.per_image(u[:, 0] < SOMETIMES)
-        return torch.where(chosen, step(images, u[:, 1:]), images)
+        return simclr.where_chosen(u[:, 0] < SOMETIMES, step(images, u[:, 1:]), images)
 
     return Step(function, 1 + step.draws)
 
@@ -205,7 +203,7 @@ TRANSFORMATIONS: dict[str, Callable[[Config], list[Any]]] = {  # of Figure 5, in
     ],
     "sobel": lambda c: [Step(sobel)],
     "noise": lambda c: [Step(gaussian_noise, 1 + 3 * c.view_side**2)],
-    "blur": lambda c: [simclr.RandomBlur(1.0, c.view_side)],
+    "blur": lambda c: [simclr.RandomBlur(1.0)],
     "rotate": lambda c: [Step(rotate, 1)],
 }  # fmt: skip
 EXTRAS: dict[str, Callable[[Config], Step]] = {  # what Table 3 adds to both views
@@ -237,14 +235,29 @@ class Variant:
     def batches(
         self, config: Config, data: Images, device: torch.device, epoch: int, start: int
     ) -> Iterator[Tensor]:
-        """simclr.view_batches() with the views of this variant."""
+        """simclr.view_batches() with the views of this variant: float32 (KN, 3, S, S).
+
+        `branch` transforms the first N views; the other N are the same images without it (Figure
+        5). Images in memory have one size and are taken whole. Streamed images have many sizes:
+        each is cropped at random, once for both views, as in the paper (Section 3.1).
+        """
         config = config.at_epoch(epoch)
-        if self.branch:
-            return one_branch_batches(config, data, device, epoch, start, self.branch)
         augment = simclr.make_augment(config)
         if self.extra:
             augment.steps.append(EXTRAS[self.extra](config))
-        return simclr.view_batches(config, data, device, epoch, start, augment)
+        if not self.branch:
+            yield from simclr.view_batches(config, data, device, epoch, start, augment)
+            return
+        whole = Step(lambda images, u: utils.center_view(images, config.view_side))
+        augment.steps = [whole if isinstance(data, ImageSet) else augment.steps[0]]
+        steps = [step for name in self.branch for step in TRANSFORMATIONS[name](config)]
+        transform = simclr.Augment(config.view_side, steps)
+        one_view = dataclasses.replace(config, views=1)
+        images = simclr.view_batches(one_view, data, device, epoch, start, augment)
+        for step, x in enumerate(images, start):  # (N, 3, S, S)
+            key = (config.seed, simclr.VIEWS, epoch, step, 1)  # another stream than the crops'
+            u = transform.draw(len(x), utils.generator(device, *key))
+            yield torch.cat([transform(x, u), x])
 
     def model(self, config: Config) -> simclr.SimCLR:
         """The model to start from, with the same weights for any number of passes."""
@@ -264,31 +277,6 @@ class TwoPasses(simclr.SimCLR):
         return torch.cat(h), torch.cat(z)
 
 
-def one_branch_batches(
-    config: Config, data: Images, device: torch.device, epoch: int, start: int,
-    branch: tuple[str, ...],
-) -> Iterator[Tensor]:  # fmt: skip
-    """Batches as of simclr.view_batches(): float32 (2N, 3, S, S), of which `branch` transforms the
-    first N views; the other N are the same images without it (Figure 5).
-
-    Images in memory have one size and are taken whole. Streamed images have many sizes: each is
-    cropped at random, once for both views, as in the paper (Section 3.1).
-    """
-    side = config.view_side
-    whole = Step(lambda images, u: utils.center_view(images, side))
-    crop = simclr.RandomResizedCrop(side, (config.crop_min, 1.0))
-    common = simclr.Augment(side, [whole if isinstance(data, ImageSet) else crop])
-    steps = [step for name in branch for step in TRANSFORMATIONS[name](config)]
-    transform = simclr.Augment(side, steps)
-
-    one_view = dataclasses.replace(config, views=1)
-    images = simclr.view_batches(one_view, data, device, epoch, start, common)
-    for step, x in enumerate(images, start):  # (N, 3, S, S)
-        key = (config.seed, simclr.VIEWS, epoch, step, 1)  # another stream than the crops'
-        u = transform.draw(len(x), utils.generator(device, *key))
-        yield torch.cat([transform(x, u), x])
-
-
 # ------------------------------------------------------------------------------------ measurements
 #
 # Each measurement takes a Run and returns numbers, accuracies in [0, 1].
@@ -298,7 +286,7 @@ SUPERVISED = dict(batch_size=256, lr=0.1, weight_decay=1e-4)  # of LabelTraining
 FEW_LABELS, FEW_EPOCHS, MANY_EPOCHS = 0.01, 60, 30  # Appendix B.5: 1 % of the labels, 10 %
 PROBE = LabelTraining(epochs=20, batch_size=256, lr=0.1, min_steps=500)
 PROBE_VIEWS = 4  # of each image
-COLOR = "color"  # grey or not, which the usual augmentation decides (Table 3)
+COLOR = "color"  # the setting that tells whether a view has lost its colour (Table 3)
 
 
 @dataclass
@@ -346,7 +334,6 @@ def representation(run: Run) -> dict[str, float]:
             results["linear" + suffix] = utils.accuracy(classifier(x_test).argmax(1), y_test)
         results["selection"], _ = simclr.validation_knn(x, y, classes)  # x: h
         results |= contrastive_task(model, run)
-    results["parameters"] = sum(p.numel() for p in model.encoder.parameters())
     return results
 
 
@@ -361,17 +348,15 @@ def contrastive_task(model: simclr.SimCLR, run: Run) -> dict[str, float]:
     config = dataclasses.replace(run.config, views=2)
     cosine = run.variant.loss_function != "nt-xent-dot"
     batches = run.variant.batches(config, run.data.pretrain, run.device, config.epochs, 0)
-    entropies, accuracies = [], []
+    numbers = []
     for views in itertools.islice(batches, TASK_STEPS):
         _, z = simclr.forward(model, views, config.precision)
         logits = opposite_similarities(*z.chunk(2), cosine) / config.temperature  # (2N, N)
         partner = torch.arange(len(z) // 2, device=z.device).repeat(2)  # (2N,)
-        entropies.append(torch.special.entr(logits.softmax(1)).sum(1).mean())
-        accuracies.append((logits.argmax(1) == partner).float().mean())
-    return {
-        "entropy": torch.stack(entropies).mean().item(),
-        "contrastive_accuracy": torch.stack(accuracies).mean().item(),
-    }
+        entropy = torch.special.entr(logits.softmax(1)).sum(1).mean()
+        numbers.append(torch.stack([entropy, (logits.argmax(1) == partner).float().mean()]))
+    entropy, accuracy = torch.stack(numbers).mean(0).tolist()
+    return {"entropy": entropy, "contrastive_accuracy": accuracy}
 
 
 def supervised(run: Run) -> dict[str, float]:
@@ -383,8 +368,7 @@ def supervised(run: Run) -> dict[str, float]:
     augment = simclr.make_augment(dataclasses.replace(run.config, view_size=0))
     schedule = LabelTraining(run.config.epochs, **SUPERVISED)
     rows = torch.arange(len(run.data.train))
-    accuracy = run.fine_tuned_accuracy(encoder, rows, augment, schedule)
-    return {"linear": accuracy, "parameters": sum(p.numel() for p in encoder.parameters())}
+    return {"linear": run.fine_tuned_accuracy(encoder, rows, augment, schedule)}
 
 
 def fine_tuned(run: Run, start: str, share: float) -> dict[str, float]:
@@ -403,18 +387,17 @@ def fine_tuned(run: Run, start: str, share: float) -> dict[str, float]:
     return {"accuracy": accuracy, "labels": len(rows)}
 
 
-def probe(run: Run, transformation: str) -> dict[str, float]:
+def probe(run: Run) -> dict[str, float]:
     """Accuracy of telling which transformation a view had, from h and from g(h) (Table 3).
 
-    An MLP learns it from frozen features of augmented training images, and is tested on augmented
-    test images. transformation: COLOR or one of EXTRAS. `chance` is the share of the commonest.
+    The transformation is the variant's `extra`, or, without one, dropping the colour. An MLP learns
+    it from frozen features of augmented training images, and is tested on augmented test images.
+    `chance` is the share of the commonest.
     """
     model, results = run.pretrained(), {}
     with utils.frozen(model):
-        train, test = (
-            transformed_features(model, run, data, transformation, i)
-            for i, data in enumerate((run.data.train, run.data.test))
-        )
+        train = transformed_features(model, run, run.data.train, 0)
+        test = transformed_features(model, run, run.data.test, 1)
     for i, name in enumerate(("probe_h", "probe_z")):
         x, x_test = utils.standardize(train[i], test[i])
         results[name] = mlp_accuracy(x, train[2], x_test, test[2], run.config)
@@ -423,27 +406,24 @@ def probe(run: Run, transformation: str) -> dict[str, float]:
 
 
 @torch.no_grad()
-def transformed_features(
-    model: nn.Module, run: Run, data: Images, transformation: str, part: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def transformed_features(model: nn.Module, run: Run, data: Images, part: int) -> tuple[Tensor, ...]:
     """h (M, D), z (M, D') and which transformation, int64 (M,), of PROBE_VIEWS views an image.
 
     part: keeps the randomness of training and test images apart.
     """
-    config, color = run.config, transformation == COLOR
-    share = config.gray_p if color else SOMETIMES
-    step = simclr.RandomGrayscale(share) if color else EXTRAS[transformation](config)
+    config, extra = run.config, run.variant.extra
+    share = SOMETIMES if extra else config.gray_p
+    step = EXTRAS[extra](config) if extra else simclr.RandomGrayscale(share)
     last = simclr.Augment(config.view_side, [step])
-    augment = simclr.make_augment(dataclasses.replace(config, gray_p=0.0) if color else config)
-    size = min(config.batch_size, len(data))
-    count = len(data) // size
+    augment = simclr.make_augment(config if extra else dataclasses.replace(config, gray_p=0.0))
+    size, count = simclr.batch_count(config, len(data))
     rows = torch.arange(size * count).view(count, size).repeat(PROBE_VIEWS, 1)
     keys = [(config.seed, simclr.LABELS, part, i) for i in range(len(rows))]
     batches = simclr.augmented_batches(data, rows, keys, augment, 1, run.device, config.workers)
     outputs = []
     for x, key in zip(batches, keys, strict=True):  # (N, 3, S, S)
         u = last.draw(len(x), utils.generator(run.device, *key, 1))
-        label = quarter_turns(u) if transformation == "rotation" else u[:, 0] < share
+        label = quarter_turns(u) if extra == "rotation" else u[:, 0] < share
         outputs.append((*simclr.forward(model, last(x, u), config.precision), label.long()))
     h, z, labels = (torch.cat(parts) for parts in zip(*outputs, strict=True))
     return h.float(), z.float(), labels
@@ -490,21 +470,6 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Claim:
-    """A sentence of the paper: the settings `better` are better than the settings `worse`.
-
-    Both are patterns of settings' names, compared by the study's first metric, or by worse_metric
-    on the second side. by: the difference in the paper.
-    """
-
-    text: str
-    better: str
-    worse: str
-    by: str = ""
-    worse_metric: str = ""
-
-
-@dataclass(frozen=True)
 class Study:
     """One ablation: a grid of settings around a base, and how its results are shown."""
 
@@ -514,53 +479,33 @@ class Study:
     metrics: tuple[str, ...] = ("linear", "knn")  # of METRICS; settings are compared by the first
     # the paper's numbers, by metric and setting (or group); of "lines" by series and x
     paper: dict[str, dict[Any, float]] = field(default_factory=dict)
-    claims: tuple[Claim, ...] = ()
+    # sentences of the paper, each with the settings that are better and those that are worse there:
+    # patterns of names, compared by the first metric; a fourth word is the metric of the worse ones
+    claims: tuple[tuple[str, ...], ...] = ()
     draw: str = "dots"  # one of DRAWINGS
-    one_panel: bool = False  # dots of all metrics in one panel
     axis: str = ""  # what x is, for lines
     fixed: tuple[str, ...] = ()  # flags that are refused, beside those of varied fields
-    around: tuple[str, ...] = ()  # fields that are varied around the base's value: flags are taken
+    around: tuple[str, ...] = ()  # varied around the base's value, so their flags are taken
 
 
-class Metric(NamedTuple):
-    """How a measured number is shown. span: the least length of its axis in a figure."""
-
-    title: str
-    unit: str = "%"
-    span: float = 4.0
-
-
-METRICS = {
-    "linear": Metric("linear on h"),
-    "knn": Metric("kNN on h"),
-    "linear_z": Metric("linear on z"),
-    "knn_z": Metric("kNN on z"),
-    "accuracy": Metric("accuracy"),
-    "entropy": Metric("entropy", "nats", 1.0),
-    "contrastive_accuracy": Metric("contrastive acc."),
-    "probe_h": Metric("from h"),
-    "probe_z": Metric("from g(h)"),
-    "chance": Metric("chance"),
-    "parameters": Metric("parameters", ""),
-    "selection": Metric("selection"),
+METRICS = {  # title and unit; numbers in % are measured as shares
+    "linear": "linear on h, %",
+    "knn": "kNN on h, %",
+    "linear_z": "linear on z, %",
+    "knn_z": "kNN on z, %",
+    "accuracy": "accuracy, %",
+    "entropy": "entropy, nats",
+    "contrastive_accuracy": "contrastive acc., %",
+    "probe_h": "from h, %",
+    "probe_z": "from g(h), %",
+    "chance": "chance, %",
+    "selection": "selection, %",
 }
 OF_TEST_IMAGES = ("linear", "knn", "linear_z", "knn_z", "accuracy", "probe_h", "probe_z")
-PARAMETERS = "parameters"  # as a setting's x: the number of parameters, which is measured
 SUPERVISED_TOO = (("SimCLR", representation), ("supervised", supervised))  # series, measure
 BATCHES = {"digits": (64, 128, 256, 512)}
 PAPER_BATCHES = (256, 512, 1024, 2048)  # for all other data sets
 SIDES = {"digits": 16, "cifar10": 32, "fashion-mnist": 28, "stl10": 96, "folder": 224}  # px
-
-
-def color_settings(base: Config) -> list[Setting]:
-    strengths = {"⅛": 0.125, "¼": 0.25, "½": 0.5, "1": 1.0}
-    points = [(x, f"s{s:g}", dict(color_strength=s, blur_p=0.0)) for x, s in strengths.items()]
-    points += [("1 + blur", "s1-blur", dict(color_strength=1.0, blur_p=0.5))]
-    return [
-        Setting(f"{series}-{name}", fields, measure, series, x)
-        for series, measure in SUPERVISED_TOO
-        for x, name, fields in points
-    ]
 
 
 def size_settings(base: Config) -> list[Setting]:
@@ -569,10 +514,14 @@ def size_settings(base: Config) -> list[Setting]:
     first = min(known.index(base.arch), len(known) - 3)
     archs, widths = known[first : first + 3], [base.width * factor for factor in (0.5, 1, 2)]
     ends = {(archs[0], widths[0]): "-smallest", (archs[-1], widths[-1]): "-largest"}
+    millions = {}
+    with torch.device("meta"):  # without memory for the weights
+        for key in itertools.product(archs, widths):
+            millions[key] = sum(p.numel() for p in simclr.Encoder(*key).parameters()) / 1e6
     return [
         Setting(f"{series}-{arch}-x{width:g}{ends.get((arch, width), '')}",
-                dict(arch=arch, width=width), measure, f"{series}, {arch}", PARAMETERS,
-                title=f"{series}, {arch}, width {width:g}")
+                dict(arch=arch, width=width), measure, f"{series}, {arch}", millions[arch, width],
+                title=f"{series}, {arch}, width {width:g} ({millions[arch, width]:.3g} M)")
         for arch in archs
         for series, measure in SUPERVISED_TOO
         for width in widths
@@ -595,12 +544,11 @@ def information_settings(base: Config) -> list[Setting]:
     dim = simclr.Encoder(base.arch, base.width).feature_dim
     rows = {"rotation": "rotation", "noise": "original or noisy", "sobel": "original or Sobel"}
     if base.gray_p:
-        rows = {COLOR: "colour or grey", **rows}
+        rows = {"": "colour or grey", **rows}
     return [
-        Setting(name, dict(transformation=name, extra=name if name in EXTRAS else "", head_dim=dim),
-                probe, x=text)
-        for name, text in rows.items()
-    ]  # fmt: skip
+        Setting(extra or COLOR, dict(extra=extra, head_dim=dim), probe, title=title)
+        for extra, title in rows.items()
+    ]
 
 
 def loss_settings(base: Config) -> list[Setting]:
@@ -623,7 +571,7 @@ def loss_settings(base: Config) -> list[Setting]:
 
 
 def batch_settings(base: Config) -> list[Setting]:
-    """Batch x epochs x how the rate grows with the batch; both rates are equal at the base's."""
+    """Batch x epochs x scaling of the rate; both scalings give the same at the base's batch."""
     peak, n = simclr.peak_learning_rate(base, base.batch_size), base.batch_size
     scalings = {"linear": ("linear", peak * 256 / n), "sqrt": ("√N", peak / math.sqrt(n))}
     lengths = {"half": max(1, base.epochs // 2), "whole": base.epochs, "double": 2 * base.epochs}
@@ -639,18 +587,6 @@ def batch_settings(base: Config) -> list[Setting]:
     ]  # fmt: skip
 
 
-def view_settings(base: Config) -> list[Setting]:
-    """More views of fewer images: as many views a step, as many steps, the same rate."""
-    rate = dict(lr=simclr.peak_learning_rate(base, base.batch_size), lr_scaling="none")
-    return [
-        Setting(f"{k}-views", dict(
-            views=k, batch_size=2 * base.batch_size // k, epochs=max(1, 2 * base.epochs // k),
-            warmup_epochs=2 * base.warmup_epochs / k, **rate,
-        ), title=f"{k} views of {2 * base.batch_size // k} images")
-        for k in (2, 4, 8)
-    ]  # fmt: skip
-
-
 def resolution_settings(base: Config) -> list[Setting]:
     """Views of the images' side, of three quarters of it, and growing from half of it."""
     side = base.image_size or SIDES.get(base.dataset, SIDES["cifar10"])
@@ -661,22 +597,6 @@ def resolution_settings(base: Config) -> list[Setting]:
         Setting("smaller", dict(view_size=most), title=f"{most} px"),
         Setting("growing", dict(view_sizes=growing), title=f"{half}, {most}, {side} px"),
     ]
-
-
-def optimizer_settings(base: Config) -> list[Setting]:
-    """Each optimiser with a search over its rate, which is not scaled with the batch."""
-    searches = {
-        "LARS": (1e-6, (0.3, 1.0, 3.0)),  # weight decay, rates
-        "SGD": (5e-4, (0.03, 0.1, 0.3)),
-        "AdamW": (1e-4, (1e-3, 2e-3, 4e-3)),
-    }
-    return [
-        Setting(f"{name}-lr{lr:g}",
-                dict(optimizer=name.lower(), weight_decay=decay, lr_scaling="none", lr=lr),
-                group=name, title=f"{name}, lr {lr:g}")
-        for name, (decay, rates) in searches.items()
-        for lr in rates
-    ]  # fmt: skip
 
 
 STUDIES: dict[str, Study] = {
@@ -693,35 +613,43 @@ STUDIES: dict[str, Study] = {
         ],
         draw="matrix", fixed=("rotation", "blur_p"),
         claims=(
-            Claim("crop and colour beat the average of all", "crop+color", "*"),
-            Claim("crop and colour beat crop alone", "crop+color", "crop-alone"),
-            Claim("pairs beat singles", "*+*", "*-alone"),
+            ("crop and colour beat the average of all", "crop+color", "*"),
+            ("crop and colour beat crop alone", "crop+color", "crop-alone"),
+            ("pairs beat singles", "*+*", "*-alone"),
         ),
     ),
     "color-strength": Study(
         "Does stronger colour distortion help SimCLR more than supervised learning?", "Table 1",
-        color_settings, metrics=("linear",), draw="lines", axis="strength s of colour distortion",
+        lambda base: [
+            Setting(f"{series}-{name}", dict(color_strength=s, blur_p=p), measure, series, x)
+            for series, measure in SUPERVISED_TOO
+            for x, name, s, p in (
+                ("⅛", "s0.125", 0.125, 0.0), ("¼", "s0.25", 0.25, 0.0), ("½", "s0.5", 0.5, 0.0),
+                ("1", "s1", 1.0, 0.0), ("1 + blur", "s1-blur", 1.0, 0.5),
+            )
+        ],
+        metrics=("linear",), draw="lines", axis="strength s of colour distortion",
         paper={
             "SimCLR": {"⅛": 59.6, "¼": 61.0, "½": 62.6, "1": 63.2, "1 + blur": 64.5},
             "supervised": {"⅛": 77.0, "¼": 76.7, "½": 76.5, "1": 75.7, "1 + blur": 75.4},
         },
         claims=(
-            Claim("SimCLR is better with s = 1 than with ⅛", "SimCLR-s1", "SimCLR-s0.125",
-                  "3.6 points"),
-            Claim("blur helps SimCLR", "SimCLR-s1-blur", "SimCLR-s1", "1.3 points"),
-            Claim("supervised learning is better with s = ⅛ than with 1",
-                  "supervised-s0.125", "supervised-s1", "1.3 points"),
+            ("SimCLR is better with s = 1 than with ⅛, by 3.6 points",
+             "SimCLR-s1", "SimCLR-s0.125"),
+            ("blur helps SimCLR, by 1.3 points", "SimCLR-s1-blur", "SimCLR-s1"),
+            ("supervised learning is better with s = ⅛ than with 1, by 1.3 points",
+             "supervised-s0.125", "supervised-s1"),
         ),
     ),
     "depth-width": Study(
         "Do depth and width help SimCLR more than supervised learning?", "Figure 7",
-        size_settings, metrics=("linear", "parameters"), draw="lines", around=("arch", "width"),
-        axis="parameters of the encoder",
+        size_settings, metrics=("linear",), draw="lines", around=("arch", "width"),
+        axis="parameters of the encoder, millions",
         claims=(
-            Claim("SimCLR is better with the largest network than with the smallest",
-                  "SimCLR-*-largest", "SimCLR-*-smallest"),
-            Claim("supervised learning is, too, but by less",
-                  "supervised-*-largest", "supervised-*-smallest"),
+            ("SimCLR is better with the largest network than with the smallest",
+             "SimCLR-*-largest", "SimCLR-*-smallest"),
+            ("supervised learning is, too, but by less",
+             "supervised-*-largest", "supervised-*-smallest"),
         ),
     ),
     "projection": Study(
@@ -729,13 +657,13 @@ STUDIES: dict[str, Study] = {
         projection_settings, metrics=("linear", "linear_z", "knn", "knn_z"), draw="lines",
         axis="width of z",
         claims=(
-            Claim("a nonlinear head beats a linear one", "nonlinear-*", "linear-*", "3 points"),
-            Claim("a nonlinear head beats none", "nonlinear-*", "none", "more than 10 points"),
-            Claim("h beats z", "nonlinear-*", "nonlinear-*", "more than 10 points", "linear_z"),
+            ("a nonlinear head beats a linear one, by 3 points", "nonlinear-*", "linear-*"),
+            ("a nonlinear head beats none, by more than 10 points", "nonlinear-*", "none"),
+            ("h beats z, by more than 10 points", "nonlinear-*", "nonlinear-*", "linear_z"),
         ),
     ),
     "information": Study(
-        "What does the head throw away?", "Table 3", information_settings, one_panel=True,
+        "What does the head throw away?", "Table 3", information_settings,
         metrics=("probe_h", "probe_z", "chance"),
         paper={
             "probe_h": {COLOR: 99.3, "rotation": 67.6, "noise": 99.5, "sobel": 96.6},
@@ -743,7 +671,7 @@ STUDIES: dict[str, Study] = {
             "chance": {COLOR: 80, "rotation": 25, "noise": 50, "sobel": 50},
         },
         claims=tuple(
-            Claim(f"h tells {name} better than g(h)", name, name, f"{by} points", "probe_z")
+            (f"h tells {name} better than g(h), by {by} points", name, name, "probe_z")
             for name, by in (("rotation", 42.0), ("noise", 39.9), ("sobel", 40.3))
         ),
     ),
@@ -766,7 +694,7 @@ STUDIES: dict[str, Study] = {
             )
             for tau in values
         ],
-        metrics=("linear", "knn", "entropy", "contrastive_accuracy"),
+        metrics=("linear", "knn", "entropy", "contrastive_accuracy"), fixed=("loss",),
         paper={
             "linear": {"l2-tau0.05": 59.7, "l2-tau0.1": 64.4, "l2-tau0.5": 60.7, "l2-tau1": 58.0,
                        "dot-tau10": 57.2, "dot-tau100": 57.0},
@@ -792,31 +720,41 @@ STUDIES: dict[str, Study] = {
             "800 epochs, √N": {256: 66.5, 1024: 68.3, 4096: 69.1},
         },
         claims=(
-            Claim("the largest batch beats the smallest", "linear-whole-*-largest",
-                  "linear-whole-*-smallest", "7.1 points at 100 epochs"),
-            Claim("twice the epochs are better", "linear-double-*", "linear-whole-*",
-                  "1.3 to 4.4 points"),
-            Claim("with the smallest batch √N beats linear scaling", "sqrt-whole-*-smallest",
-                  "linear-whole-*-smallest", "5.3 points at 100 epochs"),
+            ("the largest batch beats the smallest, by 7.1 points at 100 epochs",
+             "linear-whole-*-largest", "linear-whole-*-smallest"),
+            ("twice the epochs are better, by 1.3 to 4.4 points",
+             "linear-double-*", "linear-whole-*"),
+            ("with the smallest batch √N beats linear scaling, by 5.3 points at 100 epochs",
+             "sqrt-whole-*-smallest", "linear-whole-*-smallest"),
         ),
     ),
     "optimizer": Study(
         "Which optimiser?", "not in the paper, which uses LARS",
-        optimizer_settings, metrics=("linear", "knn", "selection"),
+        lambda base: [  # each with a search over its rate, which is not scaled with the batch
+            Setting(f"{name}-lr{lr:g}",
+                    dict(optimizer=name.lower(), weight_decay=decay, lr_scaling="none", lr=lr),
+                    group=name, title=f"{name}, lr {lr:g}")
+            for name, decay, rates in (
+                ("LARS", 1e-6, (0.3, 1.0, 3.0)),
+                ("SGD", 5e-4, (0.03, 0.1, 0.3)),
+                ("AdamW", 1e-4, (1e-3, 2e-3, 4e-3)),
+            )
+            for lr in rates
+        ],
+        metrics=("linear", "knn", "selection"),
     ),
     "initialisation": Study(
         "What is pre-training worth when few labels are known?", "Table 7, Appendix B.5",
         lambda base: [
             Setting(f"{start}-{100 * share:g}%", dict(start=start, share=share), fine_tuned,
-                    f"from {title}", 100 * share)
+                    f"from {title}", f"{100 * share:g} %")
             for start, title in (("simclr", "SimCLR"), ("scratch", "scratch"))
             for share in (0.01, 0.1, 1.0)
         ],
-        metrics=("accuracy",), draw="lines", axis="labels, % of each class",
+        metrics=("accuracy",), draw="lines", axis="labels of each class",
         claims=tuple(
-            Claim(f"with {share} % of the labels SimCLR beats scratch", f"simclr-{share}%",
-                  f"scratch-{share}%")
-            for share in (1, 10, 100)
+            (f"with {x} % of the labels SimCLR beats scratch", f"simclr-{x}%", f"scratch-{x}%")
+            for x in (1, 10, 100)
         ),
     ),
     "encoder-pass": Study(
@@ -825,7 +763,15 @@ STUDIES: dict[str, Study] = {
     ),
     "views": Study(
         "Are more views of fewer images better?", "not in the paper (arXiv 2403.05490)",
-        view_settings, metrics=("knn", "linear"), around=("batch_size", "epochs", "lr"),
+        lambda base: [  # as many views a step, as many steps, the same rate
+            Setting(f"{k}-views", dict(
+                views=k, batch_size=2 * base.batch_size // k, epochs=max(1, 2 * base.epochs // k),
+                warmup_epochs=2 * base.warmup_epochs / k, lr_scaling="none",
+                lr=simclr.peak_learning_rate(base, base.batch_size),
+            ), title=f"{k} views of {2 * base.batch_size // k} images")
+            for k in (2, 4, 8)
+        ],
+        metrics=("knn", "linear"), around=("batch_size", "epochs", "lr"),
     ),
     "resolution": Study(
         "Do views that grow save time?", "not in the paper (arXiv 2212.05611)",
@@ -874,7 +820,7 @@ def make_base(given: dict[str, Any]) -> Config:
 
 
 def make_jobs(study_name: str, given: dict[str, Any], seeds: int) -> list[Job]:
-    """All jobs of a study, the seeds outermost so that each of them is complete early.
+    """All jobs of a study, seed by seed, so that one seed is complete early.
 
     Raises InputError if a flag is one that the study varies, or a setting is not possible.
     """
@@ -939,7 +885,7 @@ class Results:
     def values(self, pattern: str, metric: str) -> dict[int, float]:
         """Seed -> value in the metric's unit, the mean over the settings that match `pattern`."""
         names = [s.name for s in self.settings if fnmatch.fnmatchcase(s.name, pattern)]
-        factor = 100 if METRICS[metric].unit == "%" else 1
+        factor = 100 if METRICS[metric].endswith("%") else 1
         by_seed: dict[int, list[float]] = {}
         for row in self.rows:
             if row["setting"] in names and metric in row:
@@ -962,7 +908,7 @@ class Results:
         return self.rows[0]["test_images"]
 
     def best_of_groups(self) -> Results:
-        """Of each group of settings, which are neighbours, the one of the best mean `selection`."""
+        """Only the setting with the best mean `selection` of each group, a run of neighbours."""
 
         def score(s: Setting) -> float:
             return statistics.fmean(self.values(s.name, "selection").values() or [-1.0])
@@ -986,7 +932,7 @@ def markdown(study: Study, results: Results) -> str:
     columns = [["setting", *(s.label for s in results.settings)]]
     for metric in study.metrics:
         images = results.images if metric in OF_TEST_IMAGES else utils.FEW_IMAGES
-        cells = [f"{METRICS[metric].title}, {METRICS[metric].unit}".rstrip(", ")]
+        cells = [METRICS[metric]]
         for mean, spread in zip(*results.columns(metric), strict=True):
             error = 100 * utils.accuracy_error(mean / 100, images, spread / 100)
             text = f"{mean:.1f}" + f" ± {error:.1f}" * (results.seeds > 1 or error > 0)
@@ -1030,11 +976,10 @@ def compare(results: Results, left: tuple[str, str], right: tuple[str, str]) -> 
 def verdict(study: Study, results: Results) -> str:
     """Which of the paper's claims are seen here, or else which setting is best, in sentences."""
     metric, lines = study.metrics[0], []
-    for claim in study.claims:
-        right = (claim.worse, claim.worse_metric or metric)
-        paper = f", by {claim.by}" if claim.by else ""
-        here = compare(results, (claim.better, metric), right)[1]
-        lines.append(f"The paper: {claim.text}{paper}. Here: {here}.")
+    for text, better, worse, *worse_metric in study.claims:
+        right = (worse, worse_metric[0] if worse_metric else metric)
+        here = compare(results, (better, metric), right)[1]
+        lines.append(f"The paper: {text}. Here: {here}.")
     if lines:
         return "\n".join(lines)
 
@@ -1066,13 +1011,13 @@ def verdict(study: Study, results: Results) -> str:
 
 MARKERS = "osD^vPX*<>"
 APART = 0.06  # between lines that have the same x, so that their error bars do not overlap
+SPAN = {"%": 4.0, "nats": 1.0}  # an axis is at least so long: small differences look small
 
 
 def style_axis(axis: Any, title: str, values: str, metric: str, paper: bool) -> None:
     """What all panels look like: a grid and no frame, grey for the paper's numbers.
 
-    values: "x" or "y", the axis of `metric`. It spans at least METRICS[metric].span, so that a
-    tiny difference does not look like an effect.
+    values: "x" or "y", the axis of `metric`.
     """
     axis.set_title(title, fontsize=9)
     axis.set_facecolor("0.96" if paper else "white")
@@ -1080,46 +1025,34 @@ def style_axis(axis: Any, title: str, values: str, metric: str, paper: bool) -> 
     axis.grid(color="0.9")
     axis.spines[["top", "right"]].set_visible(False)
     low, high = getattr(axis, f"get_{values}lim")()
-    missing = max(0, METRICS[metric].span - (high - low)) / 2
+    least = SPAN.get(METRICS[metric].split()[-1], 0)
+    missing = max(0, least - (high - low)) / 2
     axis.set(**{f"{values}lim": (low - missing, high + missing)})
 
 
-def draw_dots(figure: Any, study: Study, results: Results, where: str) -> None:
-    """A row per setting, a panel per metric, or one for all; the paper's numbers beside them.
+def draw_dots(figure: Any, study: Study, results: Results, our_title: str) -> None:
+    """A row per setting, a panel per metric, and beside it one of the paper's numbers, if any.
 
     If the paper has numbers, only the metrics that it has are drawn.
     """
-    shown = [m for m in study.metrics if m in study.paper] or study.metrics
-    groups = [shown] if study.one_panel else [[m] for m in shown if m != "selection"]
-    panels = [*itertools.product(groups, (False, True) if study.paper else (False,))]
+    shown = [m for m in study.metrics if m != "selection" and m in (study.paper or METRICS)]
+    panels = [*itertools.product(shown, (False, True) if study.paper else (False,))]
     rows = range(len(results.settings))
-    width = 2.2 + (4 if study.one_panel else 1.75) * len(panels)
-    figure.set_size_inches(width, 1.7 + 0.34 * len(rows))
-    axes = figure.subplots(1, len(panels), sharey=True, sharex=study.one_panel, squeeze=False)[0]
-    for axis, (group, paper) in zip(axes, panels, strict=True):
-        for metric, marker in zip(group, MARKERS, strict=False):
-            means, bars = results.columns(metric)
-            if paper:
-                means, bars = paper_numbers(study, metric, results.settings), None
-            axis.errorbar(
-                means, rows, xerr=bars, fmt=marker, capsize=3, label=METRICS[metric].title,
-                color="0.5" if metric == "chance" else "black",
-                mfc=None if metric == group[0] else "white",
-            )  # fmt: skip
-    for axis, (group, paper) in zip(axes, panels, strict=True):  # when all shared axes are full
-        axis.set_xlabel(METRICS[group[0]].unit, fontsize=8)
+    figure.set_size_inches(2.2 + 1.75 * len(panels), 1.7 + 0.34 * len(rows))
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, (metric, paper) in zip(axes, panels, strict=True):
+        means, bars = results.columns(metric)
+        if paper:
+            means, bars = paper_numbers(study, metric, results.settings), None
+        axis.errorbar(means, rows, xerr=bars, fmt="o", capsize=3, color="black")
         axis.margins(x=0.15)
-        title = "the paper, ImageNet" if paper else where
-        title = title if study.one_panel else f"{METRICS[group[0]].title}\n{title}"
-        style_axis(axis, title, "x", group[0], paper)
+        title = "the paper, ImageNet" if paper else our_title
+        style_axis(axis, f"{METRICS[metric]}\n{title}", "x", metric, paper)
     axes[0].set_yticks(rows, [s.label for s in results.settings])
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
-    if study.one_panel:
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
-                      fontsize=8, frameon=False)  # fmt: skip
 
 
-def draw_lines(figure: Any, study: Study, results: Results, where: str) -> None:
+def draw_lines(figure: Any, study: Study, results: Results, our_title: str) -> None:
     """Accuracy against x, a line per series (and one of z); the paper's beside it if it has any."""
     figure.set_size_inches(9 if study.paper else 5.5, 4.2)
     axes = figure.subplots(1, 1 + bool(study.paper), squeeze=False)[0]
@@ -1128,12 +1061,10 @@ def draw_lines(figure: Any, study: Study, results: Results, where: str) -> None:
     for name in dict.fromkeys(s.series for s in results.settings):
         series = Results([s for s in results.settings if s.series == name], results.rows)
         x = [s.x for s in series.settings]
-        if x[0] == PARAMETERS:
-            x = series.columns(PARAMETERS)[0]
         for metric in metrics:
             label = f"{name}, {'z' if metric == 'linear_z' else 'h'}" if len(metrics) > 1 else name
             lines.append((label, x, *series.columns(metric)))
-    draw_panel(axes[0], study, lines, where, False)
+    draw_panel(axes[0], study, lines, our_title, False)
     if study.paper:
         lines = [(name, [*line], [*line.values()], None) for name, line in study.paper.items()]
         draw_panel(axes[1], study, lines, "the paper, ImageNet, ResNet-50", True)
@@ -1141,8 +1072,6 @@ def draw_lines(figure: Any, study: Study, results: Results, where: str) -> None:
 
 def draw_panel(axis: Any, study: Study, lines: list[tuple], title: str, paper: bool) -> None:
     """Lines of (label, x, y, error bars or None). x: numbers, on a logarithmic axis, or names."""
-    from matplotlib.ticker import LogLocator
-
     ticks = list(dict.fromkeys(x for _, xs, *_ in lines for x in xs))
     numeric = not isinstance(ticks[0], str)
     for i, (label, xs, means, bars) in enumerate(lines):
@@ -1153,14 +1082,10 @@ def draw_panel(axis: Any, study: Study, lines: list[tuple], title: str, paper: b
             marker=MARKERS[i % len(MARKERS)], linestyle="--" if i % 2 else "-",
         )  # fmt: skip
     if numeric:
-        axis.set_xscale("log")
-        axis.minorticks_off()
-        axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
     else:
         axis.set_xticks(range(len(ticks)), ticks)
-    if PARAMETERS in study.metrics:
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g} M")
     axis.set_xlabel(study.axis, fontsize=9)
     axis.set_ylabel("accuracy, % of test images", fontsize=9)
     style_axis(axis, title, "y", study.metrics[0], paper)
@@ -1168,16 +1093,16 @@ def draw_panel(axis: Any, study: Study, lines: list[tuple], title: str, paper: b
                 bbox_to_anchor=(0.5, -0.14))  # fmt: skip
 
 
-def draw_matrix(figure: Any, study: Study, results: Results, where: str) -> None:
+def draw_matrix(figure: Any, study: Study, results: Results, our_title: str) -> None:
     """Figure 5: the row's transformation, then the column's; the last column is the row's mean."""
-    names, metric = list(TRANSFORMATIONS), study.metrics[0]
-    means, _ = results.columns(metric)
+    names = list(TRANSFORMATIONS)
+    means, _ = results.columns(study.metrics[0])
     cells = {(s.series, s.x): mean for s, mean in zip(results.settings, means, strict=True)}
     rows = [[cells.get((first, then), math.nan) for then in names] for first in names]
     for row in rows:
         row.append(statistics.fmean([v for v in row if not math.isnan(v)] or [math.nan]))
     known = [v for row in rows for v in row if not math.isnan(v)]
-    low, high = min(known), max(*known, min(known) + METRICS[metric].span)
+    low, high = min(known), max(*known, min(known) + SPAN["%"])
     figure.set_size_inches(6.6, 5.2)
     axis = figure.subplots()
     image = axis.imshow(rows, cmap="Greys", vmin=low - 0.15 * (high - low), vmax=high)
@@ -1189,8 +1114,7 @@ def draw_matrix(figure: Any, study: Study, results: Results, where: str) -> None
     axis.set_xticks(range(len(names) + 1), [*names, "average"], rotation=40, ha="right")
     axis.set_yticks(range(len(names)), names)
     axis.set(xlabel="second transformation (diagonal: one alone)", ylabel="first transformation")
-    axis.set_title(f"{METRICS[metric].title}, one augmented branch; {where.replace(' ± std', '')}",
-                   fontsize=9)  # fmt: skip
+    axis.set_title(f"one augmented branch; {our_title.replace(' ± std', '')}", fontsize=9)
     figure.colorbar(image, ax=axis, label="linear evaluation, % of test images", shrink=0.8)
 
 
@@ -1276,20 +1200,16 @@ class Grid:
 
 # -------------------------------------------------------------------------------- the time it takes
 
-TIMED_BATCH, TIMED_STEPS = 64, 3
+TIMED_VIEWS = 128
 OVERHEAD = 1.5  # seconds per measurement
 
 
 def seconds_per_view(base: Config, data: Data, device: torch.device) -> float:
-    """Training time of the base's network per view, after some steps, which are slower."""
+    """Time of a forward and backward pass of the base's network, per view."""
     config = simclr.resolve(base, data.pretrain, device)
-    config.batch_size, config.micro_batch = TIMED_BATCH, 0
     model = utils.on_device(simclr.make_model(config), device)
-    batches = simclr.view_batches(config, data.pretrain, device, 0, 0)
-    for views in itertools.islice(batches, TIMED_STEPS):
-        started = time.perf_counter()
-        simclr.training_step(model, views, simclr.nt_xent, config)[0].item()
-    return (time.perf_counter() - started) / len(views)
+    views = torch.zeros((TIMED_VIEWS, 3, config.view_side, config.view_side), device=device)
+    return simclr.seconds_a_pass(model, views, config) / TIMED_VIEWS
 
 
 def seconds_left(jobs: Sequence[Job], images: int, per_view: float) -> float:
@@ -1322,7 +1242,7 @@ def duration(seconds: float) -> str:
 class Options:
     """What the command line has beside the study and the base."""
 
-    seeds: int = setting(3, "runs of each setting, with seeds from --seed on", low=1)
+    seeds: int = setting(3, "runs of each setting, seeds from --seed on", low=1, group="the grid")
     shard: str = setting("1/1", "i/n: do every n-th run, beginning with the i-th")
     dry_run: bool = setting(False, "list the runs and do none")
 
@@ -1334,9 +1254,9 @@ def parse_command_line(argv: Sequence[str] | None) -> tuple[list[str], Options, 
         usage="python ablation_SimCLR.py [STUDY|all] [--seeds N] [--shard i/n] [--flag value ...]",
         description=__doc__,
     )
-    parser.add_argument("study", nargs="?", default="", help=f"all, or: {', '.join(STUDIES)}")
-    utils.add_flags(parser, Options, {"seeds": "the grid"})
-    utils.add_flags(parser, Config, simclr.FIELD_GROUPS)
+    parser.add_argument("study", nargs="?", choices=["all", *STUDIES], help="default: list them")
+    utils.add_flags(parser, Options)
+    utils.add_flags(parser, Config)
     given = vars(parser.parse_args(argv))
     study = given.pop("study")
     names = [f.name for f in dataclasses.fields(Options) if f.name in given]
@@ -1345,13 +1265,11 @@ def parse_command_line(argv: Sequence[str] | None) -> tuple[list[str], Options, 
     first, _, shards = options.shard.partition("/")
     if not (first.isdecimal() and shards.isdecimal() and 1 <= int(first) <= int(shards)):
         raise InputError(f"--shard must be i/n with i from 1 to n, got {options.shard}")
-    if study not in ("", "all", *STUDIES):
-        raise InputError(f"unknown study {study!r}; there are {', '.join(STUDIES)}, and all")
     return list(STUDIES) if study == "all" else [study] * bool(study), options, given
 
 
 def list_studies(given: dict[str, Any], seeds: int) -> None:
-    """What each study answers, its runs, and the time that is left of them."""
+    """Print the question of each study, its number of runs, and the time that they still take."""
     base = make_base(given)
     device = utils.choose_device(base.device)
     data, every = simclr.load_data(base, device), []
@@ -1375,11 +1293,11 @@ def list_studies(given: dict[str, Any], seeds: int) -> None:
     print(f"\nrun the shortest:  {command}")
 
 
-def run(names: Sequence[str], options: Options, given: dict[str, Any]) -> bool:
-    """What `python ablation_SimCLR.py` does. Returns whether no run failed."""
+def run(names: Sequence[str], options: Options, given: dict[str, Any]) -> None:
+    """What `python ablation_SimCLR.py` does. Raises SystemExit if a run failed."""
     if not names:
         list_studies(given, options.seeds)
-        return True
+        return
     grids = [Grid(name, given, options.seeds) for name in names]
     base = grids[0].base
     device = utils.choose_device(base.device)
@@ -1391,7 +1309,7 @@ def run(names: Sequence[str], options: Options, given: dict[str, Any]) -> bool:
             print(f"{job.name}  {job.config.folder}  ({state})")
         seconds = seconds_left(jobs, len(data.pretrain), seconds_per_view(base, data, device))
         print(f"\n{len(jobs)} runs, about {duration(seconds)} left (estimated from a few steps)")
-        return True
+        return
     if not data.labelled:
         raise InputError(f"{base.dataset} in {base.data_dir} has no labels to measure by")
     data = simclr.readable_data(data, base)
@@ -1407,14 +1325,13 @@ def run(names: Sequence[str], options: Options, given: dict[str, Any]) -> bool:
         print(f"\n{len(failed)} runs failed; the same command tries them again", file=sys.stderr)
         for name, why in failed.items():
             print(f"  {name}: {why}", file=sys.stderr)
-    return not failed
+        raise SystemExit(1)
 
 
 @utils.command("ablation_SimCLR.py")
 def main(argv: Sequence[str] | None = None) -> None:
     try:
-        if not run(*parse_command_line(argv)):
-            raise SystemExit(1)
+        run(*parse_command_line(argv))
     except simclr.Interrupted as stop:
         print("\nstopped and saved; the same command continues", file=sys.stderr)
         raise SystemExit(128 + stop.signal) from None

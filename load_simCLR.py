@@ -41,9 +41,9 @@ import multiprocessing
 import os
 import pickle
 import re
-import signal
 import statistics
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -70,7 +70,7 @@ from torchvision.transforms.v2 import functional as TF
 
 import simclr
 import utils
-from simclr import IMAGENET_STEM_SIZE, Config, Data, Source, check_size, load_source
+from simclr import IMAGENET_STEM_SIZE, Source, check_size, load_source
 from utils import MEANS, ImageFiles, InputError, LabelTraining, flag, setting, shown
 
 # ----------------------------------------------------------------------------------------- loading
@@ -183,17 +183,29 @@ class Column:
 
 
 class Evaluation:
-    """The measurements of one encoder on one labelled data set.
+    """The measurements of one encoder on the images that the options name, by default its run's.
 
     Features are computed once, without augmentation. evaluate() runs the tasks inside
-    utils.frozen(), which raises if a single byte of the encoder moved.
+    utils.frozen(), which raises if a single byte of the encoder moved. Raises InputError if the
+    data cannot be had or have no labels, or do not suit the encoder.
     """
 
-    def __init__(
-        self, source: Source, config: Config, data: Data, device: torch.device, options: Options
-    ) -> None:
-        self.source, self.config, self.data, self.device = source, config, data, device
-        self.options = options
+    def __init__(self, source: Source, options: Options, device: torch.device) -> None:
+        self.source, self.options, self.device = source, options, device
+        given = options.dataset, options.data_dir, options.image_size, options.range
+        config = dataclasses.replace(source.config_for(*given), workers=options.workers)
+        data = simclr.load_data(config, device)
+        if not data.labelled:
+            raise InputError(
+                f"{config.dataset} in {config.data_dir} has no labels, or no labelled test images: "
+                "there is nothing to evaluate by; give --data-dir LABELLED, a folder with "
+                "train/<class>/ and test/<class>/ (--embed works without)"
+            )
+        config = simclr.resolve(config, data.pretrain, device)
+        check_size(source, config.image_size)
+        precision = source.precision(device, options.precision)
+        self.config = dataclasses.replace(config, precision=precision)
+        self.data = data = simclr.readable_data(data, config)
         epochs = "1 epoch" if options.epochs == 1 else f"{options.epochs} epochs"
         self.note = f", {epochs}" if options.epochs else ""  # if it is not the paper's number
         self.fewest_steps = {"min_steps": 0} if options.epochs else {}
@@ -231,7 +243,7 @@ class Evaluation:
             column.measures.setdefault(name, {}).setdefault(key, []).append(value)
 
     def knn(self) -> list[Column]:
-        """For each k, a column without scores where there are not more training images than k."""
+        """A column for each k, without scores if there are not more than k training images."""
         columns = [Column("knn", f"kNN, k = {k}{', weighted' * bool(t)}") for k, t in KNN]
         labels = self.data.train.labels
         for name in self.encoders:
@@ -260,15 +272,15 @@ class Evaluation:
         """A linear layer on frozen features of augmented images."""
         column = Column("linear-augmented", f"linear, augmented{self.note}")
         for name in self.encoders:
-            self.record(column, name, self.fit_on_augmented(name)(self.features(name)[1]))
+            self.record(column, name, self.fit_on_augmented(name))
         return [column]
 
-    def fit_on_augmented(self, name: str) -> Callable[[Tensor], Tensor]:
-        """A linear layer trained by SGD on frozen features of crops and flips.
+    def fit_on_augmented(self, name: str) -> Tensor:
+        """Logits (M, K) of the test images by a layer trained on frozen features of augmented ones.
 
         The loss is convex, so the learning rate is one over a bound of its curvature: half the
         largest eigenvalue of the features' covariance. Features are standardised by a first pass
-        of crops. Returns features (B, D) -> logits (B, K).
+        of crops.
         """
         n = len(self.data.train)
         training = LabelTraining(self.options.epochs or LINEAR_EPOCHS, LINEAR_BATCH, min_steps=0)
@@ -284,16 +296,16 @@ class Evaluation:
         layer = utils.zero_classifier(x.shape[1], self.classes).to(self.device)
         title = f"linear, augmented, {name}"
         utils.train_on_labels(layer, batches, steps, rate, training, "float32", title)
-        return lambda h: layer((h - mean) / std).detach()
+        return layer((self.features(name)[1] - mean) / std).detach()
 
     def augmented_features(
         self, name: str, size: int, steps: int, stream: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of frozen features of crops and flips, float32 (B, D), and labels, int64 (B,)."""
+        data, augment = self.data.train, simclr.geometric_augment(self.config)
         batches = simclr.labelled_batches(
-            self.data.train, torch.arange(len(self.data.train)),
-            simclr.geometric_augment(self.config), size, steps, (self.config.seed, stream),
-            self.device, utils.worker_count(self.config.workers),
+            data, torch.arange(len(data)), augment, size, steps, (self.config.seed, stream),
+            self.device, self.config.workers,
         )  # fmt: skip
         for images, labels in batches:
             with torch.no_grad(), utils.autocast(self.device, self.config.precision):
@@ -301,10 +313,10 @@ class Evaluation:
             yield h, labels
 
     def semi(self) -> list[Column]:
-        """Fine-tuned with few labels: the encoder and, from scratch, the untrained one.
+        """Fine-tuning with few labels: of the encoder, and of the untrained one (from scratch).
 
         Beside them logistic regression on raw pixels. The head is not used, as in the paper.
-        A column for each label set; one of as many images as an earlier one is left out.
+        A column for each label set, but only one for sets of equal size.
         """
         columns: dict[int, Column] = {}  # by the number of labels
         augment = simclr.geometric_augment(self.config)
@@ -334,7 +346,7 @@ class Evaluation:
         return column, LabelTraining(epochs, **self.fewest_steps)
 
     def supervised(self) -> list[Column]:
-        """All labels, crops, flips and colour, from scratch: what SimCLR does without."""
+        """Training from scratch on all labels, with SimCLR's augmentation."""
         epochs = self.options.epochs or SUPERVISED.epochs
         training = dataclasses.replace(SUPERVISED, epochs=epochs, **self.fewest_steps)
         column = Column("supervised", f"supervised, all labels{self.note}")
@@ -378,20 +390,22 @@ class Evaluation:
         return torch.cat(chosen)
 
 
-def evaluate(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
-    """Runs the tasks of the options. After each, yields all columns and seconds so far.
+def evaluate(evaluation: Evaluation, results: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Runs the tasks of the options. After each, adds columns and seconds to results and yields it.
 
+    Columns are in the order of TASKS; a new one replaces an earlier one of the same title.
     Raises RuntimeError if an evaluation changed the encoder, which would make it void.
     """
-    results: dict[str, Any] = {"columns": [], "seconds": {}}
     source = evaluation.source
     judged = nn.ModuleList(m for m in (source.encoder, source.projector) if m is not None)
     for task, (method, _) in TASKS.items():
         if task in evaluation.options.tasks:
             started = time.perf_counter()
             with utils.frozen(judged):
-                columns = method(evaluation)
-            results["columns"] += [dataclasses.asdict(column) for column in columns]
+                columns = [dataclasses.asdict(column) for column in method(evaluation)]
+            titles = {column["title"] for column in columns}
+            columns = [c for c in results["columns"] if c["title"] not in titles] + columns
+            results["columns"] = sorted(columns, key=lambda c: list(TASKS).index(c["task"]))
             results["seconds"][task] = round(time.perf_counter() - started, 2)
             yield results
             print(f"{task:20} {results['seconds'][task]:8.1f} s", flush=True)
@@ -411,26 +425,6 @@ def class_measures(predicted: Tensor, truth: Tensor, scores: Tensor | None) -> d
     return values
 
 
-def evaluation_setup(source: Source, options: Options, device: torch.device) -> Evaluation:
-    """The evaluation of `source` on the images that the options name, by default its run's.
-
-    Raises InputError if the data cannot be had or have no labels, or do not suit the encoder.
-    """
-    config = source.config_for(options.dataset, options.data_dir, options.image_size, options.range)
-    config = dataclasses.replace(config, workers=options.workers)
-    data = simclr.load_data(config, device)
-    if not data.labelled:
-        raise InputError(
-            f"{config.dataset} in {config.data_dir} has no labels, or no labelled test images: "
-            "there is nothing to evaluate by; give --data-dir LABELLED, a folder with "
-            "train/<class>/ and test/<class>/ (--embed works without)"
-        )
-    config = simclr.resolve(config, data.pretrain, device)
-    check_size(source, config.image_size)
-    config = dataclasses.replace(config, precision=source.precision(device, options.precision))
-    return Evaluation(source, config, simclr.readable_data(data, config), device, options)
-
-
 # ----------------------------------------------------------------------------------------- results
 
 MEASURES = {  # of class_measures(), in the order in which they are printed
@@ -443,16 +437,16 @@ ONE_SEED = " (one seed: not certain)"
 
 
 def table(columns: Sequence[dict], names: dict[str, str], images: int = utils.FEW_IMAGES) -> str:
-    """The results for people: a row a representation, a column a measurement.
+    """The results as text: a row for each representation, a column for each measurement.
 
     images: of the test split, for the sampling errors of accuracies; by default without them.
     """
-    shown = [key for key in names if any(key in column["scores"] for column in columns)]
-    labels = ["", *(names[key] for key in shown)]
+    present = [key for key in names if any(key in column["scores"] for column in columns)]
+    labels = ["", *(names[key] for key in present)]
     first = max(map(len, labels))
     blocks: list[list[str]] = []  # lines of text each, to which columns are added while they fit
     for column in columns:
-        cells = [column["title"], *(percent(column["scores"].get(key), images) for key in shown)]
+        cells = [column["title"], *(percent(column["scores"].get(key), images) for key in present)]
         wide = max(map(len, cells)) + 3
         if not blocks or len(blocks[-1][0]) + wide > LINE_WIDTH:
             blocks.append([f"{label:{first}}" for label in labels])
@@ -463,7 +457,7 @@ def table(columns: Sequence[dict], names: dict[str, str], images: int = utils.FE
 
 
 def percent(scores: Sequence[float] | None, images: int = utils.FEW_IMAGES) -> str:
-    """Numbers in [0, 1], one a seed, as their mean ± error. images: as in table()."""
+    """Numbers in [0, 1], one for each seed, as their mean ± error. images: as in table()."""
     return utils.accuracy_text(*mean_and_spread(scores, images)) if scores else "–"
 
 
@@ -526,8 +520,8 @@ def draw_evaluation(
 ) -> Any:
     """The results as a matplotlib Figure: accuracies, confusion matrix, the worst mistakes.
 
-    results: as in evaluation.json. mistakes: images uint8 (H, W, 3) with what to write above them;
-    None if they were not looked for.
+    results: as in evaluation.json. mistakes: images uint8 (H, W, 3) and their titles; None if they
+    are unknown.
     """
     heights = [1.4 + 0.42 * len(results["columns"]), *[4.6] * ("confusion" in results)]
     figure = Figure(figsize=(9.5, sum(heights)), layout="constrained")
@@ -550,7 +544,7 @@ def draw_evaluation(
 
 
 def draw_accuracies(axis: Any, results: dict, names: dict[str, str]) -> None:
-    """A line a measurement, a mark a representation, with its error where there is one."""
+    """A line for each measurement, a mark for each representation, with its error if known."""
     columns = [column for column in results["columns"] if column["scores"]]
     images = results["test_images"]
     present = [key for key in names if any(key in c["scores"] for c in columns)]
@@ -622,24 +616,13 @@ def mistake_tiles(evaluation: Evaluation, classes: Sequence[str]) -> list[tuple[
 FINE_TUNED, LINEAR = "classifier.pt", "linear_classifier.pt"
 
 
-class Classifier(nn.Sequential):
-    """An encoder and a linear layer: float (B, 3, S, S) in [0, 1] -> logits (B, K).
-
-    facts: what its file holds: classes, image_size, range, accuracy, ….
-    """
-
-    def __init__(self, encoder: nn.Module, linear: nn.Linear, facts: dict[str, Any]) -> None:
-        super().__init__()
-        self.encoder, self.linear, self.facts = encoder, linear, facts
-        self.classes, self.image_size = tuple(facts["classes"]), facts["image_size"]
-
-
-def load_classifier(where: str | Path = "", device: torch.device | str = "cpu") -> Classifier:
+def load_classifier(where: str | Path = "", device: torch.device | str = "cpu") -> nn.Sequential:
     """A classifier that --fine-tune or --classify has written, frozen and in eval mode.
 
-    where: its file, or the folder or name of a run that has been fine-tuned. `classifier.classes`
-    are the names of the logits, `classifier.image_size` is the side in px that it was trained for.
-    Raises InputError if there is none, or the file is damaged or of another version.
+    where: its file, or the folder or name of a run that has been fine-tuned. Returns a module,
+    `encoder` and `linear`: float (B, 3, S, S) in [0, 1] -> logits (B, K). Its `classes` are the
+    names of the logits, `image_size` is the side in px that it was trained for, `facts` is what
+    its file holds. Raises InputError if there is none, or it is damaged or of another version.
     """
     file = utils.find_checkpoint(str(where))
     if file.name == utils.CHECKPOINT:
@@ -651,9 +634,11 @@ def load_classifier(where: str | Path = "", device: torch.device | str = "cpu") 
     with utils.errors_as_input_error(f"{file} is no classifier"):
         linear = nn.Linear(source.resnet.feature_dim, len(facts["classes"]))
         utils.load_weights(linear, facts["linear"], str(file))
-        classifier = Classifier(source.encoder, linear, facts).eval().requires_grad_(False)
+        classifier = nn.Sequential(OrderedDict(encoder=source.encoder, linear=linear))
+        classifier.classes, classifier.image_size = tuple(facts["classes"]), facts["image_size"]
+    classifier.facts = facts
     classifier.register_forward_pre_hook(check_first_images)
-    return classifier.to(device)
+    return classifier.eval().requires_grad_(False).to(device)
 
 
 def network_of(source: Source) -> dict[str, Any]:
@@ -671,10 +656,9 @@ def save_classifier(
     accuracy: in [0, 1], on the test images. origin: what was trained on what.
     """
     source, data, config = evaluation.source, evaluation.data, evaluation.config
-    network = network_of(source) | {"normalize": source.normalize, "origin": origin}
     state = {
         utils.CLASSIFIER_KEY: utils.CLASSIFIER_FORMAT,
-        "network": network,
+        "network": {**network_of(source), "normalize": source.normalize, "origin": origin},
         "classes": list(data.train.classes),
         "image_size": config.image_size,
         "range": list(config.range),
@@ -701,7 +685,7 @@ def fine_tune_classifier(source: Source, options: Options, device: torch.device)
 
     How long it trains follows from the number of labels; the test images only measure it.
     """
-    evaluation = evaluation_setup(source, options, device)
+    evaluation = Evaluation(source, options, device)
     config, train = evaluation.config, evaluation.data.train
     (amount,) = options.labels or ("100%",)
     rows = evaluation.label_rows(amount, seed=0)
@@ -720,8 +704,8 @@ def fine_tune_classifier(source: Source, options: Options, device: torch.device)
     print(f"mean accuracy of the classes {per_class}\nclassifier    {file}")
 
 
-def find_classifier(source: Source, options: Options, device: torch.device) -> Classifier:
-    """The source itself if it is one, the fine-tuned one beside it, or a linear one fitted now."""
+def find_classifier(source: Source, options: Options, device: torch.device) -> nn.Sequential:
+    """The source if it is a classifier, the fine-tuned one beside it, or one fitted now to h."""
     if source.classifier:
         return load_classifier(source.file)
     file = source.output(FINE_TUNED, options.figures)
@@ -730,7 +714,7 @@ def find_classifier(source: Source, options: Options, device: torch.device) -> C
         if classifier.facts["checkpoint_sha256"] == utils.file_digest(source.file):
             return classifier
         utils.log_warning(f"warning: {file} is of an earlier checkpoint, and is not used")
-    evaluation = evaluation_setup(source, options, device)
+    evaluation = Evaluation(source, options, device)
     evaluation.encoders = {"simclr": source.encoder}
     with utils.frozen(source.encoder):
         evaluation.linear()
@@ -787,11 +771,10 @@ def embed_images(
     grey_range = options.range or tuple(facts.get("range", ()))
     images = utils.load_unlabelled(where, 1.0, grey_range)
     network = network.to(device, memory_format=torch.channels_last)
-    with utils.frozen(network):
-        h = utils.embed(
-            network, images, size, device, source.precision(device, options.precision), EMBED_BATCH,
-            options.workers, str(where),
-        )  # fmt: skip
+    h = utils.embed(
+        network, images, size, device, source.precision(device, options.precision), EMBED_BATCH,
+        options.workers, str(where),
+    )  # fmt: skip
     read = utils.rows_read(h)
     return list(itertools.compress(utils.image_names(images), read.tolist())), h[read]
 
@@ -804,7 +787,7 @@ RELATIVE = [1, 1]  # width and height of an image, in the units of YOLO's boxes
 
 @dataclass
 class Annotated:
-    """The objects of one image, as a file of annotations has them."""
+    """The objects of one image, as in the file of annotations."""
 
     path: Path
     size: list | None  # width and height that the file states, in px, or RELATIVE
@@ -817,31 +800,30 @@ Annotations = tuple[list[Annotated], dict[Any, str]]  # with the names of the cl
 
 @dataclass
 class Boxes:
-    """Images and the objects in them; each list has an item an image.
+    """Images and the objects in them; each list has an item for each image.
 
-    boxes: float32 (K, 4), left, top, right and bottom edge in pixels of the image as displayed.
-    labels: int64 (K,), from 1 on, as 0 is the background. ignored: bool (K,), COCO's crowds and
-    VOC's difficult objects: not trained on, and a detection of one is neither a hit nor a miss.
-    image_ids, class_ids: for files in COCO's formats. dropped: boxes that were left out, and why.
+    targets: as in torchvision's references `boxes`, float32 (K, 4), left, top, right and bottom
+    edge in pixels of the image as displayed; `labels`, int64 (K,), from 1 on, as 0 is the
+    background; `iscrowd`, int64 (K,), 1 for COCO's crowds and VOC's difficult objects: not trained
+    on, and a detection of one is neither a hit nor a miss. image_ids, class_ids: for files in
+    COCO's formats. dropped: how many boxes were left out, by the reason.
     """
 
     images: utils.Images
-    boxes: list[Tensor]
-    labels: list[Tensor]
-    ignored: list[Tensor]
+    targets: list[dict[str, Tensor]]
     image_ids: list[int]
     classes: tuple[str, ...]
     class_ids: tuple[int, ...]
     dropped: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.boxes)
+        return len(self.targets)
 
     def subset(self, rows: Tensor) -> Boxes:
         """The images at `rows`, int64 (M,)."""
-        names = ("boxes", "labels", "ignored", "image_ids")
-        lists = {name: [getattr(self, name)[i] for i in rows.tolist()] for name in names}
-        return dataclasses.replace(self, images=utils.subset(self.images, rows), **lists)
+        images = utils.subset(self.images, rows)
+        targets, ids = ([x[i] for i in rows.tolist()] for x in (self.targets, self.image_ids))
+        return dataclasses.replace(self, images=images, targets=targets, image_ids=ids)
 
 
 def find_coco(root: Path) -> dict[str, Path]:
@@ -914,7 +896,7 @@ def find_yolo(root: Path) -> dict[str, tuple[Path, Path]]:
 
 
 def read_yolo(root: Path, split: str, folders: tuple[Path, Path]) -> Annotations:
-    """Of each image a text file: class, centre, width and height, as shares of the sides."""
+    """A text file for each image: class, centre, width and height, as shares of the sides."""
     items = []
     for name in utils.list_images(folders[1]):
         item, file = Annotated(folders[1] / name, RELATIVE), (folders[0] / name).with_suffix(".txt")
@@ -954,7 +936,7 @@ FORMATS: dict[str, tuple[Callable, Callable, str]] = {
 
 
 def read_boxes(root: Path) -> tuple[Boxes, Boxes, str]:
-    """Training images, test images, and what they are, for people. Raises InputError."""
+    """Training images, test images, and a text that describes them. Raises InputError."""
     with utils.errors_as_input_error(f"cannot read the boxes of {root}"):
         known = {name: splits for name, (find, *_) in FORMATS.items() if (splits := find(root))}
         if not known:
@@ -975,7 +957,7 @@ def read_boxes(root: Path) -> tuple[Boxes, Boxes, str]:
         test = [dataclasses.replace(train.subset(rows[0]), dropped={})]
         train = train.subset(rows[1])
         names += ["a fifth of it, held out"]
-    if not all(sum(map(len, part.boxes)) for part in (train, *test)):
+    if not all(any(len(t["labels"]) for t in part.targets) for part in (train, *test)):
         raise InputError(f"{root}: no boxes to train on, or none to test by")
     return train, test[0], f"{root} ({name}: {names[0]} to train, {names[1]} to test)"
 
@@ -991,7 +973,7 @@ def choose_splits(names: Iterable[str]) -> list[str]:
 
 def assemble(root: Path, items: list[Annotated], classes: dict) -> Boxes:
     """Boxes in pixels, within their images. Raises InputError that names an image and its fault."""
-    keys, (boxes, labels, ignored) = sorted(classes), ([], [], [])
+    keys, targets = sorted(classes), []
     dropped = {"under a pixel": 0, "outside the image": 0}
     for item in items:
         for key in {thing[0] for thing in item.objects} - set(keys):
@@ -1004,15 +986,15 @@ def assemble(root: Path, items: list[Annotated], classes: dict) -> Boxes:
         tiny, cut = ((b[:, 2:] - b[:, :2] < 1).any(1) for b in (edges, inside))
         dropped["under a pixel"] += int(tiny.sum())
         dropped["outside the image"] += int((cut & ~tiny).sum())
-        kept = ~(tiny | cut)
-        boxes.append(inside[kept].float())
-        labels.append(torch.tensor([1 + keys.index(x[0]) for x in item.objects]).long()[kept])
-        ignored.append(torch.tensor([x[5] for x in item.objects]).bool()[kept])
+        labels = torch.tensor([1 + keys.index(thing[0]) for thing in item.objects]).long()
+        crowds = torch.tensor([thing[5] for thing in item.objects]).long()
+        target = {"boxes": inside.float(), "labels": labels, "iscrowd": crowds}
+        targets.append({name: x[~cut] for name, x in target.items()})  # the tiny ones are cut, too
     files = ImageFiles(root, np.array([os.fsencode(os.path.relpath(x.path, root)) for x in items]))
     ids = [i if item.image_id is None else item.image_id for i, item in enumerate(items, 1)]
     class_ids = tuple(k if isinstance(k, int) else i for i, k in enumerate(keys, 1))
     names = tuple(classes[key] for key in keys)
-    return Boxes(files, boxes, labels, ignored, ids, names, class_ids, dropped)
+    return Boxes(files, targets, ids, names, class_ids, dropped)
 
 
 def as_displayed(item: Annotated, boxes: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -1053,7 +1035,7 @@ def digit_scenes(split: str, count: int, seed: int) -> Boxes:
     """
     (digits,) = utils.load_splits("digits", [split])
     random = np.random.default_rng(utils.derive_seed(seed, MAKE_SCENES, split == "test"))
-    scenes, boxes, labels = np.zeros((count, CANVAS, CANVAS), np.uint8), [], []
+    scenes, targets = np.zeros((count, CANVAS, CANVAS), np.uint8), []
     for scene in scenes:
         free, placed = np.ones_like(scene, bool), []
         wanted = random.integers(*DIGITS, endpoint=True)
@@ -1075,14 +1057,14 @@ def digit_scenes(split: str, count: int, seed: int) -> Boxes:
                     scene[place], free[place] = piece, False
                     if part < wanted:
                         label = 1 + int(digits.labels[row])
-                        placed.append((label, left, top, left + width, top + height))
+                        placed.append((left, top, left + width, top + height, label))
                     break
-        boxes.append(torch.tensor([box for _, *box in placed]).float())
-        labels.append(torch.tensor([label for label, *_ in placed]))
+        *edges, labels = torch.tensor(placed).T
+        boxes, crowds = torch.stack(edges, 1).float(), torch.zeros_like(labels)
+        targets.append({"boxes": boxes, "labels": labels, "iscrowd": crowds})
     images = utils.ImageSet(torch.from_numpy(scenes)[:, None].repeat(1, 3, 1, 1))
-    ignored = [torch.zeros_like(x, dtype=torch.bool) for x in labels]
     ids, class_ids = list(range(1, count + 1)), tuple(range(1, 11))
-    return Boxes(images, boxes, labels, ignored, ids, digits.classes, class_ids)
+    return Boxes(images, targets, ids, digits.classes, class_ids)
 
 
 # ------------------------------------------------------------------- detection: average precision
@@ -1101,12 +1083,12 @@ def precisions(truth: Boxes, found: Sequence[dict[str, Tensor]]) -> np.ndarray:
     result = np.full((len(IOUS), len(truth.classes), len(RECALLS)), np.nan)
     for label in range(1, len(truth.classes) + 1):
         scores, verdicts, objects = [], [], 0
-        for i, image in enumerate(found):
-            own, theirs = truth.labels[i] == label, image["labels"] == label
+        for target, image in zip(truth.targets, found, strict=True):
+            own, theirs = target["labels"] == label, image["labels"] == label
             confidence = image["scores"][theirs].double().numpy()
             order = np.argsort(-confidence, kind="stable")[:MOST_DETECTIONS]
-            boxes = (image["boxes"][theirs][order], truth.boxes[i][own])
-            ignored = truth.ignored[i][own].numpy()
+            boxes = (image["boxes"][theirs][order], target["boxes"][own])
+            ignored = target["iscrowd"][own].bool().numpy()
             verdicts.append(match(*(x.double().numpy() for x in boxes), ignored))
             scores.append(confidence[order])
             objects += int((~ignored).sum())
@@ -1160,13 +1142,13 @@ FEWEST = 5  # labelled images: a fifth of the largest set is held out to choose 
 RATES = (1e-3, 3e-3)  # of AdamW, to choose from
 LONGER = 3  # times the steps, in a further row
 MOST_TRAINERS = 4  # processes that train detectors of small images
-DETECTION_BATCH, WARM_SHARE = 8, 0.1  # images a step; of the steps, in which the rate rises
+DETECTION_BATCH, WARM_SHARE = 8, 0.1  # images a step; share of the steps in which the rate rises
 SCALES = (0.75, 0.875, 1)  # one is drawn for an image in training; the last is for testing
 LONGEST = 5 / 3  # the longer side of an image, by the shorter; longer images are made smaller
 
 
 class DetectorSizes(NamedTuple):
-    """What of a Faster R-CNN depends on the size of its images; by default as in torchvision."""
+    """Settings of a Faster R-CNN that depend on the size of its images; torchvision's defaults."""
 
     stages: tuple[int, ...]  # of the ResNet, whose outputs enter the feature pyramid
     side: int  # px, the shorter side of an image by default
@@ -1174,10 +1156,10 @@ class DetectorSizes(NamedTuple):
     epochs: int  # passes over the labelled images
     steps: int  # at least
     channels: int = 256
-    roi: int = 7  # side of what is cut out of a level for an object
-    points: int = 2  # sampling points a side for each value in it
+    roi: int = 7  # values a side that RoIAlign computes for an object
+    points: int = 2  # sampling points a side for each of these values
     head: int = 1024
-    options: Mapping[str, Any] = {}  # further ones of FasterRCNN
+    options: Mapping[str, Any] = {}  # other arguments of FasterRCNN
 
 
 SMALL = dict(roi=5, points=1, head=256, options=dict(
@@ -1251,35 +1233,15 @@ def load_detector(file: str | Path, device: torch.device | str = "cpu") -> Faste
     return detector.eval().to(device)
 
 
-class Start(NamedTuple):
-    """What a detector begins with: a row of the table."""
-
-    title: str
-    resnet: nn.Module | None  # Encoder of normalised images; None: an untrained one by the seed
-    normalize: str
-    frozen: bool = False  # whether the encoder's weights and statistics stay as they are
-
-
 class Trial(NamedTuple):
     """A detector to train and to measure."""
 
-    name: str  # of Detection.starts
+    name: str  # of Detection.titles: what it begins with
     images: int  # with labels
     seed: int
     rate: float
     times: int = 1  # multiplies the usual number of steps
     held_out: bool = False  # measured on a fifth of these images instead of the test images
-
-
-class Measured(NamedTuple):
-    """What Detection.measure() returns."""
-
-    trial: Trial
-    steps: int
-    seconds: float
-    found: list[dict[str, Tensor]]  # see detect()
-    precision: np.ndarray  # see precisions()
-    detector: FasterRCNN
 
 
 class Detection:
@@ -1303,22 +1265,25 @@ class Detection:
             self.kind = "digits" if self.kind == "small" else self.kind
         elif config.dataset == "folder":
             self.train, self.test, self.where = read_boxes(Path(config.data_dir))
-            self.train.images.grey_range = self.test.images.grey_range = config.range
+            files = self.train.images
+            grey_range = utils.choose_range(files.root, utils.image_names(files), config.range)
+            self.train.images.grey_range = self.test.images.grey_range = grey_range
         else:
             raise InputError(f"{config.dataset} has no boxes: give --data-dir, a folder that has")
+        if len(self.train) < FEWEST:
+            raise InputError(f"{self.where}: give at least {FEWEST} training images")
         self.side = options.image_size or side  # px
         self.amounts = sorted({*map(self.amount, options.labels or DETECTION_LABELS)})  # of images
         title = "SimCLR" if source.config else "pre-trained"
-        pretrained = Start(title, source.resnet, source.normalize)
-        scratch = pretrained._replace(title="from scratch", resnet=None)
-        self.starts = {"scratch": scratch, "simclr": pretrained}
+        self.titles = {"scratch": "from scratch", "simclr": title}  # of the rows of the table
         if options.freeze:
-            self.starts["frozen"] = pretrained._replace(title=f"{title}, frozen", frozen=True)
+            self.titles["frozen"] = f"{title}, frozen"
+        self.others: dict[str, Source] = {}
         for name in options.against:
             other = load_source(utils.find_checkpoint(name, options.checkpoints))
             if other.shape != source.shape:
                 raise InputError(f"--against {name}: another architecture ({other.description})")
-            self.starts[name] = Start(other.name, other.resnet, other.normalize)
+            self.titles[name], self.others[name] = other.name, other
 
     def amount(self, text: str) -> int:
         """How many labelled images an entry of --labels or DETECTION_LABELS stands for."""
@@ -1339,21 +1304,21 @@ class Detection:
         The initial heads, the order of the images and torchvision's sampling of boxes depend only
         on the seed, not on the encoder.
         """
-        start = self.starts[name]
-        resnet = copy.deepcopy(start.resnet)
-        if resnet is None:
-            resnet = utils.without_normalization(self.source.untrained(self.config, seed))
+        source = self.others.get(name, self.source)
+        resnet = copy.deepcopy(source.resnet)
+        if name == "scratch":
+            resnet = utils.without_normalization(source.untrained(self.config, seed))
         detector = make_detector(
-            resnet, self.kind, start.normalize, data.classes, self.side, self.precision,
+            resnet, self.kind, source.normalize, data.classes, self.side, self.precision,
             utils.derive_seed(self.seed, seed),
         ).to(self.device).train()  # fmt: skip
-        if start.frozen:
+        if name == "frozen":
             detector.backbone.body.requires_grad_(False).eval()
         optimizer = torch.optim.AdamW(detector.parameters(), fused=True)
         key, passes = (self.seed, SAMPLES, seed), math.ceil(steps * DETECTION_BATCH / len(data))
         random = utils.generator("cpu", *key)
         orders = torch.cat([torch.randperm(len(data), generator=random) for _ in range(passes)])
-        title = f"{start.title}, {len(data)} images, seed {seed}"
+        title = f"{self.titles[name]}, {len(data)} images, seed {seed}"
         batches = utils.progress_bar(orders.split(DETECTION_BATCH)[:steps], title, steps)
         with utils.fork_rng(self.device):
             for step, rows in enumerate(batches):
@@ -1370,15 +1335,20 @@ class Detection:
 
     def example(self, data: Boxes, row: int, mirrored: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """An image in [0, 1], float32 (3, H, W), with its boxes and labels."""
-        image, learned = data.images.image(row).float() / 255, ~data.ignored[row]
-        boxes = data.boxes[row][learned]
+        image, target = data.images.image(row).float() / 255, data.targets[row]
+        target = {key: x[target["iscrowd"] == 0] for key, x in target.items()}
         if mirrored:
+            boxes = target["boxes"]
             image, boxes[:, [0, 2]] = image.flip(2), image.shape[2] - boxes[:, [2, 0]]
-        target = {"boxes": boxes, "labels": data.labels[row][learned]}
         return image.to(self.device), {key: x.to(self.device) for key, x in target.items()}
 
-    def measure(self, trial: Trial) -> Measured:
-        """Trains a detector and applies it to images that it has not learned from."""
+    def measure(
+        self, trial: Trial
+    ) -> tuple[dict[str, Any], list[dict[str, Tensor]], np.ndarray, FasterRCNN]:
+        """Trains a detector and applies it to images that it has not learned from.
+
+        Returns its entry in evaluation-detection.json, detect(), precisions() and the detector.
+        """
         data, test = self.labelled(trial.images, trial.seed), self.test
         if trial.held_out:
             test, data = map(data.subset, torch.arange(len(data)).tensor_split([len(data) // 5]))
@@ -1387,8 +1357,16 @@ class Detection:
         started, steps = time.perf_counter(), trial.times * usual
         detector = self.fit(trial.name, data, trial.rate, steps, trial.seed)
         found = detect(detector, test.images)
-        seconds = time.perf_counter() - started
-        return Measured(trial, steps, seconds, found, precisions(test, found), detector)
+        seconds, precision = time.perf_counter() - started, precisions(test, found)
+        of_classes = zip(test.classes, precision.mean((0, 2)).tolist(), strict=True)
+        longer = f", {trial.times} × the steps" * (trial.times > 1)
+        record = {
+            "row": "longer" if longer else trial.name, "title": self.titles[trial.name] + longer,
+            "images": trial.images, "seed": trial.seed, "steps": steps,
+            "seconds": round(seconds, 1), "learning_rate": trial.rate, **summary(precision),
+            "per_class": {key: None if math.isnan(ap) else ap for key, ap in of_classes},
+        }  # fmt: skip
+        return record, found, precision, detector
 
 
 @torch.no_grad()
@@ -1405,47 +1383,46 @@ def detect(detector: FasterRCNN, images: utils.Images) -> list[dict[str, Tensor]
 
 
 def _measure(job: bytes, trial: Trial) -> bytes:
-    """Detection.measure() in a process of one thread."""
-    torch.set_num_threads(1)
+    """Detection.measure() in another process."""
     # pickled here: torch's own way of passing tensors needs shared memory, a file for each
     return pickle.dumps(pickle.loads(job).measure(trial))
 
 
 @contextlib.contextmanager
-def trainers(job: Detection) -> Iterator[Callable[[list[Trial]], Iterable[Measured]]]:
-    """A function that measures trials, in order, with the same result for any number of threads.
+def trainers(job: Detection) -> Iterator[Callable[[list[Trial]], Iterable[tuple]]]:
+    """Context manager with a function that measures trials, in order.
 
     Detectors of small images are made of tiny operations: on two busy cores a step took 0.3 s with
-    one thread and 2.4 s with two. So each gets a process of one thread, as many as there are
-    threads. Raises InputError if one of them dies.
+    one thread and 2.4 s with two. So there are as many processes of one thread as threads, which
+    does not change the result. Raises InputError if one of them dies.
     """
     count = min(torch.get_num_threads(), MOST_TRAINERS)
     if job.device.type != "cpu" or job.side > simclr.SMALL_STEM_SIZE or count == 1:
         yield partial(map, job.measure)
         return
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(count, spawn, signal.signal, (signal.SIGINT, signal.SIG_IGN))
     work = partial(_measure, pickle.dumps(job))
-    try:
-        yield lambda trials: map(pickle.loads, pool.map(work, trials))
-    except BrokenProcessPool as error:
-        raise InputError("a process that trains a detector died: was there too little memory? "
-                         "With OMP_NUM_THREADS=1 there is only one") from error  # fmt: skip
-    finally:
-        for process in [*pool._processes.values()]:  # kill_workers() from Python 3.14 on
-            process.kill()
+    with ProcessPoolExecutor(count, spawn, utils.start_worker) as pool:
+        try:
+            yield lambda trials: map(pickle.loads, pool.map(work, trials))
+        except BrokenProcessPool as error:
+            raise InputError("a process that trains a detector died: was there too little memory? "
+                             "With OMP_NUM_THREADS=1 there is only one") from error  # fmt: skip
+        except BaseException:  # as Ctrl-C: not to wait for the detectors under way
+            for process in [*pool._processes.values()]:  # kill_workers() from Python 3.14 on
+                process.kill()
+            raise
 
 
 def choose_rates(job: Detection, measure: Callable) -> dict[str, dict[float, float]]:
     """For each row AP50 by RATES on a fifth of the most labelled images, the best rate first."""
-    values: dict[str, dict[float, float]] = {name: {} for name in job.starts}
+    values: dict[str, dict[float, float]] = {name: {} for name in job.titles}
     most = job.amounts[-1]
     trials = [Trial(name, most, 0, r, held_out=True) for name in values for r in RATES]
-    for measured in measure(trials):
-        trial, ap = measured.trial, summary(measured.precision)["AP50"]
-        values[trial.name][trial.rate] = ap
-        print(f"{job.starts[trial.name].title}, learning rate {trial.rate:g}: AP50 "
-              f"{100 * ap:.1f} % on held-out images", flush=True)  # fmt: skip
+    for record, *_ in measure(trials):
+        values[record["row"]][record["learning_rate"]] = record["AP50"]
+        print(f"{record['title']}, learning rate {record['learning_rate']:g}: AP50 "
+              f"{100 * record['AP50']:.1f} % on held-out images", flush=True)  # fmt: skip
     return {name: dict(sorted(of.items(), key=lambda x: -x[1])) for name, of in values.items()}
 
 
@@ -1461,33 +1438,25 @@ def compare_detectors(job: Detection) -> tuple[dict, dict, FasterRCNN]:
         best = {name: next(iter(values)) for name, values in rates.items()}
         trials = [
             Trial(name, n, seed, best[name]) for n in job.amounts
-            for seed in range(job.options.seeds if n == few else 1) for name in job.starts
+            for seed in range(job.options.seeds if n == few else 1) for name in job.titles
         ]  # fmt: skip
         # the longest comes early, so that no process waits for it at the end
-        trials.insert(len(job.starts), Trial("scratch", few, 0, best["scratch"], LONGER))
-        for trial, steps, seconds, found, precision, detector in measure(trials):
-            of_classes = zip(job.test.classes, precision.mean((0, 2)).tolist(), strict=True)
-            longer = f", {trial.times} × the steps" * (trial.times > 1)
-            record = {
-                "row": "longer" if longer else trial.name,
-                "title": job.starts[trial.name].title + longer,
-                "images": trial.images, "seed": trial.seed, "steps": steps,
-                "learning_rate": trial.rate, **summary(precision),
-                "per_class": {key: None if math.isnan(ap) else ap for key, ap in of_classes},
-            }  # fmt: skip
+        trials.insert(len(job.titles), Trial("scratch", few, 0, best["scratch"], LONGER))
+        for record, found, precision, detector in measure(trials):
             records.append(record)
-            if trial.seed == 0:
-                outputs[record["row"], trial.images] = found, precision
-            if (record["row"], trial.images, trial.seed) == ("simclr", job.amounts[-1], 0):
+            row, n, seed, seconds = (record[k] for k in ("row", "images", "seed", "seconds"))
+            if seed == 0:
+                outputs[row, n] = found, precision
+            if (row, n, seed) == ("simclr", job.amounts[-1], 0):
                 kept = detector
-            print(f"{record['title']}, {trial.images:,} images, seed {trial.seed}: AP50 "
+            print(f"{record['title']}, {n:,} images, seed {seed}: AP50 "
                   f"{100 * record['AP50']:.1f} % ({seconds:.0f} s; detector {len(records)} of "
                   f"{len(trials)})", flush=True)  # fmt: skip
     return {"rates": rates, "detectors": records}, outputs, kept
 
 
 def run_detection(job: Detection) -> dict:
-    """Compares detectors, prints the table, writes the results, the best detector, the figure."""
+    """Compares detectors, prints the table, writes the results, SimCLR's detector, the figure."""
     source, options = job.source, job.options
     names = ("evaluation-detection.json", "detections.json", "detections-truth.json", "detector.pt")
     files = [source.output(name, options.figures) for name in names]
@@ -1512,8 +1481,7 @@ def run_detection(job: Detection) -> dict:
         "seconds": round(time.perf_counter() - started, 1), **measured,
     }  # fmt: skip
     utils.write_json(files[0], results)
-    found = zip(*(image.values() for image in outputs["simclr", job.amounts[-1]][0]), strict=True)
-    utils.write_json(files[1], coco_boxes(job.test, *found))
+    utils.write_json(files[1], coco_boxes(job.test, outputs["simclr", job.amounts[-1]][0], "score"))
     utils.write_json(files[2], coco_truth(job.test))
     made = {"kind": job.kind, "normalize": source.normalize, "classes": list(detector.classes),
             "side": job.side, "precision": job.precision}  # fmt: skip
@@ -1526,8 +1494,8 @@ def run_detection(job: Detection) -> dict:
     print(f"\n{detection_text(records)}")
     for what, file in zip(("results", *names[1:4], "figure"), files, strict=True):
         print(f"{what.split('.')[0]:17} {file}")
-    print(f"{names[3]} began as {job.starts['simclr'].title}, and learned from "
-          f"{job.amounts[-1]:,} images; --detect PHOTOS uses it")  # fmt: skip
+    print(f"{names[3]} began as {job.titles['simclr']}, and learned from {job.amounts[-1]:,} "
+          "images; --detect PHOTOS uses it")  # fmt: skip
     return results
 
 
@@ -1556,22 +1524,19 @@ def detection_text(records: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
-def coco_boxes(
-    test: Boxes, boxes: Sequence[Tensor], labels: Sequence[Tensor], values: Iterable[Tensor],
-    name: str = "score",
-) -> list[dict]:  # fmt: skip
-    """Objects as COCO writes them, with a further value of each under a name."""
+def coco_boxes(test: Boxes, objects: Sequence[dict[str, Tensor]], name: str) -> list[dict]:
+    """Objects as COCO writes them. name: of the value of each beside its box and class."""
     return [
         {"image_id": key, "category_id": test.class_ids[label - 1],
          "bbox": [x1, y1, x2 - x1, y2 - y1], name: value}
-        for key, *lists in zip(test.image_ids, boxes, labels, values, strict=True)
-        for (x1, y1, x2, y2), label, value in zip(*map(Tensor.tolist, lists), strict=True)
+        for key, image in zip(test.image_ids, objects, strict=True)
+        for (x1, y1, x2, y2), label, value in zip(*map(Tensor.tolist, image.values()), strict=True)
     ]  # fmt: skip
 
 
 def coco_truth(test: Boxes) -> dict:
     """The test images as an annotation file of COCO, for pycocotools."""
-    objects = coco_boxes(test, test.boxes, test.labels, map(Tensor.int, test.ignored), "iscrowd")
+    objects = coco_boxes(test, test.targets, "iscrowd")
     for i, entry in enumerate(objects, 1):
         entry |= {"id": i, "area": entry["bbox"][2] * entry["bbox"][3]}
     names = zip(test.image_ids, utils.image_names(test.images), strict=True)
@@ -1582,8 +1547,8 @@ def coco_truth(test: Boxes) -> dict:
 
 
 SHOWN = 6  # images in a figure
-CONFIDENT, APART = 0.5, 0.3  # score from which a box is drawn; IoU up to which also a second one
-DRAWN = f"Boxes of {CONFIDENT:.0%} confidence or more, of overlapping ones the best"
+CONFIDENT, APART = 0.5, 0.3  # least score of a box that is drawn, largest IoU of two of them
+DRAWN = f"Boxes of {CONFIDENT:.0%} confidence or more; of overlapping ones the most confident"
 
 
 def draw_detection(
@@ -1619,13 +1584,13 @@ def draw_detection(
     for i, axes in enumerate(lower.subplots(2, SHOWN)):
         row = ("scratch", "simclr")[i]
         axes[0].set_ylabel(titles[row])
-        draw_boxes(axes, test.images, outputs[row, amounts[0]][0], classes, f"C{i}", test.boxes)
+        draw_boxes(axes, test.images, outputs[row, amounts[0]][0], classes, f"C{i}", test.targets)
     return figure
 
 
 def draw_boxes(
     axes: Sequence, images: utils.Images, found: Sequence[dict[str, Tensor]],
-    classes: Sequence[str], color: str, truth: Sequence[Tensor] = (),
+    classes: Sequence[str], color: str, truth: Sequence[dict[str, Tensor]] = (),
 ) -> None:  # fmt: skip
     """The first images with what was found in them, one on each axis; the truth is dashed."""
     back = dict(fc=color, lw=0, pad=0.6)
@@ -1635,7 +1600,7 @@ def draw_boxes(
         if i >= len(found):
             continue
         axis.imshow(images.image(i).permute(1, 2, 0).numpy(), interpolation="nearest")
-        drawn = [(box, "w", "--", "") for box in (truth[i].tolist() if truth else ())]
+        drawn = [(box, "w", "--", "") for box in (truth[i]["boxes"].tolist() if truth else ())]
         boxes, labels, scores = found[i].values()
         for k in nms(boxes, scores, APART).tolist():
             text = f"{classes[labels[k] - 1]} {scores[k]:.0%}"
@@ -1647,7 +1612,7 @@ def draw_boxes(
 
 
 def detect_photos(source: Source, options: Options, device: torch.device) -> None:
-    """--detect: writes what the run's detector finds in a folder's images, and draws some."""
+    """--detect: writes what the run's detector finds in new images, and draws some."""
     file = source.output("detector.pt", options.figures)
     if not file.exists():
         raise InputError(f"there is no {file} yet: --tasks detection trains it")
@@ -1696,8 +1661,8 @@ SHARED_TASKS = {"knn", "linear"}  # in several processes, which share the embedd
 class Options:
     """The command line of load_simCLR.py."""
 
-    # what to measure
-    tasks: tuple[str, ...] = setting(("knn", "linear"), "what to measure", (*TASKS, DETECTION))
+    tasks: tuple[str, ...] = setting(("knn", "linear"), "what to measure", (*TASKS, DETECTION),
+                                     group="evaluation")  # fmt: skip
     labels: tuple[str, ...] = setting(
         (), "label sets of 'semi', or the one of --fine-tune: shares of each class (1% or 0.01) or "
         "numbers per class (10); without it --fine-tune takes all; of 'detection': shares or "
@@ -1720,39 +1685,30 @@ class Options:
     range: tuple[float, ...] = setting((), "values that are black and white in grey pictures of "
                                        "more than 8 bits (default: the run's)")  # fmt: skip
     predictions: str = setting("", "write the linear classifier's test predictions to this .csv")
-    # use on new images
-    embed: str = setting("", "write h of this image, or of all in this folder; evaluate nothing")
+    embed: str = setting("", "write h of this image, or of all in this folder; evaluate nothing",
+                         group="use on new images")  # fmt: skip
     fine_tune: bool = setting(False, "train encoder and linear layer on the labelled images, and "
                               "keep this classifier")  # fmt: skip
     classify: str = setting("", "predict the class of this image, or of all in this folder, by the "
                             "fine-tuned classifier; without one by a linear classifier on h, which "
                             "is fitted to the labels now")  # fmt: skip
-    detect: str = setting("", "find objects in this image, or in all in it if it is a folder")
+    detect: str = setting("", "find objects in this image, or in all in this folder")
     out: str = setting(
         "", "file that --embed (.npz), --classify (.csv), --fine-tune (.pt), --detect or the "
         "evaluation (.json) writes (default: beside the checkpoint, or beside the figures where "
         "that folder is read-only)"
     )  # fmt: skip
-    # other formats
-    export: str = setting("", "write the encoder with torchvision's names to this file")
+    export: str = setting("", "write the encoder with torchvision's names to this file",
+                          group="other formats")  # fmt: skip
     normalize: str = setting("auto", "how images in [0, 1] are normalised before the encoder; "
                              "auto: as its origin did", ("auto", "none", *MEANS))  # fmt: skip
     prefix: str = setting("", "which encoder of another project's file, if it holds several")
-    # how it runs
-    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", group="how it runs")
     precision: str = setting("auto", "auto: the run's, where the hardware has it",
                              ("auto", "bfloat16", "float32"))  # fmt: skip
     workers: int = setting(-1, "processes that decode streamed images; -1: one per core", low=-1)
     checkpoints: str = setting("checkpoints", "folder of all runs' checkpoints")
     figures: str = setting("figures", "folder of all runs' figures")
-
-
-OPTION_GROUPS = {
-    "tasks": "evaluation",
-    "embed": "use on new images",
-    "export": "other formats",
-    "device": "how it runs",
-}
 
 
 def check_options(options: Options) -> None:
@@ -1771,10 +1727,10 @@ def check_options(options: Options) -> None:
     if options.fine_tune and len(options.labels) > 1:
         raise InputError(f"--fine-tune takes one label set, got {' '.join(options.labels)}")
     suffixes = {"embed": ".npz", "classify": ".csv", "fine_tune": ".pt", "detect": ".json"}
-    wanted = [flag(name) for name in suffixes if getattr(options, name)]
-    if options.out and len(wanted) > 1:
-        raise InputError(f"--out names one file: give one of {', '.join(wanted)}")
-    suffix = next((s for name, s in suffixes.items() if getattr(options, name)), ".json")
+    uses = [name for name in suffixes if getattr(options, name)]
+    if options.out and len(uses) > 1:
+        raise InputError(f"--out names one file: give one of {', '.join(map(flag, uses))}")
+    suffix = suffixes[uses[0]] if uses else ".json"
     if options.out and Path(options.out).suffix != suffix:
         raise InputError(f"--out {options.out}: it must end in {suffix}")
 
@@ -1797,11 +1753,12 @@ def parse_amount(text: str) -> float | int:
 
 def run_evaluation(source: Source, options: Options, device: torch.device) -> dict:
     """Evaluates, prints the table, writes evaluation.json, the figure and the predictions."""
-    evaluation = evaluation_setup(source, options, device)
+    evaluation = Evaluation(source, options, device)
     config, data = evaluation.config, evaluation.data
     own = source.config or config
-    other_folder = config.dataset == "folder" and config.data_dir != own.labelled_dir
-    suffix = f"-{config.dataset}" if config.dataset != own.dataset or other_folder else ""
+    same = Path(config.data_dir).resolve() == Path(own.labelled_dir).resolve()
+    other = config.dataset != own.dataset or (config.dataset == "folder" and not same)
+    suffix = f"-{config.dataset}" if other else ""
     figure_file = Path(options.figures) / source.name / f"evaluation{suffix}.png"
     default = source.output(f"evaluation{suffix}.json", options.figures)
     result_file = Path(options.out or default)
@@ -1814,9 +1771,7 @@ def run_evaluation(source: Source, options: Options, device: torch.device) -> di
         f"{len(data.train.classes)} classes, {config.image_size} px, on {device} in "
         f"{utils.describe_precision(config.precision, device)}\n"
     )
-    header = header_of(evaluation)
-    for measured in evaluate(evaluation):
-        results = with_earlier(result_file, header, measured)
+    for results in evaluate(evaluation, start_results(evaluation, result_file)):
         utils.write_json(result_file, results)
     tiles, rows = None, simclr.row_names(source.config)
     names, style = utils.names_in_figures(data.train.classes)
@@ -1844,10 +1799,10 @@ def run_evaluation(source: Source, options: Options, device: torch.device) -> di
     return results
 
 
-def header_of(evaluation: Evaluation) -> dict[str, Any]:
-    """What evaluation.json says beside the measurements; those of another header are not kept."""
+def start_results(evaluation: Evaluation, file: Path) -> dict[str, Any]:
+    """Results without measurements, or what `file` holds of the same checkpoint and data."""
     source, config, data = evaluation.source, evaluation.config, evaluation.data
-    return {
+    header = {
         "checkpoint": str(source.file), "sha256": utils.file_digest(source.file),
         "encoder": source.description, "normalize": source.normalize,
         "dataset": config.dataset, "data_dir": config.data_dir,
@@ -1856,6 +1811,11 @@ def header_of(evaluation: Evaluation) -> dict[str, Any]:
         "classes": list(data.train.classes), "majority": data.majority,
         "uneven_classes": data.uneven,
     }  # fmt: skip
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        if all(saved[key] == value for key, value in header.items()):
+            return saved
+    return {**header, "columns": [], "seconds": {}}
 
 
 def check_targets(*files: str | Path) -> None:
@@ -1864,23 +1824,6 @@ def check_targets(*files: str | Path) -> None:
         if os.path.exists(file) and not os.path.isfile(file):
             raise InputError(f"cannot write {file}: it is a folder, or no file")
         utils.make_folder(file.absolute().parent)
-
-
-def with_earlier(file: Path, header: dict, measured: dict) -> dict:
-    """The results to write: also what `file` holds of the same checkpoint on the same data.
-
-    Columns are in the order of TASKS; of two with one title the new one is kept.
-    """
-    before: dict = {}
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        saved = json.loads(file.read_text(encoding="utf-8"))
-        if all(saved[key] == value for key, value in header.items()):
-            before = saved
-    titles = {column["title"] for column in measured["columns"]}
-    columns = [c for c in before.get("columns", ()) if c["title"] not in titles]
-    columns = sorted(columns + measured["columns"], key=lambda c: list(TASKS).index(c["task"]))
-    seconds = {**before.get("seconds", {}), **measured["seconds"]}
-    return {**before, **header, **measured, "columns": columns, "seconds": seconds}
 
 
 def parse_command_line(argv: Sequence[str] | None = None) -> tuple[str, Options]:
@@ -1895,7 +1838,7 @@ def parse_command_line(argv: Sequence[str] | None = None) -> tuple[str, Options]
     parser.add_argument(
         "run", nargs="?", default="", help="a run's name or folder, or a file (default: the newest)"
     )
-    utils.add_flags(parser, Options, OPTION_GROUPS)
+    utils.add_flags(parser, Options)
     given = vars(parser.parse_args(argv))
     where = given.pop("run")
     options = Options(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})

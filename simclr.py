@@ -85,8 +85,7 @@ class Config:
     but those with identity=False may change.
     """
 
-    recipe: str = setting("", "named settings (default: the one for the data set)")
-    # data
+    recipe: str = setting("", "named settings (default: the one for the data set)", group="data")
     dataset: str = setting("digits", "what to pre-train on", utils.DATASETS)
     data_dir: str = setting("data", "where data sets are kept and downloaded to; with 'folder' "
                             "your images", identity=False)
@@ -98,16 +97,13 @@ class Config:
                              "views are faster, and show objects closer to the size that they "
                              "have in test images (arXiv 1906.06423)", low=0, high=MAX_SIZE)
     view_sizes: tuple[int, ...] = setting((), "several sides in px, each for an equal part of the "
-                                          "epochs: views that grow, such as 16 16 24 24 32",
-                                          low=MIN_SIZE, high=MAX_SIZE)
+        "epochs: views that grow, such as 16 16 24 24 32", low=MIN_SIZE, high=MAX_SIZE)
     range: tuple[float, ...] = setting((), "values shown as black and as white in grey pictures of "
                                        "more than 8 bits (default: by type and values)")
-    hold_out: float = setting(0.0, "share of unlabelled images left out of training (64 to 2,048, "
-                              "at most a tenth, none if under 16): contrastive accuracy and "
-                              "effective rank of h are measured on it", low=0, high=0.1)
-    # augmentation (Section 3 and Appendix A)
-    crop_min: float = setting(0.08, "smallest area of a crop, as a share of the image's",
-                              low=1e-6, high=1)
+    hold_out: float = setting(0.0, "share of unlabelled images held out to measure contrastive "
+        "accuracy and rank of h (64 to 2,048, at most a tenth; under 16: none)", low=0, high=0.1)
+    crop_min: float = setting(0.08, "smallest share of an image's area in a crop", low=1e-6, high=1,
+        group="augmentation (Section 3, Appendix A)")
     flip: float = setting(0.5, "probability of a horizontal flip", low=0, high=1)
     rotation: float = setting(0.0, "largest random rotation, in degrees", low=0, high=180)
     jitter_p: float = setting(0.8, "probability of colour jitter", low=0, high=1)
@@ -118,26 +114,22 @@ class Config:
     hue: float = setting(0.2, "strength of hue jitter at s = 1, in turns of the circle", low=0)
     gray_p: float = setting(0.2, "probability of dropping the colour", low=0, high=1)
     blur_p: float = setting(0.0, "probability of Gaussian blur, sigma 0.1 to 2 px", low=0, high=1)
-    # model (Section 4)
-    arch: str = setting("resnet50", "encoder", tuple(ARCHITECTURES))
-    width: float = setting(1.0, "multiplies the encoder's channels (the paper's 1x, 2x, 4x)",
-                           low=1 / 64, high=16)
+    arch: str = setting("resnet50", "encoder f", tuple(ARCHITECTURES),
+        group="encoder and projection head (Section 4)")
+    width: float = setting(1.0, "multiplies f's channels (paper: 1x, 2x, 4x)", low=1 / 64, high=16)
     stem: str = setting("auto", "small: 3x3 without max-pool, for images up to 64 px; imagenet: "
                         "7x7 and max-pool", ("auto", "small", "imagenet"))
     init: str = setting("", "start from these weights: a run, or a file of torchvision, timm or "
-                        "another project (arch, width, stem and normalize follow from it)",
-                        identity=False)
+        "another project (arch, width, stem and normalize follow from it)", identity=False)
     init_sha256: str = setting("", "SHA-256 that the --init file must have (default: any)")
-    normalize: str = setting("none", "how the model normalises images in [0, 1]",
-                             ("none", *utils.MEANS))
+    normalize: str = setting("none", "how images in [0, 1] are normalised", ("none", *utils.MEANS))
     projection: str = setting("nonlinear", "projection head g", ("nonlinear", "linear", "none"))
-    head_hidden: int = setting(0, "width of the head's hidden layer; 0: as wide as h",
-                               low=0, high=MAX_HEAD)
+    head_hidden: int = setting(0, "width of g's hidden layer; 0: that of h", low=0, high=MAX_HEAD)
     head_dim: int = setting(128, "width of z", low=1, high=MAX_HEAD)
-    head_bn: bool = setting(False, "BatchNorm in the head's hidden layer")
-    # loss and optimiser (Section 2)
+    head_bn: bool = setting(False, "BatchNorm in g's hidden layer")
     loss: str = setting("nt-xent", "dcl: decoupled, without the positive pair in the denominator; "
-                        "that is not NT-Xent (arXiv 2110.06848)", ("nt-xent", "dcl"))
+        "that is not NT-Xent (arXiv 2110.06848)", ("nt-xent", "dcl"),
+        group="loss and optimiser (Section 2)")
     temperature: float = setting(0.1, "tau of NT-Xent", low=1e-6)
     batch_size: int = setting(256, "N, images a step over all processes", low=2)
     views: int = setting(2, "K, views of each image; more than two are all each other's positives "
@@ -146,34 +138,30 @@ class Config:
                                "(gradient caching); BatchNorm works on each part; 0: off", low=0)
     epochs: int = setting(100, "passes over the data", low=1)
     optimizer: str = setting("lars", "update rule", ("lars", "sgd", "adamw"))
-    lr: float = setting(0.3, "learning rate before scaling with the batch size",
-                        low=1e-12, high=1e30)
+    lr: float = setting(0.3, "learning rate before it is scaled", low=1e-12, high=1e30)
     lr_scaling: str = setting("linear", "peak rate: lr*N/256, lr*sqrt(N), or lr itself",
                               ("linear", "sqrt", "none"))
     warmup_epochs: float = setting(10.0, "epochs of linear warm-up before the cosine decay", low=0)
     momentum: float = setting(0.9, "momentum of LARS and SGD", low=0, high=0.9999)
     weight_decay: float = setting(1e-6, "weight decay", low=0)
     decay_all: bool = setting(False, "decay biases and BatchNorm as well")
-    # the run
-    seed: int = setting(0, "seed of everything random", low=0)
+    seed: int = setting(0, "seed of everything random", low=0, group="the run")
     precision: str = setting("auto", "auto: bfloat16 where the hardware has it (GPUs from Ampere "
-                             "on: not T4, V100, RTX 20), else float32", ("auto", "bfloat16",
-                                                                         "float32"))
+        "on: not T4, V100, RTX 20), else float32", ("auto", "bfloat16", "float32"))
     compile: str = setting("auto", "torch.compile the network; auto: on CUDA, where it saves time",
                            ("auto", "on", "off"), identity=False)
-    knn_every: int = setting(10, "epochs between measurements of kNN accuracy; 0: only at the end",
-                             low=0)
-    knn_split: str = setting("test", "images to classify for it: the test images, or a fifth of "
+    knn_every: int = setting(10, "epochs between measurements of kNN; 0: only at the end", low=0)
+    knn_split: str = setting("test", "images that kNN classifies: the test images, or a fifth of "
                              "the labelled training images", ("test", "held-out"))
     stop_at_knn: float = setting(0.0, "kNN accuracy in [0, 1] at which the run ends early; 0: none",
                                  low=0, high=1)
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", identity=False)
     workers: int = setting(-1, "processes that decode streamed images; -1: one per core",
                            identity=False, low=-1)
-    max_bad: float = setting(0.01, "stop if more than this share of the streamed images cannot be "
-                             "read; up to it, others replace them", identity=False, low=0, high=1)
-    checkpoint_minutes: float = setting(10.0, "minutes after the last checkpoint that one is "
-                                        "saved inside an epoch; 0: never", identity=False, low=0)
+    max_bad: float = setting(0.01, "share of the streamed images that may be unreadable: others "
+                             "replace them. With more the run stops", identity=False, low=0, high=1)
+    checkpoint_minutes: float = setting(10.0, "minutes between checkpoints in an epoch; 0: none",
+                                        identity=False, low=0)
     keep_every: int = setting(0, "epochs between checkpoints that are kept, as epoch0010.pt, "
                               "beside the last; 0: none", identity=False, low=0)
     tensorboard: bool = setting(False, "also write the log, and a sheet of views, as events for "
@@ -236,7 +224,7 @@ def per_image(values: Tensor) -> Tensor:
 
 
 def where_chosen(chosen: Tensor, new: Tensor, images: Tensor) -> Tensor:
-    """`new` for the images that are chosen, bool (N,), and `images` for the others, exactly.
+    """Returns `new` where `chosen`, bool (N,), is true, and elsewhere `images`, bit for bit.
 
     new: (N, 3 or 1, H, W). lerp with weights 0 and 1 is exact, and on a CPU several times as fast
     as torch.where with a mask.
@@ -264,7 +252,7 @@ class RandomResizedCrop:
         h = (area / ratio).sqrt().round()
         fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
 
-        # one more box, which fits: the largest central one of an allowed aspect ratio
+        # the last box always fits: the largest central one of an allowed aspect ratio
         w = torch.cat([w, torch.minimum(width, (height * RATIO[1]).round())], 1)  # (N, tries + 1)
         h = torch.cat([h, torch.minimum(height, (width / RATIO[0]).round())], 1)
         first = F.pad(fits, (0, 1), value=True).int().argmax(1, keepdim=True)  # (N, 1), that fits
@@ -328,70 +316,52 @@ class RandomFlip:
 
 @dataclass
 class RandomRotation:
-    """Rotates by an angle from [-degrees, degrees]; what comes in from outside is black."""
+    """Rotates about the centre by an angle from [-degrees, degrees], bilinear; outside is black."""
 
     degrees: float
     draws = 1
 
     def __call__(self, images: Tensor, u: Tensor) -> Tensor:
-        return rotate(images, uniform(-self.degrees, self.degrees, u[:, 0]))
+        angle = torch.deg2rad(uniform(-self.degrees, self.degrees, u[:, 0]))  # counter-clockwise
+        cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)  # (N,)
+        ratio = images.shape[-2] / images.shape[-1]  # the grid's units are half sides
+        matrix = torch.stack([cos, -sin * ratio, zero, sin / ratio, cos, zero], 1).view(-1, 2, 3)
+        grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+        return F.grid_sample(images, grid, align_corners=False)
 
 
-def rotate(images: Tensor, degrees: Tensor) -> Tensor:
-    """Rotate (N, C, H, W) counter-clockwise about the centre, bilinear. degrees: (N,)."""
-    angle = torch.deg2rad(degrees)
-    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-    ratio = images.shape[-2] / images.shape[-1]  # the grid's units are half sides
-    matrix = torch.stack([cos, -sin * ratio, zero, sin / ratio, cos, zero], 1).view(-1, 2, 3)
-    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, align_corners=False)
-
-
+@dataclass
 class ColorJitter:
     """Brightness, contrast and saturation in random order, then hue, each by a random factor.
 
+    The first three blend the image with a grey one: out = f·x + (1 - f)·reference, clamped, where
+    the reference is black, the image's mean luma, or each pixel's luma.
     torchvision puts hue at a random place in the order. With hue last, the whole augmentation is
     1.3 to 1.9 times as fast; a pixel differs by 0.004 on average at s = 0.5, and by 0.011 at s = 1,
     where 6 % of the pixels differ by more than 0.05.
     """
 
+    p: float
+    strengths: tuple[float, float, float]  # of brightness, contrast, saturation
+    hue: float
     draws = 8  # coin, three factors, hue, three for the order
-
-    def __init__(
-        self, p: float, brightness: float, contrast: float, saturation: float, hue: float
-    ) -> None:
-        self.p, self.hue = p, hue
-        self.strengths = (brightness, contrast, saturation)
 
     def __call__(self, images: Tensor, u: Tensor) -> Tensor:
         jittered = u[:, :1] < self.p  # (N, 1)
         factors = [uniform(max(0, 1 - s), 1 + s, u[:, 1 + i]) for i, s in enumerate(self.strengths)]
         factors = torch.where(jittered, torch.stack(factors, 1), 1.0)  # (N, 3); 1 changes nothing
-        images = color_jitter(images, factors, order=u[:, 5:8].argsort(1))
+        contrast, saturation = 1, 2
+        for which in u[:, 5:8].argsort(1).unbind(1):  # (N,)
+            factor = factors.gather(1, which[:, None])[:, 0]  # (N,)
+            reference = luma(images)  # (N, 1, H, W)
+            mean = reference.mean((-3, -2, -1))  # (N,)
+            reference *= per_image((1 - factor) * (which == saturation))
+            reference += per_image((1 - factor) * (which == contrast) * mean)
+            images = torch.addcmul(reference, images, per_image(factor)).clamp_(0, 1)
         if self.hue:
             turns = torch.where(jittered[:, 0], uniform(-self.hue, self.hue, u[:, 4]), 0.0)  # (N,)
             images = adjust_hue(images, turns)
         return images
-
-
-def color_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
-    """torchvision's adjust_brightness, -contrast and -saturation in a given order.
-
-    images: float (N, 3, H, W) in [0, 1]. factors: (N, 3), >= 0, of the three. order: int64 (N, 3),
-    in each row 0, 1 and 2 in the order for that image.
-
-    All three blend the image with a grey one: out = f·x + (1 - f)·reference, clamped, where the
-    reference is black, the image's mean luma, or each pixel's luma.
-    """
-    contrast, saturation = 1, 2
-    for which in order.unbind(1):  # (N,)
-        factor = factors.gather(1, which[:, None])[:, 0]  # (N,)
-        reference = luma(images)  # (N, 1, H, W)
-        mean = reference.mean((-3, -2, -1))  # (N,)
-        reference *= per_image((1 - factor) * (which == saturation))
-        reference += per_image((1 - factor) * (which == contrast) * mean)
-        images = torch.addcmul(reference, images, per_image(factor)).clamp_(0, 1)
-    return images
 
 
 def luma(images: Tensor) -> Tensor:
@@ -436,17 +406,16 @@ class RandomGrayscale:
         return where_chosen(u[:, 0] < self.p, luma(images), images)
 
 
+@dataclass
 class RandomBlur:
     """Gaussian blur with probability p; sigma 0.1 to 2 px, kernel 10 % of the side (App. A)."""
 
+    p: float
     draws = 2
 
-    def __init__(self, p: float, size: int) -> None:
-        self.p = p
-        self.kernel = max(3, 2 * round((BLUR_KERNEL * size - 1) / 2) + 1)  # odd
-
     def __call__(self, images: Tensor, u: Tensor) -> Tensor:
-        blurred = gaussian_blur(images, uniform(*BLUR_SIGMA, u[:, 1]), self.kernel)
+        kernel = max(3, 2 * round((BLUR_KERNEL * images.shape[-1] - 1) / 2) + 1)  # odd
+        blurred = gaussian_blur(images, uniform(*BLUR_SIGMA, u[:, 1]), kernel)
         return where_chosen(u[:, 0] < self.p, blurred, images)
 
 
@@ -507,21 +476,19 @@ class Augment:
 
 
 def make_augment(config: Config) -> Augment:
-    """The augmentation that a (resolved) configuration describes."""
+    """The augmentation that a (resolved) configuration describes: steps without effect left out."""
     size, s = config.view_side, config.color_strength
-    jitter = [s * x for x in (config.brightness, config.contrast, config.saturation, config.hue)]
-    steps: list[Any] = [RandomResizedCrop(size, (config.crop_min, 1.0))]
-    if config.flip:
-        steps.append(RandomFlip(config.flip))
-    if config.rotation:
-        steps.append(RandomRotation(config.rotation))
-    if config.jitter_p and any(jitter):
-        steps.append(ColorJitter(config.jitter_p, *jitter))
-    if config.gray_p:
-        steps.append(RandomGrayscale(config.gray_p))
-    if config.blur_p:
-        steps.append(RandomBlur(config.blur_p, size))
-    return Augment(size, steps)
+    strengths = s * config.brightness, s * config.contrast, s * config.saturation
+    jitter = ColorJitter(config.jitter_p, strengths, s * config.hue)
+    steps = [
+        RandomResizedCrop(size, (config.crop_min, 1.0)),
+        config.flip and RandomFlip(config.flip),
+        config.rotation and RandomRotation(config.rotation),
+        jitter.p and any((*strengths, jitter.hue)) and jitter,
+        config.gray_p and RandomGrayscale(config.gray_p),
+        config.blur_p and RandomBlur(config.blur_p),
+    ]
+    return Augment(size, [step for step in steps if step])
 
 
 # -------------------------------------------------------------------- encoder and projection head
@@ -724,28 +691,26 @@ class LARS(Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        for group in self.param_groups:
-            if weights := [p for p in group["params"] if p.grad is not None]:
-                self._update(weights, group)
-
-    def _update(self, weights: list[Tensor], group: dict[str, Any]) -> None:
-        """All weights of a group at once: a GPU then needs few kernel launches."""
-        for p in weights:
-            if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        velocities = [self.state[p]["momentum_buffer"] for p in weights]
-        gradients = [p.grad for p in weights]
-        if group["weight_decay"]:
-            gradients = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
-        if group["adapt"]:
-            w_norms = torch.stack(torch._foreach_norm(weights))
-            g_norms = torch.stack(torch._foreach_norm(gradients))
-            usable = (w_norms > 0) & (g_norms > 0)
-            ratios = torch.where(usable, group["trust"] * w_norms / g_norms, 1.0)
-            gradients = torch._foreach_mul(gradients, list(ratios.unbind()))
-        torch._foreach_mul_(velocities, group["momentum"])
-        torch._foreach_add_(velocities, gradients, alpha=group["lr"])
-        torch._foreach_sub_(weights, velocities)
+        for group in self.param_groups:  # all its weights at once: few kernel launches on a GPU
+            weights = [p for p in group["params"] if p.grad is not None]
+            if not weights:
+                continue
+            for p in weights:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            velocities = [self.state[p]["momentum_buffer"] for p in weights]
+            gradients = [p.grad for p in weights]
+            if group["weight_decay"]:
+                gradients = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
+            if group["adapt"]:
+                w_norms = torch.stack(torch._foreach_norm(weights))
+                g_norms = torch.stack(torch._foreach_norm(gradients))
+                usable = (w_norms > 0) & (g_norms > 0)
+                ratios = torch.where(usable, group["trust"] * w_norms / g_norms, 1.0)
+                gradients = torch._foreach_mul(gradients, list(ratios.unbind()))
+            torch._foreach_mul_(velocities, group["momentum"])
+            torch._foreach_add_(velocities, gradients, alpha=group["lr"])
+            torch._foreach_sub_(weights, velocities)
 
 
 def make_optimizer(config: Config, model: nn.Module) -> Optimizer:
@@ -779,10 +744,9 @@ def peak_learning_rate(config: Config, batch_size: int) -> float:
 
 
 def learning_rate(config: Config, step: int, batch_size: int, steps: int) -> float:
-    """The rate of a step of the run: linear up to the peak, then half a cosine to zero.
+    """The rate of a step: linear up to the peak, then half a cosine to zero (Section 2.2).
 
-    Section 2.2: linear warm-up for the first epochs, cosine decay without restarts. step: from 0,
-    over all epochs. batch_size: N. steps: of an epoch.
+    step: from 0, over all epochs. batch_size: N. steps: of an epoch.
     """
     peak, total = peak_learning_rate(config, batch_size), config.epochs * steps
     warmup = round(config.warmup_epochs * steps)
@@ -836,9 +800,8 @@ def augmented_batches(
     """Augmented views of given images: float32 (KN, 3, S, S) on `device`, a batch each.
 
     batches: int64 (steps, N), rows of `data`. keys: for each batch the stream of its randomness
-    (utils.generator). views: K; rows i, N + i, 2N + i … of the result are the views of one image.
-    workers: as in Config. Only every world_size-th image from `rank` on is computed, with the views
-    that it has in the whole batch.
+    (utils.generator). views: K, in the order of view_batches(). Only every world_size-th image from
+    `rank` on is computed, with the views that it has in the whole batch.
     """
     n, rows = batches.shape[1], batches[:, rank::world_size]  # N, (steps, N / W)
 
@@ -877,7 +840,7 @@ def crop_boxes(crop: RandomResizedCrop, sizes: np.ndarray, u: np.ndarray) -> np.
 
 @dataclass
 class TrainState:
-    """How far a run has come: with weights and optimiser state all that resuming needs."""
+    """The position of a run. With weights and optimiser state it is all that resuming needs."""
 
     steps: int  # of an epoch
     sums: Tensor  # float32 (3,): loss, contrastive accuracy, mean cosine, summed over `step` steps
@@ -954,9 +917,8 @@ def train(
 ) -> SimCLR:  # fmt: skip
     """Algorithm 1, from the run's last checkpoint on. W ranks compute what one process computes.
 
-    config: resolved. loss, batches, model: of ablations and pretrain(). clock: the command's. The
-    caller holds utils.run_lock(config.folder). Raises Interrupted, after saving, on a signal;
-    InputError for other settings than the run's, a loss not finite, unreadable images, a full disk.
+    config: resolved. loss, batches, model: of ablations and pretrain(). The caller holds the lock.
+    Raises Interrupted on a signal, after saving; InputError for other settings, bad images or loss.
     """
     size, steps = batch_count(config, len(data.pretrain))  # N, steps an epoch
     loss = loss or LOSSES[config.loss]
@@ -990,7 +952,7 @@ def train(
                 if config.view_sizes and now.epoch + 1 == config.epochs:
                     estimate_statistics(model, data.pretrain, config, device)
                 if measured_after(now.epoch + 1, config, data) and not error:
-                    # saved before a slow measurement: a resumed run begins with that
+                    # before a slow measurement, with which a resumed run then begins
                     run.save(snapshot(config, data, model, optimizer, now), due=knn_is_slow(now))
                     now.clock.lap("saving")
                     row |= measure(model, data, config, device, now)
@@ -1004,7 +966,7 @@ def train(
             now.clock.lap("saving")
             redraw(config, now, size)
             if error:
-                raise InputError(f"{error}; {CONTINUES}")
+                raise InputError(f"{error}; the run is saved, and the same command continues it")
             if signal:
                 raise Interrupted(signal)
     return model
@@ -1013,7 +975,6 @@ def train(
 # --------------------------------------------------------------------------- the parts of train()
 
 CHECKPOINT_FORMAT = 4
-CONTINUES = "the run is saved, and the same command continues it"
 SAVE_SHARE = 0.02  # of the run's time, at most, for checkpoints at the end of epochs
 FIGURE_SHARE = 0.01  # of the run's time, at most, to redraw the training curves
 FIGURE = "loss_plot.png"
@@ -1021,14 +982,12 @@ FIGURE = "loss_plot.png"
 TIMED = ("training", "monitoring", "saving", "drawing", "evaluation", "other")
 STATISTICS_IMAGES = 8192
 HELD_OUT_BATCH = 128  # images, whose 256 views are computed together
-SLOW_KNN_S = 10.0  # seconds: torchrun and SLURM wait for half a minute after SIGTERM
+SLOW_KNN_S = 10.0  # seconds: torchrun and SLURM kill half a minute after SIGTERM
 COLLAPSED = 0.9999  # mean cosine
 COMPILE = {"mode": "reduce-overhead"}  # of torch.compile: on CUDA with CUDA graphs
 COMPILE_PAYS_S = 600.0  # of training: compiling takes about a minute, and saves a tenth or more
 TIMED_PASSES = 6  # the first compiles, CUDA graphs are recorded in the second
-REMEDIES = (
-    "Try a lower --lr, a longer --warmup-epochs, a higher --temperature, or --precision float32"
-)
+REMEDIES = "Try a lower --lr, longer --warmup-epochs, higher --temperature or --precision float32"
 
 
 def start_model(config: Config) -> SimCLR:
@@ -1055,12 +1014,11 @@ def snapshot(
     config: Config, data: Data, model: nn.Module, optimizer: Optimizer, now: TrainState
 ) -> dict:
     """The content of a checkpoint: plain types and tensors, for torch.load(weights_only=True)."""
+    position = dict(epoch=now.epoch, step=now.step, sums=now.sums.tolist(), seconds=now.seconds)
     return {
         "format": CHECKPOINT_FORMAT,
         "config": dataclasses.asdict(config),
-        "position": dict(
-            epoch=now.epoch, step=now.step, sums=now.sums.tolist(), seconds=now.seconds
-        ),
+        "position": position,
         "log": now.log,
         "times": now.clock.parts,
         "images": len(data.pretrain),
@@ -1068,7 +1026,7 @@ def snapshot(
         "unreadable": sorted(data.pretrain.unreadable),
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
-    }  # fmt: skip
+    }
 
 
 def restore(
@@ -1078,8 +1036,7 @@ def restore(
     """Load the run's last checkpoint into model and optimizer, or begin a new run and save it.
 
     A checkpoint from before the first step is overwritten. Raises InputError if the checkpoint is
-    of another configuration, naming what differs, or cannot be read, or if none can be written, so
-    that this fails at the start.
+    of other settings, which are named, or cannot be read, or if none can be written.
     """
     device = next(model.parameters()).device
     steps = batch_count(config, len(data.pretrain))[1]
@@ -1160,8 +1117,7 @@ def seconds_a_pass(network: nn.Module, views: Tensor, config: Config) -> float:
 def check_finite(model: SimCLR, now: TrainState, config: Config) -> None:
     """Raise InputError if the loss, a weight or an output of the network is not finite.
 
-    Weights can be finite but so large that the outputs are not. All of it is one wait for the
-    device.
+    Weights can be finite but so large that the outputs are not. Waits for the device once.
     """
     side = config.image_size
     grey = torch.full((1, 3, side, side), 0.5, device=now.sums.device)
@@ -1184,7 +1140,6 @@ def contrastive_accuracy(*views: Tensor) -> Tensor:
     return (torch.cat(nearest) % n == torch.arange(len(z), device=z.device) % n).float().mean()
 
 
-@torch.no_grad()
 def mean_cosine(z: Tensor) -> Tensor:
     """Mean cosine of all pairs of different rows of (n, D): scalar in [-1, 1]; 1: collapsed.
 
@@ -1242,7 +1197,6 @@ def measure(
     return row | {"knn_seconds": round(now.clock.lap("monitoring"), 3)}
 
 
-@torch.no_grad()
 def effective_rank(h: Tensor) -> float:
     """exp of the entropy of the singular values of (N, D), their sum scaled to 1; 1: collapsed.
 
@@ -1290,8 +1244,8 @@ def estimate_statistics(
         torch.optim.swa_utils.update_bn(batches, model)  # the mean over the batches
 
 
-def describe(row: dict, config: Config) -> tuple[dict[str, str], str, bool]:
-    """The numbers of an epoch for the progress bar, as a line, and whether it must be printed."""
+def describe(row: dict, config: Config) -> tuple[dict[str, str], str]:
+    """The numbers of an epoch for the progress bar, and as a line."""
     values = {"epoch": f"{row['epoch']:4d}/{config.epochs}", "loss": f"{row['loss']:.3f}"}
     line = f"epoch {values['epoch']}  loss {values['loss']}"
     line += f"  contrastive accuracy {row['contrastive_accuracy']:5.1%}"
@@ -1302,7 +1256,7 @@ def describe(row: dict, config: Config) -> tuple[dict[str, str], str, bool]:
     line += "".join(f"  {name} {value}" for name, value in more.items())
     left = (config.epochs - row["epoch"]) * row["seconds"]
     line += f"  {row['views_per_second']:,.0f} views/s  {left:.0f} s left"
-    return values | more, line, "knn_seconds" in row or row["epoch"] == config.epochs
+    return values | more, line
 
 
 def cached_gradients(
@@ -1343,7 +1297,7 @@ def cached_gradients(
 
 
 def write_events(config: Config, row: dict) -> None:
-    """The numbers of an epoch for TensorBoard, if that was asked for."""
+    """Writes the numbers of an epoch for TensorBoard, with --tensorboard."""
     if config.tensorboard and utils.is_main_process():
         writer = utils.event_writer(config.folder)
         for key in PANELS.keys() & row.keys():
@@ -1413,9 +1367,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         optimizer="sgd", lr=0.06, weight_decay=1e-4, decay_all=True, hold_out=0.02,
     ),
     # the paper's main setting (Section 2.2): batch 4096, LARS
-    "imagenet-paper": dict(
-        batch_size=4096, epochs=100, blur_p=0.5, image_size=224, head_hidden=2048
-    ),
+    "imagenet-paper": dict(batch_size=4096, blur_p=0.5, image_size=224, head_hidden=2048),
 }  # fmt: skip
 RECIPES["svhn"] = {**RECIPES["cifar10"], "flip": 0.0}  # house numbers: no flip, as for the digits
 # data sets without a recipe of their name take that for CIFAR-10
@@ -1471,14 +1423,12 @@ def check_data_dir(dataset: str, data_dir: str) -> None:
 
 
 def check_config(config: Config) -> None:
-    """Raise InputError for the first setting of a wrong type, or out of range."""
+    """Raise InputError for the first setting that is out of range, or does not suit another."""
     utils.check_settings(config)
     if config.hue * config.color_strength > 0.5:
         raise InputError(f"--hue {config.hue} times s must be at most 0.5 turns")
     if config.warmup_epochs > config.epochs:
-        raise InputError(
-            f"--warmup-epochs must be at most epochs={config.epochs}, got {config.warmup_epochs}"
-        )
+        raise InputError(f"--warmup-epochs {config.warmup_epochs} exceeds --epochs {config.epochs}")
     if config.stop_at_knn and not config.knn_every:
         raise InputError("--knn-every must be at least 1 to stop at a kNN accuracy")
     if config.labels_from and config.dataset != "folder":
@@ -1499,8 +1449,7 @@ def resolve(config: Config, data: Images, device: torch.device) -> Config:
     Raises InputError if images or views are too small.
     """
     config, ranks = dataclasses.replace(config), utils.world_size()
-    if not config.image_size:
-        config.image_size = side_of(data)
+    config.image_size = config.image_size or side_of(data)
     if min(config.image_size, config.view_side) < MIN_SIZE:
         raise InputError(
             f"images of {config.image_size} px and views of {config.view_side} px: both need at "
@@ -1537,7 +1486,8 @@ def check_batch(config: Config, n: int) -> None:
     if batch % part:
         raise InputError(f"{name} {part} does not divide the batch of {batch} images")
     if part % ranks:
-        raise InputError(f"{name} {part} does not divide into equal parts for {ranks} processes")
+        raise InputError(f"{name}: {part} images do not divide into equal parts for {ranks} "
+                         "processes")  # fmt: skip
 
 
 # -------------------------------------------------------------------- a run's data and checkpoints
@@ -1546,19 +1496,20 @@ def check_batch(config: Config, n: int) -> None:
 def load_data(config: Config, device: torch.device) -> Data:
     """All splits of config.dataset; images that are held in memory are moved to `device`."""
     given = config.max_bad, config.range
+    if config.dataset == "folder" and not os.path.isdir(config.data_dir):
+        raise InputError(f"--data-dir {config.data_dir} is not a folder")
     if config.labels_from:
-        pretrain = utils.load_unlabelled(utils.existing_folder(Path(config.data_dir)), *given)
+        pretrain = utils.load_unlabelled(Path(config.data_dir), *given)
+        given = config.max_bad, pretrain.grey_range  # one range for both folders
         train, test = utils.load_splits("folder", ("train", "test"), config.labels_from, *given)
     else:
-        splits = utils.load_splits(config.dataset, utils.SPLITS, config.data_dir, *given)
-        pretrain, train, test = splits
+        names = ("pretrain", "train", "test")
+        pretrain, train, test = utils.load_splits(config.dataset, names, config.data_dir, *given)
     if len(pretrain) < 2:
         raise InputError(f"need at least 2 images to contrast, got {len(pretrain)}")
-    learned, held_out = split_held_out(config, pretrain, train)
-    moved = learned.to(device)
-    same = train is pretrain  # images that serve both are moved once
-    data = Data(moved, moved if same else train.to(device), test.to(device))
-    data.held_out = held_out.to(device) if held_out else None
+    learned, held_out = (x and x.to(device) for x in split_held_out(config, pretrain, train))
+    train = learned if train is pretrain else train.to(device)  # images for both are moved once
+    data = Data(learned, train, test.to(device), held_out)
     if config.labels_from and not data.labelled:
         raise InputError(f"--labels-from {config.labels_from} has no labelled training and test "
                          "images: it needs train/<class>/ and test/<class>/")  # fmt: skip
@@ -1571,7 +1522,7 @@ FEWEST_HELD_OUT, MOST_HELD_OUT = 64, 2048  # images
 def split_held_out(
     config: Config, pretrain: Images, train: Images
 ) -> tuple[Images, Images | None]:
-    """The images to learn from, and those of config.hold_out if they are enough to measure by."""
+    """The images to learn from and, unless they are too few, those held out (config.hold_out)."""
     labelled = len(train) if train.labels is not None and not config.labels_from else 0
     n = len(pretrain) - labelled  # the unlabelled ones come last
     count = min(max(round(config.hold_out * n), FEWEST_HELD_OUT), MOST_HELD_OUT, n // 10)
@@ -1597,34 +1548,12 @@ def check_same_run(record: dict, config: Config, data: Data) -> None:
     if record["files"] != data.files:
         differ.append(f"files of images ({record['images']} there, {len(data.pretrain)} now)")
     if differ:
-        epochs, hint = record["config"]["epochs"], "Choose another name with --run"
-        if epochs < config.epochs:
-            hint = (
-                f"The learning rate of that run ends at zero with epoch {epochs}, so more epochs "
-                "are another run, from the beginning: choose another name with --run"
-            )
+        longer = record["config"]["epochs"] < config.epochs
+        why = "; more epochs are another run, as the learning rate ends at zero" * longer
         raise InputError(
-            f"{config.folder} holds a run with other settings: {', '.join(differ)}. {hint} (--init "
-            f"{config.folder} starts from its weights), or delete it with --overwrite"
+            f"{config.folder} holds a run with other settings: {', '.join(differ)}{why}. Choose "
+            f"another --run (--init {config.folder} starts from its weights), or --overwrite it"
         )
-
-
-def read_run(state: dict, file: Path) -> tuple[SimCLR, Config, int]:
-    """The model (frozen, in eval mode, on the CPU), settings and complete epochs of a run.
-
-    state: the content of its checkpoint `file`. Raises InputError if it has another format, or its
-    weights do not fit its configuration exactly.
-    """
-    utils.check_format(f"{file} is a checkpoint", state.get("format"), CHECKPOINT_FORMAT)
-    with utils.errors_as_input_error(f"{file} is not a checkpoint of a run"):
-        config = Config(**state["config"])
-        if config.arch == utils.OWN_MODULE:
-            raise InputError(f"{file} holds an encoder module of your own, which only your program "
-                             "can load (README, From Python); name another run")  # fmt: skip
-        check_config(config)
-        model = make_model(config).eval().requires_grad_(False)
-        utils.load_weights(model, state["model"], str(file))
-        return model, config, state["position"]["epoch"]
 
 
 # ------------------------------------------------------------------------ encoders of any origin
@@ -1655,7 +1584,7 @@ class Source:
     def output(self, name: str, figures: str) -> Path:
         """Where results go: beside the checkpoint, or beside the figures if it is read-only there.
 
-        Beside any file but last.pt and previous.pt they are named after it.
+        The names begin with the checkpoint's, unless that is last.pt or previous.pt.
         """
         if not os.access(self.file.parent, os.W_OK):
             return Path(figures) / self.name / name
@@ -1676,7 +1605,7 @@ class Source:
     def untrained(self, config: Config, seed: int = 0) -> nn.Module:
         """The same network before pre-training, for images in [0, 1]; seed: added to the run's."""
         config = dataclasses.replace(config, seed=config.seed + seed)
-        copy = self.file.with_name(init_copy(config).name)  # the run may be from another machine
+        copy = self.file.with_name(f"init{Path(config.init).suffix}")  # that run() has written
         if config.init and copy.is_file():
             config = dataclasses.replace(config, init=str(copy))
         encoder = utils.without_normalization(start_model(config).encoder)
@@ -1689,32 +1618,27 @@ class Source:
     def config_for(
         self, dataset: str, data_dir: str, image_size: int, grey_range: tuple[float, ...]
     ) -> Config:
-        """The settings for other images than the run's; what is not given is the run's.
+        """The settings to use the encoder on given images; what is not given is the run's.
 
         Raises InputError if dataset or data_dir is needed and not given.
         """
-        config = self.config
+        config, where = self.config, data_dir
         if config is None:
             if not dataset:
                 raise InputError(f"{self.file} does not say on what images: give --dataset")
-            config = make_config(dataset=dataset, run=self.name, data_dir="", **self.shape)
+            config = make_config(dataset=dataset, run=self.name, **self.shape)
         elif dataset and dataset != config.dataset:
-            config = dataclasses.replace(
-                config, dataset=dataset, data_dir="", labels_from="", range=()
-            )
+            config = dataclasses.replace(config, dataset=dataset, range=())
+        else:
+            where = data_dir or config.labelled_dir
         check_data_dir(config.dataset, data_dir)
-        if config.dataset == "folder" and not (data_dir or config.data_dir):
+        if config.dataset == "folder" and not where:
             raise InputError("--dataset folder needs --data-dir, the folder of the images")
         return dataclasses.replace(
-            config,
-            data_dir=data_dir or config.labelled_dir or "data",
-            labels_from="",
-            image_size=image_size or config.image_size,
-            view_size=0,  # this and the next two are settings of pre-training
-            micro_batch=0,
-            compile="off",
-            range=tuple(grey_range) or config.range,
-        )
+            config, data_dir=where or Config.data_dir, labels_from="",
+            image_size=image_size or config.image_size, range=tuple(grey_range) or config.range,
+            view_size=0, micro_batch=0, compile="off",  # these three are of pre-training
+        )  # fmt: skip
 
 
 def load_source(file: Path, normalize: str = "auto", prefix: str = "") -> Source:
@@ -1722,13 +1646,23 @@ def load_source(file: Path, normalize: str = "auto", prefix: str = "") -> Source
 
     normalize: a key of utils.MEANS, "none", or "auto" for what its origin used. prefix: which
     encoder, if the file is another project's and holds several. Raises InputError if the file is
-    damaged, needs code to be executed, or holds no ResNet that this program knows.
+    damaged, of another format, needs code to be executed, or holds no ResNet that is known here.
     """
     state, file = utils.load_newest(file)
     foreign = projector = config = None
     epoch = 0
     if "config" in state and "format" in state:
-        model, config, epoch = read_run(state, file)
+        utils.check_format(f"{file} is a checkpoint", state["format"], CHECKPOINT_FORMAT)
+        with utils.errors_as_input_error(f"{file} is not a checkpoint of a run"):
+            config, epoch = Config(**state["config"]), state["position"]["epoch"]
+            if config.arch == utils.OWN_MODULE:
+                raise InputError(
+                    f"{file} holds an encoder module of your own, which only your program can "
+                    "load (README, From Python); name another run"
+                )
+            check_config(config)
+            model = make_model(config).eval().requires_grad_(False)
+            utils.load_weights(model, state["model"], str(file))
         resnet, projector = utils.without_normalization(model.encoder), model.projector
         used = config.normalize if normalize == "auto" else normalize
         inputs = "in [0, 1]" if used == "none" else f"normalised for {used}"
@@ -1779,18 +1713,13 @@ def row_names(config: Config | None) -> dict[str, str]:
     return REPRESENTATIONS | ({"untrained": "before pre-training"} if config.init else {})
 
 
-def init_copy(config: Config) -> Path:
-    """Where a run keeps a copy of the file of --init."""
-    return config.folder / f"init{Path(config.init).suffix}"
-
-
-PANELS = {  # of the training curves: key in the log -> title, unit, factor, colour
-    "loss": ("NT-Xent loss", "nats", 1, "C0"),
-    "contrastive_accuracy": ("Contrastive accuracy", "%", 100, "C1"),
-    "knn": ("kNN accuracy of h (k = 10, cosine)", "%", 100, "C2"),
-    "lr": ("Learning rate", "", 1, "C3"),
-    "held_out_accuracy": ("Contrastive accuracy, held out", "%", 100, "C1"),
-    "effective_rank": ("Effective rank of h, held out", "", 1, "C4"),
+PANELS = {  # of the training curves: key in the log -> title, unit, factor, colour, fixed limits
+    "loss": ("NT-Xent loss", "nats", 1, "C0", ()),
+    "contrastive_accuracy": ("Contrastive accuracy", "%", 100, "C1", (0, 100)),
+    "knn": ("kNN accuracy of h (k = 10, cosine)", "%", 100, "C2", ()),
+    "lr": ("Learning rate", "", 1, "C3", (0, None)),
+    "held_out_accuracy": ("Contrastive accuracy, held out", "%", 100, "C1", (0, 100)),
+    "effective_rank": ("Effective rank of h, held out", "", 1, "C4", (0, None)),
 }
 
 
@@ -1810,11 +1739,7 @@ def encoders(
 def features(
     encoder: Callable[[Tensor], Tensor], data: Images, config: Config, device: torch.device
 ) -> Tensor:
-    """h of every image, or what `encoder` computes: float32 (N, D).
-
-    Rows of images that cannot be read are NaN (see utils.rows_read). Raises InputError if an
-    output for another image is not finite, as after a training that diverged.
-    """
+    """What `encoder` computes of each image: float32 (N, D), NaN and errors as of utils.embed()."""
     size, precision, workers = config.image_size, config.precision, config.workers
     return utils.embed(encoder, data, size, device, precision, workers=workers)
 
@@ -1851,7 +1776,7 @@ def validation_knn(x: Tensor, y: Tensor, classes: int) -> tuple[float, int]:
 
 
 def evaluate(model: SimCLR, data: Data, config: Config, device: torch.device) -> dict[str, dict]:
-    """Raw pixels, the same encoder untrained, and h, on the test split; accuracies in [0, 1].
+    """Measures raw pixels, the untrained encoder and h on the test split: accuracies in [0, 1].
 
     Returns for each of SCORES a dict with the keys pixels, untrained, simclr. linear_all is the
     linear evaluation with all labels, as in load_simCLR.py. linear_10 is the mean over LABEL_DRAWS
@@ -1902,9 +1827,8 @@ def results_table(results: dict[str, dict], config: Config, data: Data) -> str:
 def draw_training(
     config: Config, log: Sequence[dict], size: int, baselines: dict[str, float] | None = None
 ) -> Any:
-    """The training curves as a matplotlib Figure: loss, contrastive accuracy, kNN, learning rate.
+    """The training curves as a matplotlib Figure: PANELS, the last two if images were held out.
 
-    Where images were held out, a third row shows their contrastive accuracy and effective rank.
     log: rows of log.jsonl. size: N, images a step. baselines: kNN accuracies in [0, 1] by the keys
     of REPRESENTATIONS, when they have been measured.
     """
@@ -1913,14 +1837,15 @@ def draw_training(
 
     lines = 3 if any("effective_rank" in row for row in log) else 2
     figure = Figure(figsize=(7.2, 2.4 * lines), layout="constrained")
-    loss, guess, knn, rate, *held_out = axes = figure.subplots(lines, 2, sharex=True).ravel()
-    for axis, (key, (title, unit, scale, color)) in zip(axes, PANELS.items(), strict=False):
+    loss, guess, knn, rate, *_ = axes = figure.subplots(lines, 2, sharex=True).ravel()
+    for axis, (key, (title, unit, scale, color, limits)) in zip(axes, PANELS.items(), strict=False):
         rows = [row for row in log if key in row]
-        epochs, values = [row["epoch"] for row in rows], [scale * row[key] for row in rows]
+        x, y = [row["epoch"] for row in rows], [scale * row[key] for row in rows]
         bars = [100 * utils.accuracy_error(row[key], row.get("knn_images", utils.FEW_IMAGES))
                 for row in rows] if key == "knn" else None  # fmt: skip
-        look = dict(color=color, elinewidth=0.8, marker="." if len(rows) < 20 else "")
-        axis.errorbar(epochs, values, bars, **look)
+        axis.errorbar(x, y, bars, color=color, elinewidth=0.8, marker="." * (len(rows) < 20))
+        if limits:
+            axis.set_ylim(*limits)
         axis.set(title=title, ylabel=unit)
         axis.grid(color="0.9")
         axis.spines[["top", "right"]].set_visible(False)
@@ -1932,18 +1857,12 @@ def draw_training(
     if config.loss != "nt-xent":
         loss.set_title(f"Loss {config.loss}, not NT-Xent")
     loss.axhline(chance, **grey, linestyle="--", label=f"chance, {chance:.2f}")
-    losses = [0, chance, *(row["loss"] for row in log)]  # DCL's may be negative
-    loss.set_ylim(min(losses), 1.05 * max(losses))
+    loss.set_ylim(min(0, *(row["loss"] for row in log)), None)  # DCL's may be negative
     by_chance = (views - 1) / (views * size - 1)
     guess.axhline(100 * by_chance, **grey, linestyle="--", label=f"chance, {by_chance:.2%}")
-    guess.set_ylim(0, 100)
-    if held_out:
-        held_out[0].set_ylim(0, 100)
-        held_out[1].set_ylim(0, 1.1 * max(row.get("effective_rank", 1) for row in log))
     for key, style in {"pixels": "--", "untrained": ":"}.items() if baselines else ():
         knn.axhline(100 * baselines[key], **grey, linestyle=style, label=row_names(config)[key])
     knn.set_ylabel(f"% of {config.knn_split} images")
-    rate.set_ylim(0, None)
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     for axis in (loss, guess, *[knn] * bool(baselines)):
         axis.legend(fontsize=8)  # where it hides no curve
@@ -2008,13 +1927,6 @@ def fine_tune(
 
 # ------------------------------------------------------------------------------ the command line
 
-FIELD_GROUPS = {  # the first field of each group in --help
-    "recipe": "data",
-    "crop_min": "augmentation (Section 3, Appendix A)",
-    "arch": "encoder and projection head (Section 4)",
-    "loss": "loss and optimiser (Section 2)",
-    "seed": "the run",
-}
 SHEET = (8, 8)  # images, and views of each, that --show-views draws
 LARGEST_TILE = 256  # px: more than the figure shows
 LESS_MEMORY = (
@@ -2038,16 +1950,14 @@ def describe_recipes() -> str:
 
 def parse_command_line(argv: Sequence[str] | None = None) -> tuple[Config, bool, str]:
     """The configuration, whether to replace a run of the same name, the file of --show-views."""
+    usage = "python simclr.py [--dataset NAME] [--recipe NAME] [--flag value ...]"
     parser = utils.OneLineParser(
-        prog="simclr.py",
-        usage="python simclr.py [--dataset NAME] [--recipe NAME] [--flag value ...]",
-        description=__doc__,
-        epilog=describe_recipes(),
+        prog="simclr.py", usage=usage, description=__doc__, epilog=describe_recipes()
     )
     add, views = parser.add_argument, "draw augmented views of some images, and do not train"
     add("--overwrite", action="store_true", help="delete a run of the same name, and start anew")
     add("--show-views", metavar="FILE.png", default="", help=views)
-    utils.add_flags(parser, Config, FIELD_GROUPS)
+    utils.add_flags(parser, Config)
     options = vars(parser.parse_args(argv))
     overwrite, views_file = options.pop("overwrite"), options.pop("show_views")
     return make_config(**options), overwrite, views_file
@@ -2118,7 +2028,8 @@ def run(config: Config, overwrite: bool = False) -> dict:
                 sheet = draw_views(config, data.pretrain, device)
                 utils.event_writer(config.folder).add_figure("views", sheet)
             if config.init:
-                utils.write_atomically(init_copy(config), Path(config.init).read_bytes())
+                init = Path(config.init)  # copied for Source.untrained(), on any machine
+                utils.write_atomically(config.folder / f"init{init.suffix}", init.read_bytes())
             model = train(config, data, device, clock=clock)
             results = evaluate(model, data, config, device) if data.labelled else {}
             clock.lap("evaluation")
@@ -2185,7 +2096,7 @@ def read_summary(config: Config, data: Data) -> dict | None:
 def write_summary(
     config: Config, data: Data, model: SimCLR, results: dict[str, dict], clock: utils.Clock
 ) -> dict:
-    """The last figure and the summary of a trained and evaluated model."""
+    """Draws the last figure, writes summary.json, and returns its content."""
     log = utils.read_jsonl(config.folder / utils.LOG)
     size, steps = batch_count(config, len(data.pretrain))
     baselines = results.get("knn") if config.knn_split == "test" else None
@@ -2209,7 +2120,7 @@ def write_summary(
 
 
 def print_summary(summary: dict, config: Config, data: Data) -> None:
-    """The results of a run, where its files are, and commands to try next."""
+    """Prints the results of a run, where its files are, and commands to try next."""
     load, see, again = (
         utils.python_command(utils.from_here(Path(__file__).with_name(script)))
         for script in ("load_simCLR.py", "tSNE.py", "simclr.py")

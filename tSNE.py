@@ -707,7 +707,7 @@ def parse_command_line(argv: Sequence[str] | None = None) -> tuple[str, Options]
     usage = "python tSNE.py [RUN] [--flag value ...]"
     parser = utils.OneLineParser(prog="tSNE.py", usage=usage, description=__doc__)
     parser.add_argument("run", nargs="?", default="", help="name, folder or checkpoint of a run")
-    utils.add_flags(parser, Options, {})
+    utils.add_flags(parser, Options)
     given = vars(parser.parse_args(argv))
     where, panels = given.pop("run"), tuple(given.pop("panels", Options.panels))
     options = Options(panels, **given)

@@ -748,7 +748,7 @@ def benchmark(options: Options) -> dict[str, list[Row]]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = utils.OneLineParser(prog="benchmark.py", description=__doc__)
-    utils.add_flags(parser, Options, {})
+    utils.add_flags(parser, Options)
     options = Options(**vars(parser.parse_args(argv)))
     options.seconds = options.seconds or (0.5 if options.quick else 2.0)
     try:

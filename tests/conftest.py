@@ -80,8 +80,10 @@ def position(config, name="last.pt"):
 
 def load_run(file):
     """The model, frozen and in eval mode, config and complete epochs of a run's checkpoint."""
-    model, config, epoch = simclr.read_run(*utils.load_newest(file))
-    return SimpleNamespace(model=model, config=config, epoch=epoch)
+    source = simclr.load_source(file)
+    model = simclr.SimCLR(source.config)
+    model.encoder, model.projector = source.encoder, source.projector
+    return SimpleNamespace(model=model.eval(), config=source.config, epoch=source.epoch)
 
 
 def interrupt(call, steps):

@@ -246,7 +246,7 @@ class Checks:
 
 def main(argv: list[str] | None = None) -> None:
     parser = utils.OneLineParser(prog="gpu.py", description=__doc__)
-    utils.add_flags(parser, Options, {})
+    utils.add_flags(parser, Options)
     options = Options(**vars(parser.parse_args(argv)))
     utils.check_settings(options)
     checks, started, results = Checks(options), time.perf_counter(), {}

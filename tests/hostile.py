@@ -226,9 +226,6 @@ class Base:
     def resume(self) -> None:
         simclr.train(self.config, self.data, CPU)
 
-    def read_run(self) -> None:
-        simclr.read_run(*utils.load_newest(self.file))
-
     def load_encoder(self) -> None:
         load_simCLR.load_encoder(self.file)(torch.rand(1, 3, 32, 32))
 
@@ -243,7 +240,7 @@ class Base:
     def readers(self) -> dict[str, Callable[[], Any]]:
         """Each way in which a checkpoint is read."""
         return {
-            "simclr.py": self.resume, "read_run": self.read_run, "load_encoder": self.load_encoder,
+            "simclr.py": self.resume, "load_encoder": self.load_encoder,
             "load_simCLR.py": self.export, "tSNE.py": self.draw,
         }  # fmt: skip
 
@@ -263,9 +260,9 @@ class Base:
         return ""
 
 
-ALL = ("simclr.py", "read_run", "load_encoder", "load_simCLR.py", "tSNE.py")
+ALL = ("simclr.py", "load_encoder", "load_simCLR.py", "tSNE.py")
 READERS = ALL[1:]  # simclr.py continues only the configuration that it is given
-OURS = ("simclr.py", "read_run", "tSNE.py")  # load_simCLR.py reads other projects' files as well
+OURS = ("simclr.py", "tSNE.py")  # load_simCLR.py reads other projects' files as well
 
 
 def saved(state: Any, **options: Any) -> bytes:

@@ -43,7 +43,7 @@ from utils import InputError, setting
 class Options:
     """What a race has beside the settings of a run."""
 
-    loop: str = setting("ours", "who trains", ("ours", "usual"))
+    loop: str = setting("ours", "who trains", ("ours", "usual"), group="the race")
     minutes: float = setting(10.0, "of training, without loading and measuring")
     steps: int = setting(0, "steps that stand for those minutes, however long they take; 0: none")
     points: int = setting(10, "how often kNN accuracy is measured, the last time at the end")
@@ -237,7 +237,7 @@ def draw(rows: list[dict]) -> Any:
     """kNN accuracy against the minutes of training, a line a race: a matplotlib Figure."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     groups: dict[str, list[dict]] = {}
     for row in rows:
@@ -256,7 +256,7 @@ def draw(rows: list[dict]) -> Any:
     axes.set(xlabel="minutes of training", ylabel="kNN accuracy (k = 10), %", xlim=(0, None))
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(frameon=False, fontsize=9, loc="outside upper center", ncols=2)
+    figure.legend(frameon=False, fontsize=9, loc="outside upper left")
     return figure
 
 
@@ -264,8 +264,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = utils.OneLineParser(
         prog="race.py", usage="python tests/race.py [--flag value ...]", description=__doc__
     )
-    utils.add_flags(parser, Options, {"loop": "the race"})
-    utils.add_flags(parser, simclr.Config, simclr.FIELD_GROUPS)
+    utils.add_flags(parser, Options)
+    utils.add_flags(parser, simclr.Config)
     given = vars(parser.parse_args(argv))
     names = [f.name for f in dataclasses.fields(Options)]
     options = Options(**{name: given.pop(name) for name in names if name in given})

@@ -45,7 +45,7 @@ def fails(capsys, tmp_path, *argv):
         ("--crop-min 0", "--crop-min must be 1e-06 to 1"),
         ("--hue 0.9 --color-strength 1", "--hue 0.9 times s must be at most 0.5 turns"),
         ("--momentum 1", "--momentum must be 0 to 0.9999"),
-        ("--warmup-epochs 100", "--warmup-epochs must be at most epochs=90"),
+        ("--warmup-epochs 100", "--warmup-epochs 100.0 exceeds --epochs 90"),
         ("--head-dim 100000000000", "--head-dim must be 1 to 65536"),
         ("--seed -1", "--seed must be at least 0"),
         ("--workers -2", "--workers must be at least -1"),

@@ -43,8 +43,7 @@ def places(trained, tmp_path):
 
 
 def evaluation_of(file, **overrides):
-    source, options = load_source(file), Options(**overrides)
-    return load_simCLR.evaluation_setup(source, options, CPU)
+    return load_simCLR.Evaluation(load_source(file), Options(**overrides), CPU)
 
 
 # ------------------------------------------------------------------------------- the frozen encoder
@@ -78,7 +77,7 @@ def test_all_frozen_tasks_leave_the_encoder_alone(trained, few_digits, monkeypat
     evaluation = evaluation_of(trained, tasks=tasks, labels=("1",), seeds=1, epochs=1)
     encoder = evaluation.source.encoder
     before = {k: v.clone() for k, v in encoder.state_dict().items()}
-    columns = [*load_simCLR.evaluate(evaluation)][-1]["columns"]
+    columns = [*load_simCLR.evaluate(evaluation, {"columns": [], "seconds": {}})][-1]["columns"]
     assert [column["task"] for column in columns] == ["knn", *tasks]
     assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
     rows = set(simclr.REPRESENTATIONS)
@@ -89,7 +88,7 @@ def test_all_frozen_tasks_leave_the_encoder_alone(trained, few_digits, monkeypat
 def test_settings_of_the_batch_do_not_matter_to_an_evaluation(trained, few_digits):
     source = load_source(trained)
     source.config.micro_batch, source.config.compile = 16, "on"  # 210 images are no 16s
-    assert load_simCLR.evaluation_setup(source, Options(), CPU).config.micro_batch == 0
+    assert load_simCLR.Evaluation(source, Options(), CPU).config.micro_batch == 0
 
 
 def test_an_encoder_that_moves_is_caught_by_the_program(trained):
@@ -99,7 +98,7 @@ def test_an_encoder_that_moves_is_caught_by_the_program(trained):
     evaluation = evaluation_of(trained, tasks=("knn",))
     evaluation.source.encoder.register_forward_hook(drift)
     with pytest.raises(RuntimeError, match="changed the encoder"):
-        list(load_simCLR.evaluate(evaluation))
+        list(load_simCLR.evaluate(evaluation, {"columns": [], "seconds": {}}))
 
 
 # -------------------------------------------------------------------------------------- classifiers
@@ -139,8 +138,7 @@ def test_many_classes_of_few_images_are_learned(per_class):
 def test_the_augmented_classifier_learns_from_pixels(trained):
     """Crops of nearly constant pixels vary a thousand times more than the pixels themselves."""
     evaluation = evaluation_of(trained, epochs=15)
-    fitted = evaluation.fit_on_augmented("pixels")
-    logits = fitted(evaluation.features("pixels")[1])
+    logits = evaluation.fit_on_augmented("pixels")
     assert utils.accuracy(logits.argmax(1), evaluation.data.test.labels) > 0.85
 
 
@@ -151,10 +149,7 @@ def test_the_strengths_are_every_fourth_of_the_papers():
 def test_the_linear_evaluation_is_that_of_the_run(finished):
     """One classifier: two numbers for one thing could say that pre-training harms and helps."""
     summary = json.loads((finished.folder / "summary.json").read_text())
-    options = load_simCLR.Options(tasks=("linear",), device="cpu")
-    source = load_simCLR.load_source(finished.folder / "last.pt")
-    data = simclr.load_data(source.config, CPU)
-    (column,) = load_simCLR.Evaluation(source, source.config, data, CPU, options).linear()
+    (column,) = evaluation_of(finished.folder / "last.pt").linear()
     for name, expected in summary["linear_all"].items():
         assert column.scores[name] == [expected]
 
@@ -873,7 +868,7 @@ def test_files_that_are_no_checkpoints_are_named(tmp_path, content, message):
     with pytest.raises(InputError, match=r"x\.pt is not a readable checkpoint .*" + message):
         load_source(file)
     with pytest.raises(InputError, match=message):  # where a run is continued, too
-        load_run(file)
+        utils.load_newest(file)
 
 
 def test_safetensors(tmp_path, monkeypatch):

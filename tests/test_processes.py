@@ -370,7 +370,7 @@ def test_bad_input_is_one_line_of_one_process(group, tiny_config, tmp_path):
     several = group(2, a_run, tiny_config(**{**RUN, "batch_size": 301}))
     assert several.codes(60) == [2, 2]
     assert len(set(several.said().splitlines())) == 1
-    assert "--batch-size 301 does not divide" in several.said()
+    assert "--batch-size: 301 images do not divide" in several.said()
     assert not (tmp_path / "checkpoints").exists()
 
 
