@@ -3,23 +3,17 @@
     python ablation_SimCLR.py                      # list the studies and how long they take here
     python ablation_SimCLR.py temperature          # one study, on the embedded digits
     python ablation_SimCLR.py temperature --dataset cifar10 --epochs 100 --seeds 3
-    python ablation_SimCLR.py all --shard 1/4      # a quarter of all runs; the last shard draws
     torchrun --nproc_per_node=4 -- ablation_SimCLR.py all    # each process takes what is left
 
 Each run is an ordinary run of simclr.py in checkpoints/ablation/<data set>-seed<k>-<digest>. The
 digest follows from the run's settings, so studies share equal runs, and the same command continues
-where it stopped. The results of a study are figures/ablation/<study>.csv, one row per run, and
-<study>.png, drawn like the paper's figure.
+where it stopped, or helps while it runs: each process takes a run that no other has begun. The
+results of a study are figures/ablation/<study>.csv, one row per run, and <study>.png, drawn like
+the paper's figure by the process that ends last.
 
-To add a study, add an entry to STUDIES:
-
-    "crop": Study(
-        "How small may crops be?", "Section 3",
-        lambda base: [Setting(f"crop{x}", dict(crop_min=x)) for x in (0.08, 0.2, 0.5)],
-    ),
-
-A setting names fields of simclr.Config, fields of Variant (another loss, other views, another
-forward pass), or arguments of the measurement. Flags of simclr.py set the base that a study varies.
+To add a study, add an entry to STUDIES, like that of encoder-pass. A setting names fields of
+simclr.Config, fields of Variant (another loss, other views, another forward pass), or arguments of
+the measurement. Flags of simclr.py set the base that a study varies.
 
 Reading order: losses · transformations · variants of the training · measurements · the table of
 studies · runs · results and verdict · figures · a study · time · the command line.
@@ -46,11 +40,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import simclr
 import utils
 from simclr import Config
-from utils import Data, Images, ImageSet, InputError, LabelTraining, flag, setting
+from utils import Data, Images, InputError, LabelTraining, flag
 
 # ----------------------------------------------------------------------------------------- losses
 #
@@ -59,10 +54,7 @@ from utils import Data, Images, ImageSet, InputError, LabelTraining, flag, setti
 
 
 def opposite_similarities(z1: Tensor, z2: Tensor, cosine: bool = True) -> Tensor:
-    """Similarity of each view to the N views of the other side, at least float32: (2N, N).
-
-    cosine: False for dot products of z as it is.
-    """
+    """Cosine, or dot product, of each view and each of the N views of the other side: (2N, N)."""
     z1, z2 = (simclr.normalize_rows(z) if cosine else utils.at_least_float32(z) for z in (z1, z2))
     with utils.autocast(z1.device, "float32"):
         similarity = z1 @ z2.T  # (N, N)
@@ -169,27 +161,13 @@ def gaussian_noise(images: Tensor, u: Tensor) -> Tensor:
     """Adds white noise with a standard deviation between 0 and NOISE. u: (N, 1 + 3·S²)."""
     tiny = torch.finfo(u.dtype).eps
     normal = torch.special.ndtri(u[:, 1:].clamp(tiny, 1 - tiny)).view_as(images)
-    return (images + simclr.per_image(NOISE * u[:, 0]) * normal).clamp(0, 1)
+    return (images + NOISE * u[:, :1, None, None] * normal).clamp(0, 1)
 
 
 def rotate(images: Tensor, u: Tensor) -> Tensor:
-    """Rotates by 0, 90, 180 or 270 degrees counter-clockwise. u: (N, 1)."""
+    """Rotates by 0, 90, 180 or 270 degrees counter-clockwise, ⌊4u⌋ quarters. u: (N, 1)."""
     turned = torch.stack([images.rot90(k, (-2, -1)) for k in range(4)])  # (4, N, 3, S, S)
-    return turned[quarter_turns(u), torch.arange(len(images), device=images.device)]
-
-
-def quarter_turns(u: Tensor) -> Tensor:
-    """What rotate() chooses: int64 (N,)."""
-    return (4 * u[:, 0]).long()
-
-
-def sometimes(step: Step) -> Step:
-    """Takes the step for images whose first number of u is below SOMETIMES, none for others."""
-
-    def function(images: Tensor, u: Tensor) -> Tensor:
-        return simclr.where_chosen(u[:, 0] < SOMETIMES, step(images, u[:, 1:]), images)
-
-    return Step(function, 1 + step.draws)
+    return turned[(4 * u[:, 0]).long(), torch.arange(len(images), device=images.device)]
 
 
 TRANSFORMATIONS: dict[str, Callable[[Config], list[Any]]] = {  # of Figure 5, in its order
@@ -197,19 +175,18 @@ TRANSFORMATIONS: dict[str, Callable[[Config], list[Any]]] = {  # of Figure 5, in
         simclr.RandomResizedCrop(c.view_side, (c.crop_min, 1.0)), simclr.RandomFlip(c.flip)
     ],
     "cutout": lambda c: [Step(cutout, 2)],
-    "color": lambda c: [
-        step for step in simclr.make_augment(c).steps
-        if isinstance(step, simclr.ColorJitter | simclr.RandomGrayscale)
-    ],
+    "color": lambda c: simclr.make_augment(  # without the crop: jitter and grey
+        dataclasses.replace(c, flip=0.0, rotation=0.0, blur_p=0.0)
+    ).steps[1:],
     "sobel": lambda c: [Step(sobel)],
     "noise": lambda c: [Step(gaussian_noise, 1 + 3 * c.view_side**2)],
     "blur": lambda c: [simclr.RandomBlur(1.0)],
     "rotate": lambda c: [Step(rotate, 1)],
 }  # fmt: skip
-EXTRAS: dict[str, Callable[[Config], Step]] = {  # what Table 3 adds to both views
-    "rotation": lambda c: TRANSFORMATIONS["rotate"](c)[0],
-    "noise": lambda c: sometimes(TRANSFORMATIONS["noise"](c)[0]),
-    "sobel": lambda c: sometimes(TRANSFORMATIONS["sobel"](c)[0]),
+EXTRAS: dict[str, Callable[[Config], Any]] = {  # what Table 3 adds to both views
+    "rotation": lambda c: Step(rotate, 1),
+    "noise": lambda c: simclr.RandomApply(SOMETIMES, gaussian_noise, 2 + 3 * c.view_side**2),
+    "sobel": lambda c: simclr.RandomApply(SOMETIMES, sobel),
 }
 
 # ------------------------------------------------------------------------ variants of the training
@@ -227,10 +204,8 @@ class Variant:
 
     def loss(self, config: Config) -> simclr.Loss:
         """z1, z2 (N, D), temperature -> scalar."""
-        loss = LOSSES[self.loss_function or config.loss]
-        if self.loss_function.startswith("margin"):
-            loss = functools.partial(loss, margin=self.margin)
-        return loss
+        margin = {"margin": self.margin} if self.loss_function.startswith("margin") else {}
+        return functools.partial(LOSSES[self.loss_function or config.loss], **margin)
 
     def batches(
         self, config: Config, data: Images, device: torch.device, epoch: int, start: int
@@ -249,7 +224,7 @@ class Variant:
             yield from simclr.view_batches(config, data, device, epoch, start, augment)
             return
         whole = Step(lambda images, u: utils.center_view(images, config.view_side))
-        augment.steps = [whole if isinstance(data, ImageSet) else augment.steps[0]]
+        augment.steps = [augment.steps[0] if data.images is None else whole]
         steps = [step for name in self.branch for step in TRANSFORMATIONS[name](config)]
         transform = simclr.Augment(config.view_side, steps)
         one_view = dataclasses.replace(config, views=1)
@@ -360,12 +335,9 @@ def contrastive_task(model: simclr.SimCLR, run: Run) -> dict[str, float]:
 
 
 def supervised(run: Run) -> dict[str, float]:
-    """Test accuracy of the same network trained on all labels with the same augmentation.
-
-    It trains on views of the size that it is tested on, as simclr.geometric_augment() does.
-    """
+    """Test accuracy of the same network trained on all labels with the same augmentation."""
     encoder = simclr.make_model(run.config).encoder.to(run.device)
-    augment = simclr.make_augment(dataclasses.replace(run.config, view_size=0))
+    augment = simclr.make_augment(dataclasses.replace(run.config, view_size=0))  # as in the test
     schedule = LabelTraining(run.config.epochs, **SUPERVISED)
     rows = torch.arange(len(run.data.train))
     return {"linear": run.fine_tuned_accuracy(encoder, rows, augment, schedule)}
@@ -376,11 +348,10 @@ def fine_tuned(run: Run, start: str, share: float) -> dict[str, float]:
 
     start: "simclr", or "scratch" for the untrained network.
     """
-    config, labels = run.config, run.data.train.labels.cpu().numpy()
+    config, labels = run.config, run.data.train.labels
     model = run.pretrained() if start == "simclr" else simclr.make_model(config).to(run.device)
     orders = utils.class_balanced_order(labels, utils.derive_seed(config.seed, simclr.LABELS))
-    chosen = [order[: max(1, round(share * len(order)))] for order in orders]
-    rows = torch.cat([torch.from_numpy(order) for order in chosen])
+    rows = torch.cat([order[: max(1, round(share * len(order)))] for order in orders])
     schedule = LabelTraining(epochs=FEW_EPOCHS if share <= FEW_LABELS else MANY_EPOCHS)
     augment = simclr.geometric_augment(config)
     accuracy = run.fine_tuned_accuracy(model.encoder, rows, augment, schedule)
@@ -423,7 +394,7 @@ def transformed_features(model: nn.Module, run: Run, data: Images, part: int) ->
     outputs = []
     for x, key in zip(batches, keys, strict=True):  # (N, 3, S, S)
         u = last.draw(len(x), utils.generator(run.device, *key, 1))
-        label = quarter_turns(u) if extra == "rotation" else u[:, 0] < share
+        label = 4 * u[:, 0] if extra == "rotation" else u[:, 0] < share  # what the step chose
         outputs.append((*simclr.forward(model, last(x, u), config.precision), label.long()))
     h, z, labels = (torch.cat(parts) for parts in zip(*outputs, strict=True))
     return h.float(), z.float(), labels
@@ -505,7 +476,6 @@ OF_TEST_IMAGES = ("linear", "knn", "linear_z", "knn_z", "accuracy", "probe_h", "
 SUPERVISED_TOO = (("SimCLR", representation), ("supervised", supervised))  # series, measure
 BATCHES = {"digits": (64, 128, 256, 512)}
 PAPER_BATCHES = (256, 512, 1024, 2048)  # for all other data sets
-SIDES = {"digits": 16, "cifar10": 32, "fashion-mnist": 28, "stl10": 96, "folder": 224}  # px
 
 
 def size_settings(base: Config) -> list[Setting]:
@@ -514,10 +484,9 @@ def size_settings(base: Config) -> list[Setting]:
     first = min(known.index(base.arch), len(known) - 3)
     archs, widths = known[first : first + 3], [base.width * factor for factor in (0.5, 1, 2)]
     ends = {(archs[0], widths[0]): "-smallest", (archs[-1], widths[-1]): "-largest"}
-    millions = {}
     with torch.device("meta"):  # without memory for the weights
-        for key in itertools.product(archs, widths):
-            millions[key] = sum(p.numel() for p in simclr.Encoder(*key).parameters()) / 1e6
+        encoders = {key: simclr.Encoder(*key) for key in itertools.product(archs, widths)}
+    millions = {key: sum(p.numel() for p in f.parameters()) / 1e6 for key, f in encoders.items()}
     return [
         Setting(f"{series}-{arch}-x{width:g}{ends.get((arch, width), '')}",
                 dict(arch=arch, width=width), measure, f"{series}, {arch}", millions[arch, width],
@@ -542,9 +511,8 @@ def projection_settings(base: Config) -> list[Setting]:
 def information_settings(base: Config) -> list[Setting]:
     """g(h) is as wide as h, as in Table 3. The first row is left out for images without colour."""
     dim = simclr.Encoder(base.arch, base.width).feature_dim
-    rows = {"rotation": "rotation", "noise": "original or noisy", "sobel": "original or Sobel"}
-    if base.gray_p:
-        rows = {"": "colour or grey", **rows}
+    rows = {"": "colour or grey"} if base.gray_p else {}
+    rows |= {"rotation": "rotation", "noise": "original or noisy", "sobel": "original or Sobel"}
     return [
         Setting(extra or COLOR, dict(extra=extra, head_dim=dim), probe, title=title)
         for extra, title in rows.items()
@@ -585,18 +553,6 @@ def batch_settings(base: Config) -> list[Setting]:
         for scaling, (text, lr) in scalings.items()
         for batch in batches
     ]  # fmt: skip
-
-
-def resolution_settings(base: Config) -> list[Setting]:
-    """Views of the images' side, of three quarters of it, and growing from half of it."""
-    side = base.image_size or SIDES.get(base.dataset, SIDES["cifar10"])
-    half, most = max(simclr.MIN_SIZE, side // 2), max(simclr.MIN_SIZE, 3 * side // 4)
-    growing = (half, half, most, most, side)  # 40, 40 and 20 % of the epochs
-    return [
-        Setting("whole", dict(view_size=side), title=f"{side} px"),
-        Setting("smaller", dict(view_size=most), title=f"{most} px"),
-        Setting("growing", dict(view_sizes=growing), title=f"{half}, {most}, {side} px"),
-    ]
 
 
 STUDIES: dict[str, Study] = {
@@ -762,20 +718,26 @@ STUDIES: dict[str, Study] = {
         lambda base: [Setting("one-pass", dict(passes=1)), Setting("two-passes", dict(passes=2))],
     ),
     "views": Study(
-        "Are more views of fewer images better?", "not in the paper (arXiv 2403.05490)",
+        "Are more views of fewer images better?", "not in the paper; arXiv 2403.05490",
         lambda base: [  # as many views a step, as many steps, the same rate
             Setting(f"{k}-views", dict(
-                views=k, batch_size=2 * base.batch_size // k, epochs=max(1, 2 * base.epochs // k),
-                warmup_epochs=2 * base.warmup_epochs / k, lr_scaling="none",
+                views=k, batch_size=base.views * base.batch_size // k, lr_scaling="none",
+                epochs=max(1, base.views * base.epochs // k),
+                warmup_epochs=base.views * base.warmup_epochs / k,
                 lr=simclr.peak_learning_rate(base, base.batch_size),
-            ), title=f"{k} views of {2 * base.batch_size // k} images")
+            ), title=f"{k} views of {base.views * base.batch_size // k} images")
             for k in (2, 4, 8)
         ],
         metrics=("knn", "linear"), around=("batch_size", "epochs", "lr"),
     ),
     "resolution": Study(
-        "Do views that grow save time?", "not in the paper (arXiv 2212.05611)",
-        resolution_settings, metrics=("knn", "linear"),
+        "Do views that grow save time?", "not in the paper; arXiv 2212.05611",
+        lambda base: [
+            Setting("whole", dict(view_sizes=(1.0,)), title="the images' side"),
+            Setting("smaller", dict(view_sizes=(0.75,)), title="¾ of it"),
+            Setting("growing", dict(view_sizes=simclr.GROWING), title="½, then ¾, then all of it"),
+        ],
+        metrics=("knn", "linear"),
     ),
 }  # fmt: skip
 
@@ -783,7 +745,6 @@ STUDIES: dict[str, Study] = {
 
 SHORT = {"digits": 30}  # epochs of the base; other data sets: 100, the paper's for most ablations
 DEFAULT_EPOCHS = 100
-VARIANT = "variant.json"  # in each run's folder, beside config.json, for people
 
 
 @dataclass
@@ -814,9 +775,16 @@ class Job:
 
 
 def make_base(given: dict[str, Any]) -> Config:
-    """What the studies vary: the recipe for the data set, shortened, with the flags on top."""
+    """What the studies vary: the recipe for the data set, shortened, with the flags on top.
+
+    It has two views of one size, as in the paper, and as many views a step as the recipe.
+    """
     epochs = SHORT.get(given.get("dataset", Config.dataset), DEFAULT_EPOCHS)
-    return simclr.make_config(**{"epochs": epochs, "knn_every": 0, **given})
+    given = {"epochs": epochs, "knn_every": 0, "view_sizes": (), **given}
+    base = simclr.make_config(**given)
+    pairs = base.views // 2
+    two = dict(views=2, batch_size=pairs * base.batch_size, lr=base.lr / pairs)
+    return base if "views" in given or pairs == 1 else simclr.make_config(**{**two, **given})
 
 
 def make_jobs(study_name: str, given: dict[str, Any], seeds: int) -> list[Job]:
@@ -849,10 +817,9 @@ def run_name(config: Config, variant: Variant) -> str:
     """The name of a run: the same for all jobs that need the same pre-training, for no others."""
     names = [f.name for f in dataclasses.fields(config) if f.metadata["identity"]]
     identity = {name: getattr(config, name) for name in names}
-    if config.dataset == "folder":
-        identity["data_dir"] = str(Path(config.data_dir).resolve())
-    if config.labels_from:
-        identity["labels_from"] = str(Path(config.labels_from).resolve())
+    for name in ("data_dir", "labels_from"):
+        if config.dataset == "folder" and (folder := getattr(config, name)):
+            identity[name] = str(Path(folder).resolve())
     text = json.dumps([identity, dataclasses.asdict(variant)], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     return f"{utils.ABLATIONS}/{config.dataset}-seed{config.seed}-{digest}"
@@ -864,7 +831,7 @@ def run_job(job: Job, data: Data, device: torch.device) -> None:
     run = Run(simclr.resolve(job.config, data.pretrain, device), job.variant, data, device)
     simclr.check_batch(run.config, len(data.pretrain))
     log = run.config.folder / utils.LOG
-    utils.write_json(log.with_name(VARIANT), dataclasses.asdict(job.variant))
+    utils.write_json(log.with_name("variant.json"), dataclasses.asdict(job.variant))  # for people
     before = sum(row["seconds"] for row in utils.read_jsonl(log))  # of training in earlier calls
     result = job.setting.measure(run, **job.arguments)
     result["test_images"] = len(data.test)
@@ -875,20 +842,20 @@ def run_job(job: Job, data: Data, device: torch.device) -> None:
 # -------------------------------------------------------------------------- results and the verdict
 
 
-@dataclass
 class Results:
     """The rows of a study's CSV, and the settings that are shown, in order."""
 
-    settings: list[Setting]
-    rows: list[dict[str, Any]]
+    def __init__(self, settings: list[Setting], rows: list[dict[str, Any]]) -> None:
+        self.settings, self.rows = settings, rows
+        self.seeds = len({row["seed"] for row in rows})
+        self.images = rows[0]["test_images"]  # of the test split
 
     def values(self, pattern: str, metric: str) -> dict[int, float]:
         """Seed -> value in the metric's unit, the mean over the settings that match `pattern`."""
-        names = [s.name for s in self.settings if fnmatch.fnmatchcase(s.name, pattern)]
         factor = 100 if METRICS[metric].endswith("%") else 1
         by_seed: dict[int, list[float]] = {}
         for row in self.rows:
-            if row["setting"] in names and metric in row:
+            if fnmatch.fnmatchcase(row["setting"], pattern) and metric in row:
                 by_seed.setdefault(row["seed"], []).append(factor * row[metric])
         return {seed: statistics.fmean(values) for seed, values in sorted(by_seed.items())}
 
@@ -898,23 +865,12 @@ class Results:
         means = [statistics.fmean(v) if v else math.nan for v in values]
         return means, [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
 
-    @property
-    def seeds(self) -> int:
-        return len({row["seed"] for row in self.rows})
-
-    @property
-    def images(self) -> int:
-        """Of the test split."""
-        return self.rows[0]["test_images"]
-
     def best_of_groups(self) -> Results:
         """Only the setting with the best mean `selection` of each group, a run of neighbours."""
-
-        def score(s: Setting) -> float:
-            return statistics.fmean(self.values(s.name, "selection").values() or [-1.0])
-
+        scores = {s: self.values(s.name, "selection").values() or [-1.0] for s in self.settings}
         groups = itertools.groupby(self.settings, lambda s: s.group or s.name)
-        return Results([max(group, key=score) for _, group in groups], self.rows)
+        best = [max(group, key=lambda s: statistics.fmean(scores[s])) for _, group in groups]
+        return Results(best, self.rows)
 
 
 def paper_numbers(study: Study, metric: str, settings: Sequence[Setting]) -> list[float]:
@@ -964,10 +920,9 @@ def compare(results: Results, left: tuple[str, str], right: tuple[str, str]) -> 
     spread = statistics.stdev(points) if seeds > 1 else 0.0
     shares = [statistics.fmean(side.values()) / 100 for side in (values, others)]
     sampling = sum(p * (1 - p) for p in shares) / results.images  # variance of the difference
-    text = f"{'better' if mean >= 0 else 'worse'} by {abs(mean):.1f}"
-    text += f" ± {spread:.1f} points" if seeds > 1 else " points"
-    text += f" = {abs(mean) * results.images / 100:.0f} of {results.images:,} images"
-    text += f", {seeds} seeds" if seeds > 1 else ", one seed"
+    error, count = (f" ± {spread:.1f}", f"{seeds} seeds") if seeds > 1 else ("", "one seed")
+    text = f"{'better' if mean >= 0 else 'worse'} by {abs(mean):.1f}{error} points"
+    text += f" = {abs(mean) * results.images / 100:.0f} of {results.images:,} images, {count}"
     if abs(mean) <= 2 * math.sqrt(spread**2 / seeds + 100**2 * sampling):
         return False, f"{text}: not significant"
     return True, f"{text}: significant" + ", if other seeds agree" * (seeds == 1)
@@ -978,8 +933,7 @@ def verdict(study: Study, results: Results) -> str:
     metric, lines = study.metrics[0], []
     for text, better, worse, *worse_metric in study.claims:
         right = (worse, worse_metric[0] if worse_metric else metric)
-        here = compare(results, (better, metric), right)[1]
-        lines.append(f"The paper: {text}. Here: {here}.")
+        lines.append(f"The paper: {text}. Here: {compare(results, (better, metric), right)[1]}.")
     if lines:
         return "\n".join(lines)
 
@@ -1054,43 +1008,38 @@ def draw_dots(figure: Any, study: Study, results: Results, our_title: str) -> No
 
 def draw_lines(figure: Any, study: Study, results: Results, our_title: str) -> None:
     """Accuracy against x, a line per series (and one of z); the paper's beside it if it has any."""
-    figure.set_size_inches(9 if study.paper else 5.5, 4.2)
-    axes = figure.subplots(1, 1 + bool(study.paper), squeeze=False)[0]
     metrics = [m for m in study.metrics if m in ("linear", "linear_z", "accuracy")]
-    lines = []
+    ours = []  # (label, x, y, error bars or None). x: numbers, on a logarithmic axis, or names
     for name in dict.fromkeys(s.series for s in results.settings):
         series = Results([s for s in results.settings if s.series == name], results.rows)
         x = [s.x for s in series.settings]
         for metric in metrics:
             label = f"{name}, {'z' if metric == 'linear_z' else 'h'}" if len(metrics) > 1 else name
-            lines.append((label, x, *series.columns(metric)))
-    draw_panel(axes[0], study, lines, our_title, False)
-    if study.paper:
-        lines = [(name, [*line], [*line.values()], None) for name, line in study.paper.items()]
-        draw_panel(axes[1], study, lines, "the paper, ImageNet, ResNet-50", True)
-
-
-def draw_panel(axis: Any, study: Study, lines: list[tuple], title: str, paper: bool) -> None:
-    """Lines of (label, x, y, error bars or None). x: numbers, on a logarithmic axis, or names."""
-    ticks = list(dict.fromkeys(x for _, xs, *_ in lines for x in xs))
-    numeric = not isinstance(ticks[0], str)
-    for i, (label, xs, means, bars) in enumerate(lines):
-        aside = 0 if paper else APART * (i - (len(lines) - 1) / 2)
-        places = [x * 2**aside if numeric else ticks.index(x) + aside / 2 for x in xs]
-        axis.errorbar(
-            places, means, yerr=bars, capsize=2, label=label, markersize=5,
-            marker=MARKERS[i % len(MARKERS)], linestyle="--" if i % 2 else "-",
-        )  # fmt: skip
-    if numeric:
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter("{x:g}")
-    else:
-        axis.set_xticks(range(len(ticks)), ticks)
-    axis.set_xlabel(study.axis, fontsize=9)
-    axis.set_ylabel("accuracy, % of test images", fontsize=9)
-    style_axis(axis, title, "y", study.metrics[0], paper)
-    axis.legend(fontsize=7, frameon=False, handlelength=3, ncols=2, loc="upper center",
-                bbox_to_anchor=(0.5, -0.14))  # fmt: skip
+            ours.append((label, x, *series.columns(metric)))
+    theirs = [(name, [*line], [*line.values()], None) for name, line in study.paper.items()]
+    panels = [(our_title, ours), ("the paper, ImageNet, ResNet-50", theirs)][: 1 + bool(theirs)]
+    figure.set_size_inches(9 if theirs else 5.5, 4.2)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, lines) in zip(axes, panels, strict=True):
+        ticks = list(dict.fromkeys(x for _, xs, *_ in lines for x in xs))
+        numeric = not isinstance(ticks[0], str)
+        for i, (label, xs, means, bars) in enumerate(lines):
+            aside = APART * (i - (len(lines) - 1) / 2) if lines is ours else 0
+            places = [x * 2**aside if numeric else ticks.index(x) + aside / 2 for x in xs]
+            axis.errorbar(
+                places, means, yerr=bars, capsize=2, label=label, markersize=5,
+                marker=MARKERS[i % len(MARKERS)], linestyle="--" if i % 2 else "-",
+            )  # fmt: skip
+        if numeric:
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter("{x:g}")
+        else:
+            axis.set_xticks(range(len(ticks)), ticks)
+        axis.set_xlabel(study.axis, fontsize=9)
+        axis.set_ylabel("accuracy, % of test images", fontsize=9)
+        style_axis(axis, title, "y", study.metrics[0], lines is theirs)
+        axis.legend(fontsize=7, frameon=False, handlelength=3, ncols=2, loc="upper center",
+                    bbox_to_anchor=(0.5, -0.14))  # fmt: skip
 
 
 def draw_matrix(figure: Any, study: Study, results: Results, our_title: str) -> None:
@@ -1132,84 +1081,51 @@ def describe_base(given: dict[str, Any]) -> str:
     return " ".join(f"{flag(name)} {value}" for name, value in flags.items() if name in named)
 
 
-class Grid:
-    """The jobs of a study, and this process's part in them."""
+def run_jobs(jobs: Sequence[Job], data: Data, device: torch.device) -> dict[str, str]:
+    """Runs the jobs that no process has done or is running. Returns failures: name -> why."""
+    failed = {}
+    for i, job in enumerate(jobs, 1):
+        with contextlib.suppress(utils.RunInUse), utils.run_lock(job.config.folder):
+            if job.result() is not None:  # another process has just done it
+                continue
+            print(f"{i}/{len(jobs)}  {job.name}  ({job.config.folder})", flush=True)
+            try:
+                run_job(job, data, device)
+            except Exception as error:  # of any kind: the other jobs can be done
+                failed[job.name] = utils.one_line(str(error)) or type(error).__name__
+                print(f"failed: {failed[job.name]}", file=sys.stderr, flush=True)
+    return failed
 
-    def __init__(self, name: str, given: dict[str, Any], seeds: int) -> None:
-        self.name, self.study, self.base = name, STUDIES[name], make_base(given)
-        self.described = describe_base(given)
-        self.jobs = make_jobs(name, given, seeds)
-        folder = Path(self.base.figures, utils.ABLATIONS, given.get("run", ""))
-        self.csv, self.png = folder / f"{name}.csv", folder / f"{name}.png"
-        self.failed: dict[str, str] = {}  # job's name -> why
 
-    def run_shard(self, data: Data, device: torch.device, first: int, shards: int) -> None:
-        """Runs the unfinished jobs of a shard: every `shards`-th one, from number `first` on.
+def report(study_name: str, jobs: Sequence[Job], given: dict[str, Any], folder: Path) -> None:
+    """Writes table and figure of jobs that are done into the folder; prints table and verdict."""
+    from matplotlib.figure import Figure  # late: half a second that --help does not need
 
-        Skips a job that another process is running. Notes a job that fails, and goes on. Raises
-        simclr.Interrupted.
-        """
-        mine = self.jobs[first - 1 :: shards]
-        for i, job in enumerate(mine, 1):
-            with contextlib.suppress(InputError), utils.run_lock(job.config.folder):
-                if job.result() is not None:  # another process has just done it
-                    continue
-                print(f"{i}/{len(mine)}  {job.name}  ({job.config.folder})", flush=True)
-                try:
-                    run_job(job, data, device)
-                except Exception as error:  # of any kind: the other jobs can be done
-                    self.failed[job.name] = " ".join(str(error).split()) or type(error).__name__
-                    print(f"failed: {self.failed[job.name]}", file=sys.stderr, flush=True)
+    study, base, rows = STUDIES[study_name], make_base(given), []
+    for job in jobs:
+        row = {"setting": job.setting.name, "seed": job.config.seed, **job.setting.fields}
+        rows.append(row | job.result() | {"run": job.config.run, "base": describe_base(given)})
+    columns = dict.fromkeys(itertools.chain(*rows))
+    table, picture = folder / f"{study_name}.csv", folder / f"{study_name}.png"
+    utils.write_csv(table, columns, ([row.get(name, "") for name in columns] for row in rows))
 
-    def finish(self) -> None:
-        """If this process is the last one, write the table and the figure, and print both."""
-        done = [job for job in self.jobs if job.name not in self.failed]
-        if left := sum(job.result() is None for job in done):
-            print(
-                f"\n{left} of {len(self.jobs)} runs of {self.name} are left to other shards "
-                "or processes; the last one draws"
-            )
-            return
-        rows = []
-        for job in done:
-            row = {"setting": job.setting.name, "seed": job.config.seed, **job.setting.fields}
-            rows.append(row | job.result() | {"run": job.config.run, "base": self.described})
-        if rows:
-            columns = dict.fromkeys(itertools.chain(*rows))
-            cells = ([row.get(name, "") for name in columns] for row in rows)
-            utils.write_csv(self.csv, columns, cells)
-            self.report(rows)
-
-    def report(self, rows: list[dict[str, Any]]) -> None:
-        """Draw the figure; print the table and the verdict."""
-        from matplotlib.figure import Figure  # late: half a second that --help does not need
-
-        study = self.study
-        results = Results(study.settings(self.base), rows).best_of_groups()
-        seeds = f"mean ± std of {results.seeds} seeds" if results.seeds > 1 else "1 seed"
-        figure = Figure(layout="constrained")
-        DRAWINGS[study.draw](figure, study, results, f"{self.base.dataset}, {seeds}")
-        figure.suptitle(f"{study.question}\n{study.where}", fontsize=10)
-        utils.save_figure(figure, self.png, dpi=120)
-        print(f"\n{study.question} ({study.where}) on {self.base.dataset}\n")
-        print(markdown(study, results))
-        if results.images < utils.FEW_IMAGES:
-            print(f"±: sampling error of {results.images:,} images, and spread over seeds if any")
-        print(f"\n{verdict(study, results)}\n\ntable   {self.csv}\nfigure  {self.png}")
+    results = Results(study.settings(base), rows).best_of_groups()
+    seeds = f"mean ± std of {results.seeds} seeds" if results.seeds > 1 else "1 seed"
+    figure = Figure(layout="constrained")
+    DRAWINGS[study.draw](figure, study, results, f"{base.dataset}, {seeds}")
+    figure.suptitle(f"{study.question}\n{study.where}", fontsize=10)
+    utils.save_figure(figure, picture, dpi=120)
+    print(f"\n{study.question} ({study.where}) on {base.dataset}\n")
+    print(markdown(study, results))
+    if results.images < utils.FEW_IMAGES:
+        print(f"±: sampling error of {results.images:,} images, and spread over seeds if any")
+    print(f"\n{verdict(study, results)}\n\ntable   {table}\nfigure  {picture}")
 
 
 # -------------------------------------------------------------------------------- the time it takes
 
 TIMED_VIEWS = 128
 OVERHEAD = 1.5  # seconds per measurement
-
-
-def seconds_per_view(base: Config, data: Data, device: torch.device) -> float:
-    """Time of a forward and backward pass of the base's network, per view."""
-    config = simclr.resolve(base, data.pretrain, device)
-    model = utils.on_device(simclr.make_model(config), device)
-    views = torch.zeros((TIMED_VIEWS, 3, config.view_side, config.view_side), device=device)
-    return simclr.seconds_a_pass(model, views, config) / TIMED_VIEWS
 
 
 def seconds_left(jobs: Sequence[Job], images: int, per_view: float) -> float:
@@ -1228,53 +1144,34 @@ def seconds_left(jobs: Sequence[Job], images: int, per_view: float) -> float:
     return per_view * sum(views.values()) + OVERHEAD * len(left)
 
 
-def duration(seconds: float) -> str:
-    """For people: "40 s", "12 min", "3.5 h"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 # -------------------------------------------------------------------------------- the command line
 
 
-@dataclass
-class Options:
-    """What the command line has beside the study and the base."""
-
-    seeds: int = setting(3, "runs of each setting, seeds from --seed on", low=1, group="the grid")
-    shard: str = setting("1/1", "i/n: do every n-th run, beginning with the i-th")
-    dry_run: bool = setting(False, "list the runs and do none")
-
-
-def parse_command_line(argv: Sequence[str] | None) -> tuple[list[str], Options, dict[str, Any]]:
-    """The studies (none: list them), the options, and the flags of the base that were given."""
+def parse_command_line(argv: Sequence[str] | None) -> tuple[list[str], int, dict[str, Any]]:
+    """The studies (none: list them), the number of seeds, and the flags of the base."""
     parser = utils.OneLineParser(
         prog="ablation_SimCLR.py",
-        usage="python ablation_SimCLR.py [STUDY|all] [--seeds N] [--shard i/n] [--flag value ...]",
+        usage="python ablation_SimCLR.py [STUDY|all] [--seeds N] [--flag value ...]",
         description=__doc__,
     )
     parser.add_argument("study", nargs="?", choices=["all", *STUDIES], help="default: list them")
-    utils.add_flags(parser, Options)
+    text = "runs of each setting, seeds from --seed on [3]"
+    parser.add_argument("--seeds", type=int, default=3, help=text)
     utils.add_flags(parser, Config)
     given = vars(parser.parse_args(argv))
-    study = given.pop("study")
-    names = [f.name for f in dataclasses.fields(Options) if f.name in given]
-    options = Options(**{name: given.pop(name) for name in names})
-    utils.check_settings(options)
-    first, _, shards = options.shard.partition("/")
-    if not (first.isdecimal() and shards.isdecimal() and 1 <= int(first) <= int(shards)):
-        raise InputError(f"--shard must be i/n with i from 1 to n, got {options.shard}")
-    return list(STUDIES) if study == "all" else [study] * bool(study), options, given
+    study, seeds = given.pop("study"), given.pop("seeds")
+    if seeds < 1:
+        raise InputError(f"--seeds must be at least 1, got {seeds}")
+    return list(STUDIES) if study == "all" else [study] * bool(study), seeds, given
 
 
-def list_studies(given: dict[str, Any], seeds: int) -> None:
+def list_studies(given: dict[str, Any], seeds: int, data: Data, device: torch.device) -> None:
     """Print the question of each study, its number of runs, and the time that they still take."""
-    base = make_base(given)
-    device = utils.choose_device(base.device)
-    data, every = simclr.load_data(base, device), []
-    times = dict.fromkeys(STUDIES, math.inf)
-    per_view = seconds_per_view(base, data, device)
+    config = simclr.resolve(make_base(given), data.pretrain, device)
+    model = utils.on_device(simclr.make_model(config), device)
+    views = torch.zeros((TIMED_VIEWS, 3, config.view_side, config.view_side), device=device)
+    per_view = simclr.seconds_a_pass(model, views, config) / TIMED_VIEWS
+    times, every = dict.fromkeys(STUDIES, math.inf), []
     print(f"on {describe_base(given)}, {seeds} seed{'s' * (seeds != 1)}, {device}:\n")
     for name, study in STUDIES.items():
         try:
@@ -1285,42 +1182,39 @@ def list_studies(given: dict[str, Any], seeds: int) -> None:
             continue
         every += jobs
         times[name] = seconds or math.inf
-        left = duration(seconds) if seconds else "done"
+        left = tqdm.format_interval(seconds) if seconds else "done"
         print(f"{name:16}{len(jobs):4} runs {left:>8}  {study.question}")
-    left = duration(seconds_left(every, len(data.pretrain), per_view))
+    left = tqdm.format_interval(seconds_left(every, len(data.pretrain), per_view))
     print(f"\n{'all':16}{len(every):4} runs {left:>8}  (estimated from a few training steps)")
     command = utils.python_command(utils.from_here(__file__), min(times, key=times.__getitem__))
     print(f"\nrun the shortest:  {command}")
 
 
-def run(names: Sequence[str], options: Options, given: dict[str, Any]) -> None:
+def run(names: Sequence[str], seeds: int, given: dict[str, Any]) -> None:
     """What `python ablation_SimCLR.py` does. Raises SystemExit if a run failed."""
-    if not names:
-        list_studies(given, options.seeds)
-        return
-    grids = [Grid(name, given, options.seeds) for name in names]
-    base = grids[0].base
+    base = make_base(given)
+    grids = {name: make_jobs(name, given, seeds) for name in names}
     device = utils.choose_device(base.device)
     data = simclr.load_data(base, device)
-    if options.dry_run:
-        jobs = [job for each in grids for job in each.jobs]
-        for job in jobs:
-            state = "to do" if job.result() is None else "done"
-            print(f"{job.name}  {job.config.folder}  ({state})")
-        seconds = seconds_left(jobs, len(data.pretrain), seconds_per_view(base, data, device))
-        print(f"\n{len(jobs)} runs, about {duration(seconds)} left (estimated from a few steps)")
+    if not names:
+        list_studies(given, seeds, data, device)
         return
     if not data.labelled:
         raise InputError(f"{base.dataset} in {base.data_dir} has no labels to measure by")
     data = simclr.readable_data(data, base)
-    for folder in (grids[0].csv.parent, Path(base.checkpoints, utils.ABLATIONS)):
+    figures = Path(base.figures, utils.ABLATIONS, given.get("run", ""))
+    for folder in (figures, Path(base.checkpoints, utils.ABLATIONS)):
         utils.make_folder(folder)
     print(f"{describe_base(given)}: {utils.describe_data(data)}; on {device}", flush=True)
-    failed = {}
-    for each in grids:
-        each.run_shard(data, device, *map(int, options.shard.split("/")))
-        each.finish()
-        failed |= each.failed
+    failed: dict[str, str] = {}
+    for name, jobs in grids.items():
+        failed |= run_jobs(jobs, data, device)
+        done = [job for job in jobs if job.name not in failed]
+        if left := sum(job.result() is None for job in done):
+            others = "are left to other processes; the last one draws"
+            print(f"\n{left} of {len(jobs)} runs of {name} {others}")
+        elif done:
+            report(name, done, given, figures)
     if failed:
         print(f"\n{len(failed)} runs failed; the same command tries them again", file=sys.stderr)
         for name, why in failed.items():
@@ -1330,11 +1224,7 @@ def run(names: Sequence[str], options: Options, given: dict[str, Any]) -> None:
 
 @utils.command("ablation_SimCLR.py")
 def main(argv: Sequence[str] | None = None) -> None:
-    try:
-        run(*parse_command_line(argv))
-    except simclr.Interrupted as stop:
-        print("\nstopped and saved; the same command continues", file=sys.stderr)
-        raise SystemExit(128 + stop.signal) from None
+    run(*parse_command_line(argv))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What a SimCLR representation is worth, and how to use it: load, evaluate, export, import.
 
     python load_simCLR.py                            # the newest run: kNN and linear evaluation
-    python load_simCLR.py RUN --tasks knn linear linear-augmented semi supervised
+    python load_simCLR.py RUN --tasks knn linear linear-augmented semi
     python load_simCLR.py RUN --dataset cifar10      # the same on another data set: transfer
     python load_simCLR.py RUN --embed PHOTOS         # h of any folder of images, as .npz
     python load_simCLR.py RUN --fine-tune            # a classifier of all labels, as classifier.pt
@@ -18,11 +18,11 @@ RUN is the name of a run, its folder or a checkpoint file. From Python:
     classifier = load_classifier("checkpoints/cifar10_resnet18")  # that --fine-tune has written
     logits = classifier(images)    # (B, len(classifier.classes))
 
-What makes the numbers trustworthy: the encoder's parameters and buffers are compared byte for
-byte before and after every evaluation of it frozen; settings such as the l2 penalty are chosen
-on a part of the training set; the test split is used only for the number that is reported (and for
-the kNN accuracy during training: see --knn-split of simclr.py); a checkpoint is loaded strictly or
-not at all.
+What makes the numbers trustworthy: the bytes of the encoder's parameters and buffers are compared
+before and after every frozen evaluation; settings such as the l2 penalty are chosen on a part of
+the training set; the test split is used only for the number that is reported (and for the kNN
+accuracy during training: see --knn-split of simclr.py); a checkpoint is loaded strictly or not at
+all.
 
 Reading order: loading · export · evaluation · results · figure · classifiers · new images ·
 detection · options · main. How other projects name their weights is in utils.py.
@@ -48,7 +48,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -71,7 +70,7 @@ from torchvision.transforms.v2 import functional as TF
 import simclr
 import utils
 from simclr import IMAGENET_STEM_SIZE, Source, check_size, load_source
-from utils import MEANS, ImageFiles, InputError, LabelTraining, flag, setting, shown
+from utils import MEANS, Images, InputError, LabelTraining, flag, setting, shown
 
 # ----------------------------------------------------------------------------------------- loading
 
@@ -118,9 +117,8 @@ def check_first_images(encoder: nn.Module, inputs: tuple[Tensor]) -> None:
 def export_encoder(source: Source, file: Path) -> str:
     """Writes the encoder as a state dict with torchvision's names. Returns how to load it.
 
-    At width 1 torchvision.models.<arch>() takes it with only `fc` missing; a 3x3 stem needs two
-    lines before, which the returned text gives. Raises InputError if the file cannot be written, or
-    if torchvision's ResNet cannot compute the same (lightly's own ResNet has no ReLU in its stem).
+    Raises InputError if the file cannot be written, or if torchvision's ResNet cannot compute the
+    same (lightly's own ResNet has no ReLU in its stem).
     """
     encoder = source.resnet
     if isinstance(encoder.relu, nn.Identity):
@@ -162,32 +160,18 @@ def export_encoder(source: Source, file: Path) -> str:
 # neighbours and the temperature of their weights; the second as most codes report (Wu et al. 2018)
 KNN = ((simclr.KNN_NEIGHBOURS, None), (200, 0.1))
 LABELS = ("1%", "10%", "100%")  # of 'semi'
-LINEAR_EPOCHS, LINEAR_BATCH = 90, 256  # of 'linear-augmented'; the paper's number of epochs
+ON_CROPS = LabelTraining(epochs=90, batch_size=256, min_steps=0)  # the paper's epochs
 MANY_LABELS, MANY_EPOCHS, FEW_EPOCHS = 0.1, 30, 60  # Appendix B.5: from 10 % on, and below
-SUPERVISED = LabelTraining(epochs=90, batch_size=256, lr=0.1, weight_decay=1e-4)  # He et al. 2016
 
-
-@dataclass
-class Column:
-    """One measurement of all representations: a column of the table.
-
-    The keys are those of REPRESENTATIONS; each list has a number for each seed.
-    """
-
-    task: str
-    title: str
-    scores: dict[str, list[float]] = field(default_factory=dict)  # accuracies in [0, 1]
-    # beyond accuracy, in [0, 1]: mean_per_class, macro_f1 and, of two classes, auroc
-    measures: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    l2: dict[str, float] = field(default_factory=dict)  # strength that was chosen
+# title, key of REPRESENTATIONS; of the test images logits (M, K), classes (M,), or None if unknown
+Outputs = tuple[str, str, Tensor | None]
 
 
 class Evaluation:
     """The measurements of one encoder on the images that the options name, by default its run's.
 
-    Features are computed once, without augmentation. evaluate() runs the tasks inside
-    utils.frozen(), which raises if a single byte of the encoder moved. Raises InputError if the
-    data cannot be had or have no labels, or do not suit the encoder.
+    Features are computed once, without augmentation. Raises InputError if the data cannot be had or
+    have no labels, or do not suit the encoder.
     """
 
     def __init__(self, source: Source, options: Options, device: torch.device) -> None:
@@ -201,27 +185,18 @@ class Evaluation:
                 "there is nothing to evaluate by; give --data-dir LABELLED, a folder with "
                 "train/<class>/ and test/<class>/ (--embed works without)"
             )
-        config = simclr.resolve(config, data.pretrain, device)
+        self.config = config = simclr.resolve(config, data.pretrain, device)
         check_size(source, config.image_size)
-        precision = source.precision(device, options.precision)
-        self.config = dataclasses.replace(config, precision=precision)
+        config.precision = source.precision(device, options.precision)
         self.data = data = simclr.readable_data(data, config)
-        epochs = "1 epoch" if options.epochs == 1 else f"{options.epochs} epochs"
-        self.note = f", {epochs}" if options.epochs else ""  # if it is not the paper's number
-        self.fewest_steps = {"min_steps": 0} if options.epochs else {}
-        self.encoders: dict[str, Any] = simclr.encoders(
-            source.encoder, self.untrained(seed=0), device, source.projector
-        )
+        self.note = f", {options.epochs} epoch{'s' * (options.epochs > 1)}" * bool(options.epochs)
+        self.given = {"epochs": options.epochs, "min_steps": 0} if options.epochs else {}
+        untrained = source.untrained(config)  # where the run itself began
+        self.encoders = simclr.encoders(source.encoder, untrained, device, source.projector)
         self.classes = len(data.train.classes)
-        # set by linear(): the classifier of h, classes (M,) and confidences (M,) of the test images
-        self.classifier: nn.Linear | None = None
-        self.predicted = self.confidence = torch.empty(0)
+        # by the keys of REPRESENTATIONS; fitted: by linear(), with the logits (M, K) of test images
+        self.fitted: dict[str, tuple[nn.Linear, Tensor]] = {}
         self._features: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def untrained(self, seed: int) -> nn.Module:
-        """The network before pre-training; seed 0 is where the run itself began."""
-        encoder = self.source.untrained(self.config, seed)
-        return encoder.to(self.device, memory_format=torch.channels_last)
 
     def features(self, name: str) -> tuple[Tensor, Tensor]:
         """Training (N, D) and test (M, D) features, float32."""
@@ -232,71 +207,48 @@ class Evaluation:
             )
         return self._features[name]
 
-    def record(self, column: Column, name: str, outputs: Tensor) -> None:
-        """Adds the scores of logits (M, K), or of classes int64 (M,), of the test images."""
-        predicted = outputs.argmax(1) if outputs.ndim == 2 else outputs
-        truth = self.data.test.labels
-        column.scores.setdefault(name, []).append(utils.accuracy(predicted, truth))
-        two = outputs.ndim == outputs.shape[-1] == 2
-        scores = class_measures(predicted, truth, outputs[:, 1] - outputs[:, 0] if two else None)
-        for key, value in scores.items():
-            column.measures.setdefault(name, {}).setdefault(key, []).append(value)
-
-    def knn(self) -> list[Column]:
-        """A column for each k, without scores if there are not more than k training images."""
-        columns = [Column("knn", f"kNN, k = {k}{', weighted' * bool(t)}") for k, t in KNN]
+    def knn(self) -> Iterator[Outputs]:
+        """For each k, but not if there are k training images or fewer."""
         labels = self.data.train.labels
         for name in self.encoders:
             similarity, rows = utils.nearest_neighbours(*self.features(name), KNN[-1][0])
-            for column, (k, temperature) in zip(columns, KNN, strict=True):
-                if len(labels) > k:
-                    near = similarity[:, :k], labels[rows[:, :k]]
-                    self.record(column, name, utils.knn_vote(*near, self.classes, temperature))
-        return columns
+            for k, temperature in KNN:
+                near = similarity[:, :k], labels[rows[:, :k]]
+                predicted = utils.knn_vote(*near, self.classes, temperature)
+                title = f"kNN, k = {k}{', weighted' * bool(temperature)}"
+                yield title, name, predicted if len(labels) > k else None
 
-    def linear(self) -> list[Column]:
+    def linear(self) -> Iterator[Outputs]:
         """Logistic regression on frozen features."""
-        column = Column("linear", "linear")
         for name in self.encoders:
             (x, x_test), y = self.features(name), self.data.train.labels
             classifier = utils.fit_linear_classifier(x, y, self.classes, f"linear, {name}")
-            logits = classifier(x_test)
-            self.record(column, name, logits)
-            column.l2[name] = classifier.l2
-            if name == "simclr":
-                self.classifier = classifier
-                self.confidence, self.predicted = logits.softmax(1).max(1)
-        return [column]
+            self.fitted[name] = classifier, classifier(x_test)
+            yield "linear", name, self.fitted[name][1]
 
-    def linear_augmented(self) -> list[Column]:
-        """A linear layer on frozen features of augmented images."""
-        column = Column("linear-augmented", f"linear, augmented{self.note}")
-        for name in self.encoders:
-            self.record(column, name, self.fit_on_augmented(name))
-        return [column]
-
-    def fit_on_augmented(self, name: str) -> Tensor:
-        """Logits (M, K) of the test images by a layer trained on frozen features of augmented ones.
+    def linear_augmented(self) -> Iterator[Outputs]:
+        """A linear layer on frozen features of augmented images.
 
         The loss is convex, so the learning rate is one over a bound of its curvature: half the
         largest eigenvalue of the features' covariance. Features are standardised by a first pass
         of crops.
         """
-        n = len(self.data.train)
-        training = LabelTraining(self.options.epochs or LINEAR_EPOCHS, LINEAR_BATCH, min_steps=0)
+        training, n = dataclasses.replace(ON_CROPS, **self.given), len(self.data.train)
         steps, size = training.steps(n), training.batch(n)
-        first = self.augmented_features(name, size, math.ceil(n / size), stream=0)
-        x = torch.cat([h for h, _ in first])
-        mean, std = utils.standardization(x)
-        x = (x - mean) / std
-        curvature = torch.linalg.matrix_norm(x.mT @ x / len(x), ord=2).item() / 2
-        rate = 1 / max(curvature, 1e-6)
-        inputs = self.augmented_features(name, size, steps, stream=1)
-        batches = (((h - mean) / std, labels) for h, labels in inputs)
-        layer = utils.zero_classifier(x.shape[1], self.classes).to(self.device)
-        title = f"linear, augmented, {name}"
-        utils.train_on_labels(layer, batches, steps, rate, training, "float32", title)
-        return layer((self.features(name)[1] - mean) / std).detach()
+        for name in self.encoders:
+            first = self.augmented_features(name, size, math.ceil(n / size), stream=0)
+            x = torch.cat([h for h, _ in first])
+            mean, std = utils.standardization(x)
+            x = (x - mean) / std
+            curvature = torch.linalg.matrix_norm(x.mT @ x / len(x), ord=2).item() / 2
+            rate = 1 / max(curvature, 1e-6)
+            inputs = self.augmented_features(name, size, steps, stream=1)
+            batches = (((h - mean) / std, labels) for h, labels in inputs)
+            layer = utils.zero_classifier(x.shape[1], self.classes).to(self.device)
+            title = f"linear, augmented, {name}"
+            utils.train_on_labels(layer, batches, steps, rate, training, "float32", title)
+            logits = layer((self.features(name)[1] - mean) / std).detach()
+            yield f"linear, augmented{self.note}", name, logits
 
     def augmented_features(
         self, name: str, size: int, steps: int, stream: int
@@ -312,71 +264,61 @@ class Evaluation:
                 h = self.encoders[name](images).float()
             yield h, labels
 
-    def semi(self) -> list[Column]:
+    def semi(self) -> Iterator[Outputs]:
         """Fine-tuning with few labels: of the encoder, and of the untrained one (from scratch).
 
         Beside them logistic regression on raw pixels. The head is not used, as in the paper.
-        A column for each label set, but only one for sets of equal size.
+        Of label sets of equal size only the first is used.
         """
-        columns: dict[int, Column] = {}  # by the number of labels
-        augment = simclr.geometric_augment(self.config)
         x, x_test = utils.standardize(*self.features("pixels"))
+        amounts: dict[int, str] = {}  # by the number of labelled images
         for amount in self.options.labels or LABELS:
-            if (n := len(self.label_rows(amount, 0))) in columns:
-                continue
-            column, training = self.label_training(amount, n)
-            columns[n] = column
+            amounts.setdefault(len(self.label_rows(amount, 0)), amount)
+        for n, amount in amounts.items():
+            title, training = self.label_training(amount, n)
             for seed in range(self.options.seeds):
                 rows = self.label_rows(amount, seed)
                 labels = self.data.train.labels[rows]
                 fitted = utils.LogisticRegression(x[rows], labels, self.classes)
                 weight, bias = fitted.fit(1 / len(rows))
-                self.record(column, "pixels", x_test @ weight + bias)
-                self.fine_tune(column, self.untrained(seed), rows, augment, training, seed)
-                self.fine_tune(column, self.encoders["simclr"], rows, augment, training, seed)
-        return list(columns.values())
+                yield title, "pixels", x_test @ weight + bias
+                for name in ("untrained", "simclr"):
+                    yield title, name, self.fine_tune(title, name, rows, training, seed)[1]
 
-    def label_training(self, amount: str, n: int) -> tuple[Column, LabelTraining]:
-        """An empty column for a label set of n images, and how to train on it."""
+    def label_training(self, amount: str, n: int) -> tuple[str, LabelTraining]:
+        """The title of a label set of n images, and how to train on it."""
         wanted = parse_amount(amount)
         share = wanted if isinstance(wanted, float) else n / len(self.data.train)
         text = f"{wanted} a class" if isinstance(wanted, int) else f"{100 * wanted:g} %"
-        epochs = self.options.epochs or (MANY_EPOCHS if share >= MANY_LABELS else FEW_EPOCHS)
-        column = Column("semi", f"fine-tuned, {text} ({n:,}){self.note}")
-        return column, LabelTraining(epochs, **self.fewest_steps)
-
-    def supervised(self) -> list[Column]:
-        """Training from scratch on all labels, with SimCLR's augmentation."""
-        epochs = self.options.epochs or SUPERVISED.epochs
-        training = dataclasses.replace(SUPERVISED, epochs=epochs, **self.fewest_steps)
-        column = Column("supervised", f"supervised, all labels{self.note}")
-        augment, rows = simclr.make_augment(self.config), torch.arange(len(self.data.train))
-        for seed in range(self.options.seeds):
-            self.fine_tune(column, self.untrained(seed), rows, augment, training, seed)
-        return [column]
+        epochs = MANY_EPOCHS if share >= MANY_LABELS else FEW_EPOCHS
+        training = dataclasses.replace(LabelTraining(epochs), **self.given)
+        return f"fine-tuned, {text} ({n:,}){self.note}", training
 
     def fine_tune(
-        self, column: Column, start: nn.Module, rows: Tensor, augment: simclr.Augment,
-        training: LabelTraining, seed: int,
-    ) -> nn.Sequential:  # fmt: skip
-        """Adds the scores of a copy of `start` that is trained on the labels of `rows`."""
-        name = "simclr" if start is self.encoders["simclr"] else "untrained"
-        title = f"{column.title}, {simclr.row_names(self.source.config)[name]}, seed {seed}"
+        self, title: str, name: str, rows: Tensor, training: LabelTraining, seed: int
+    ) -> tuple[nn.Sequential, Tensor]:
+        """Trains a copy of an encoder on the labels of `rows`. Returns it and its test logits.
+
+        name: "simclr" or "untrained".
+        """
+        start, augment = self.encoders["simclr"], simclr.geometric_augment(self.config)
+        if name == "untrained":
+            start = self.source.untrained(self.config, seed).to(memory_format=torch.channels_last)
+        title = f"{title}, {simclr.row_names(self.source.config)[name]}, seed {seed}"
         network = simclr.fine_tune(
             start, self.data.train, rows, augment, training, self.config, self.device, seed, title
         )
         logits = simclr.features(network, self.data.test, self.config, self.device)
-        self.record(column, name, logits)
-        accuracy = percent(column.scores[name][-1:], len(logits))
-        print(f"{title}: test accuracy {accuracy}", flush=True)
-        return network
+        accuracy = utils.accuracy(logits.argmax(1), self.data.test.labels)
+        print(f"{title}: test accuracy {percent([accuracy], len(logits))}", flush=True)
+        return network, logits
 
     def label_rows(self, amount: str, seed: int) -> Tensor:
         """Which training images have a label, the same share or number of each class: int64 (M,).
 
         Raises InputError if a class has fewer images than are asked for.
         """
-        wanted, labels = parse_amount(amount), self.data.train.labels.cpu().numpy()
+        wanted, labels = parse_amount(amount), self.data.train.labels
         key = utils.derive_seed(self.config.seed, simclr.LABELS, seed)
         chosen = []
         for order in utils.class_balanced_order(labels, key):
@@ -386,43 +328,58 @@ class Evaluation:
                 raise InputError(
                     f"--labels {amount}: class {name!r} has only {len(order)} training images"
                 )
-            chosen.append(torch.from_numpy(order[:count]))
+            chosen.append(order[:count])
         return torch.cat(chosen)
 
 
 def evaluate(evaluation: Evaluation, results: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Runs the tasks of the options. After each, adds columns and seconds to results and yields it.
 
-    Columns are in the order of TASKS; a new one replaces an earlier one of the same title.
-    Raises RuntimeError if an evaluation changed the encoder, which would make it void.
+    A column is a measurement: accuracies in [0, 1] ("scores") and the other class_measures(), by
+    the keys of REPRESENTATIONS, one a seed. Columns are in the order of TASKS; a new one replaces
+    an earlier one of the same title. Raises RuntimeError if a task changed the encoder.
     """
-    source = evaluation.source
+    source, truth = evaluation.source, evaluation.data.test.labels
     judged = nn.ModuleList(m for m in (source.encoder, source.projector) if m is not None)
     for task, (method, _) in TASKS.items():
-        if task in evaluation.options.tasks:
-            started = time.perf_counter()
-            with utils.frozen(judged):
-                columns = [dataclasses.asdict(column) for column in method(evaluation)]
-            titles = {column["title"] for column in columns}
-            columns = [c for c in results["columns"] if c["title"] not in titles] + columns
-            results["columns"] = sorted(columns, key=lambda c: list(TASKS).index(c["task"]))
-            results["seconds"][task] = round(time.perf_counter() - started, 2)
-            yield results
-            print(f"{task:20} {results['seconds'][task]:8.1f} s", flush=True)
+        if method is None or task not in evaluation.options.tasks:
+            continue
+        started = time.perf_counter()
+        columns: dict[str, dict[str, Any]] = {}  # by their titles
+        with utils.frozen(judged):
+            for title, name, outputs in method(evaluation):
+                new = {"task": task, "title": title, "scores": {}, "measures": {}, "l2": {}}
+                column = columns.setdefault(title, new)
+                if task == "linear":
+                    column["l2"][name] = evaluation.fitted[name][0].l2
+                if outputs is not None:
+                    measured = class_measures(outputs, truth)
+                    column["scores"].setdefault(name, []).append(measured.pop("accuracy"))
+                    for key, value in measured.items():
+                        column["measures"].setdefault(name, {}).setdefault(key, []).append(value)
+        kept = [c for c in results["columns"] if c["title"] not in columns and c["task"] in TASKS]
+        kept += columns.values()
+        results["columns"] = sorted(kept, key=lambda c: list(TASKS).index(c["task"]))
+        results["seconds"][task] = round(time.perf_counter() - started, 2)
+        yield results
+        print(f"{task:20} {results['seconds'][task]:8.1f} s", flush=True)
 
 
-def class_measures(predicted: Tensor, truth: Tensor, scores: Tensor | None) -> dict[str, float]:
-    """Measures for classes of uneven size, over the classes in `truth`, in [0, 1].
+def class_measures(outputs: Tensor, truth: Tensor) -> dict[str, float]:
+    """Accuracy, and measures for classes of uneven size, over the classes in `truth`, in [0, 1].
 
-    predicted, truth: int64 (M,). scores: (M,), of class 1 where there are two classes.
+    outputs: logits (M, K), or classes int64 (M,). truth: int64 (M,). Of two classes logits give the
+    area under the ROC curve, too.
     """
+    predicted = outputs.argmax(1) if outputs.ndim == 2 else outputs
     y, guess = truth.cpu().numpy(), predicted.cpu().numpy()
     over = dict(labels=np.unique(y), average="macro", zero_division=0)
     _, recall, f1, _ = metrics.precision_recall_fscore_support(y, guess, **over)
     values = {"mean_per_class": float(recall), "macro_f1": float(f1)}
-    if scores is not None and len(over["labels"]) == 2:
-        values["auroc"] = float(metrics.roc_auc_score(y, scores.cpu().numpy()))
-    return values
+    if outputs.ndim == outputs.shape[-1] == len(over["labels"]) == 2:
+        scores = (outputs[:, 1] - outputs[:, 0]).cpu().numpy()
+        values["auroc"] = float(metrics.roc_auc_score(y, scores))
+    return {"accuracy": utils.accuracy(predicted, truth), **values}
 
 
 # ----------------------------------------------------------------------------------------- results
@@ -432,28 +389,21 @@ MEASURES = {  # of class_measures(), in the order in which they are printed
     "macro_f1": "Macro F1",
     "auroc": "Area under the ROC curve",
 }
-LINE_WIDTH = 100  # characters
 ONE_SEED = " (one seed: not certain)"
 
 
 def table(columns: Sequence[dict], names: dict[str, str], images: int = utils.FEW_IMAGES) -> str:
-    """The results as text: a row for each representation, a column for each measurement.
+    """The results as text: a line for each measurement, as in the figure.
 
     images: of the test split, for the sampling errors of accuracies; by default without them.
     """
     present = [key for key in names if any(key in column["scores"] for column in columns)]
-    labels = ["", *(names[key] for key in present)]
-    first = max(map(len, labels))
-    blocks: list[list[str]] = []  # lines of text each, to which columns are added while they fit
+    lines = [["", *(names[key] for key in present)]]
     for column in columns:
-        cells = [column["title"], *(percent(column["scores"].get(key), images) for key in present)]
-        wide = max(map(len, cells)) + 3
-        if not blocks or len(blocks[-1][0]) + wide > LINE_WIDTH:
-            blocks.append([f"{label:{first}}" for label in labels])
-        blocks[-1] = [
-            line + f"{cell:>{wide}}" for line, cell in zip(blocks[-1], cells, strict=True)
-        ]
-    return "\n\n".join("\n".join(block) for block in blocks)
+        scores = [percent(column["scores"].get(key), images) for key in present]
+        lines.append([column["title"], *scores])
+    widths = [max(map(len, cells)) + 3 for cells in zip(*lines, strict=True)]
+    return "\n".join("".join(map(str.rjust, line, widths)) for line in lines)
 
 
 def percent(scores: Sequence[float] | None, images: int = utils.FEW_IMAGES) -> str:
@@ -491,9 +441,8 @@ def text_of(results: dict, names: dict[str, str]) -> str:
             gain = statistics.fmean(scores["simclr"]) - statistics.fmean(scores["untrained"])
             begun = names["untrained"] != simclr.REPRESENTATIONS["untrained"]  # with --init
             other = "fine-tuning the weights before it" if begun else "training from scratch"
-            better, worse = ("pre-training", other)[:: 1 if gain > 0 else -1]
-            by = f"{abs(100 * gain):.1f} points better than" if gain else "as good as"
-            parts += [f"{title}: {better} is {by} {worse}{ONE_SEED * (len(scores['simclr']) == 1)}"]
+            by = f"{abs(100 * gain):.1f} points {'better' if gain > 0 else 'worse'} than {other}"
+            parts += [f"{title}: pre-training is {by}{ONE_SEED * (len(scores['simclr']) == 1)}"]
     return "\n".join(parts)
 
 
@@ -516,30 +465,27 @@ MANY_CLASSES = 20  # from here a confusion matrix has no numbers and no names
 
 
 def draw_evaluation(
-    results: dict, names: dict[str, str], mistakes: Sequence[tuple[np.ndarray, str]] | None = None
+    results: dict, names: dict[str, str], mistakes: Sequence[tuple[np.ndarray, str]] = ()
 ) -> Any:
     """The results as a matplotlib Figure: accuracies, confusion matrix, the worst mistakes.
 
-    results: as in evaluation.json. mistakes: images uint8 (H, W, 3) and their titles; None if they
-    are unknown.
+    results: as in evaluation.json. mistakes: images uint8 (H, W, 3) and their titles.
     """
     heights = [1.4 + 0.42 * len(results["columns"]), *[4.6] * ("confusion" in results)]
     figure = Figure(figsize=(9.5, sum(heights)), layout="constrained")
     upper, *lower = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     draw_accuracies(upper.subplots(), results, names)
-    if not lower:
-        return figure
-    left, *right = lower[0].subfigures(1, 2 if mistakes is not None else 1, squeeze=False)[0]
-    draw_confusion(left.subplots(), np.asarray(results["confusion"]), results["classes"])
-    if not right:
-        return figure
-    right[0].suptitle("Most confident mistakes" if mistakes else "No mistakes", fontsize=10)
-    axes = right[0].subplots(3, TILES // 3).flat
-    for axis, tile in itertools.zip_longest(axes, mistakes):
-        axis.axis("off")
-        if tile is not None:
-            axis.imshow(tile[0], interpolation="nearest")
-            axis.set_title(tile[1], fontsize=7)
+    if lower:
+        left, *right = lower[0].subfigures(1, 1 + bool(mistakes), squeeze=False)[0]
+        draw_confusion(left.subplots(), np.asarray(results["confusion"]), results["classes"])
+    if mistakes:
+        right[0].suptitle("Most confident mistakes", fontsize=10)
+        axes = right[0].subplots(3, TILES // 3).flat
+        for axis, tile in itertools.zip_longest(axes, mistakes):
+            axis.axis("off")
+            if tile is not None:
+                axis.imshow(tile[0], interpolation="nearest")
+                axis.set_title(tile[1], fontsize=7)
     return figure
 
 
@@ -563,12 +509,8 @@ def draw_accuracies(axis: Any, results: dict, names: dict[str, str]) -> None:
         axis.axvline(100 * results["majority"], color="0.4", ls="--", lw=1, label="largest class")
     axis.set_yticks(range(len(columns)), [column["title"] for column in columns])
     axis.set_ylim(len(columns) - 0.5, -0.5)
-    left, right = axis.get_xlim()
-    axis.set_xlim(max(left, -1), min(right, 101))  # a deviation may go beyond
-    over = ["spread over seeds"] * any(len(s) > 1 for c in columns for s in c["scores"].values())
-    over += [f"sampling error of {images:,} images"] * (images < utils.FEW_IMAGES)
-    note = f" (bars: {' and '.join(over)})" if over else ""
-    axis.set_xlabel(f"accuracy on the test images, %{note}")
+    note = "(bars, if any: sampling error and spread over seeds)"
+    axis.set_xlabel(f"accuracy on {images:,} test images, % {note}")
     axis.grid(axis="x", color="0.9")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize=8, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
@@ -598,7 +540,8 @@ def mistake_tiles(evaluation: Evaluation, classes: Sequence[str]) -> list[tuple[
 
     classes: their names in figures.
     """
-    data, predicted, confidence = evaluation.data.test, evaluation.predicted, evaluation.confidence
+    data, (_, logits) = evaluation.data.test, evaluation.fitted["simclr"]
+    confidence, predicted = logits.softmax(1).max(1)
     wrong = (predicted != data.labels).nonzero()[:, 0]
     order = confidence[wrong].argsort(descending=True, stable=True)
     tiles = []
@@ -648,60 +591,50 @@ def network_of(source: Source) -> dict[str, Any]:
 
 
 def save_classifier(
-    file: Path, evaluation: Evaluation, encoder: nn.Module, linear: nn.Linear, accuracy: float,
+    file: Path, evaluation: Evaluation, encoder: nn.Module, linear: nn.Linear, predicted: Tensor,
     origin: str,
 ) -> None:  # fmt: skip
     """Writes the source's encoder, or a copy that was trained further, and a linear layer on it.
 
-    accuracy: in [0, 1], on the test images. origin: what was trained on what.
+    predicted: classes of the test images, int64 (M,). origin: what was trained on what.
     """
     source, data, config = evaluation.source, evaluation.data, evaluation.config
     state = {
         utils.CLASSIFIER_KEY: utils.CLASSIFIER_FORMAT,
         "network": {**network_of(source), "normalize": source.normalize, "origin": origin},
-        "classes": list(data.train.classes),
-        "image_size": config.image_size,
-        "range": list(config.range),
-        "accuracy": accuracy,
-        "test_images": len(data.test),
-        "checkpoint_sha256": utils.file_digest(source.file),
+        "classes": list(data.train.classes), "image_size": config.image_size,
+        "range": list(config.range), "accuracy": utils.accuracy(predicted, data.test.labels),
+        "test_images": len(data.test), "checkpoint_sha256": utils.file_digest(source.file),
         "encoder": utils.without_normalization(encoder).state_dict(),
         "linear": linear.state_dict(),
-    }
+    }  # fmt: skip
     utils.save_checkpoint(file, state)
 
 
 def save_linear_classifier(evaluation: Evaluation) -> None:
     """Keeps the classifier that evaluation.linear() has fitted."""
-    source, linear = evaluation.source, evaluation.classifier
-    accuracy = utils.accuracy(evaluation.predicted, evaluation.data.test.labels)
+    source, (linear, logits) = evaluation.source, evaluation.fitted["simclr"]
     file = source.output(LINEAR, evaluation.options.figures)
     origin = f"linear classifier on {len(evaluation.data.train):,} labelled images"
-    save_classifier(file, evaluation, source.encoder, linear, accuracy, origin)
+    save_classifier(file, evaluation, source.encoder, linear, logits.argmax(1), origin)
 
 
 def fine_tune_classifier(source: Source, options: Options, device: torch.device) -> None:
-    """--fine-tune: trains encoder and linear layer on labelled images once, and keeps them.
-
-    How long it trains follows from the number of labels; the test images only measure it.
-    """
+    """--fine-tune: trains encoder and linear layer on labelled images once, and keeps them."""
     evaluation = Evaluation(source, options, device)
-    config, train = evaluation.config, evaluation.data.train
     (amount,) = options.labels or ("100%",)
-    rows = evaluation.label_rows(amount, seed=0)
+    rows, n = evaluation.label_rows(amount, seed=0), len(evaluation.data.train)
     file = Path(options.out or source.output(FINE_TUNED, options.figures))
     check_targets(file)
     print(f"{source.file}: {source.description}")
-    column, training = evaluation.label_training(amount, len(rows))
-    print(f"fine-tuning on {len(rows):,} of {len(train):,} labelled images, "
+    title, training = evaluation.label_training(amount, len(rows))
+    print(f"fine-tuning on {len(rows):,} of {n:,} labelled images, "
           f"{training.steps(len(rows)):,} steps", flush=True)  # fmt: skip
-    augment, start = simclr.geometric_augment(config), evaluation.encoders["simclr"]
-    network = evaluation.fine_tune(column, start, rows, augment, training, seed=0)
-    (accuracy,) = column.scores["simclr"]
+    network, logits = evaluation.fine_tune(title, "simclr", rows, training, seed=0)
     origin = f"fine-tuned on {len(rows):,} labelled images"
-    save_classifier(file, evaluation, *network, accuracy, origin)
-    per_class = percent(column.measures["simclr"]["mean_per_class"])
-    print(f"mean accuracy of the classes {per_class}\nclassifier    {file}")
+    save_classifier(file, evaluation, *network, logits.argmax(1), origin)
+    per_class = class_measures(logits, evaluation.data.test.labels)["mean_per_class"]
+    print(f"mean accuracy of the classes {percent([per_class])}\nclassifier    {file}")
 
 
 def find_classifier(source: Source, options: Options, device: torch.device) -> nn.Sequential:
@@ -717,7 +650,7 @@ def find_classifier(source: Source, options: Options, device: torch.device) -> n
     evaluation = Evaluation(source, options, device)
     evaluation.encoders = {"simclr": source.encoder}
     with utils.frozen(source.encoder):
-        evaluation.linear()
+        list(evaluation.linear())  # fits the classifier of h
     utils.broadcast_from_rank0(save_linear_classifier, evaluation)  # all ranks read its file
     return load_classifier(source.output(LINEAR, options.figures))
 
@@ -775,7 +708,7 @@ def embed_images(
         network, images, size, device, source.precision(device, options.precision), EMBED_BATCH,
         options.workers, str(where),
     )  # fmt: skip
-    read = utils.rows_read(h)
+    read = ~h.isnan().any(1)
     return list(itertools.compress(utils.image_names(images), read.tolist())), h[read]
 
 
@@ -783,19 +716,10 @@ def embed_images(
 
 MAKE_SCENES, HEADS, SAMPLES = range(4, 7)  # streams of randomness, as those of simclr.py
 RELATIVE = [1, 1]  # width and height of an image, in the units of YOLO's boxes
-
-
-@dataclass
-class Annotated:
-    """The objects of one image, as in the file of annotations."""
-
-    path: Path
-    size: list | None  # width and height that the file states, in px, or RELATIVE
-    objects: list[tuple] = field(default_factory=list)  # class, left, top, right, bottom, ignored
-    image_id: int | None = None  # in COCO's files
-
-
-Annotations = tuple[list[Annotated], dict[Any, str]]  # with the names of the classes in them
+# What a file of annotations says of each image, by its number: its path, its width and height in px
+# (None or 0 if unknown) or RELATIVE, and its objects: class, left, top, right, bottom, ignored.
+# Then the names of the classes.
+Annotations = tuple[dict[int, tuple[Path, list, list[tuple]]], dict[Any, str]]
 
 
 @dataclass
@@ -809,7 +733,7 @@ class Boxes:
     COCO's formats. dropped: how many boxes were left out, by the reason.
     """
 
-    images: utils.Images
+    images: Images
     targets: list[dict[str, Tensor]]
     image_ids: list[int]
     classes: tuple[str, ...]
@@ -841,17 +765,16 @@ def read_coco(root: Path, split: str, file: Path) -> Annotations:
     name = images[0]["file_name"]
     places = (root / split, root / "images" / split, root / "images", root)
     folder = next((place for place in places if (place / name).is_file()), places[0])
-    items = {}
-    for image in images:
-        size = [image["width"], image["height"]] if image.get("width") else None
-        items[image["id"]] = Annotated(folder / image["file_name"], size, image_id=image["id"])
+    items = {
+        x["id"]: (folder / x["file_name"], [x.get("width"), x.get("height")], []) for x in images
+    }
     for thing in content["annotations"]:
         if (key := thing["image_id"]) not in items:
             raise ValueError(f"a box has image_id {key}, which is not among the images")
         x, y, width, height = map(float, thing["bbox"])
         crowd = bool(thing.get("iscrowd"))
-        items[key].objects.append((thing["category_id"], x, y, x + width, y + height, crowd))
-    return list(items.values()), {c["id"]: str(c["name"]) for c in content["categories"]}
+        items[key][2].append((thing["category_id"], x, y, x + width, y + height, crowd))
+    return items, {c["id"]: str(c["name"]) for c in content["categories"]}
 
 
 def find_voc(root: Path) -> dict[str, list[Path]]:
@@ -870,21 +793,20 @@ def find_voc(root: Path) -> dict[str, list[Path]]:
 
 def read_voc(root: Path, split: str, files: list[Path]) -> Annotations:
     """Corners are pixels counted from 1, and inside the box."""
-    items = []
-    for file in files:
+    items = {}
+    for i, file in enumerate(files, 1):
         with utils.errors_as_input_error(f"cannot read {file}"):
             tree = ElementTree.parse(file).getroot()
             size = [int(float(tree.findtext(f"size/{k}") or 0)) for k in ("width", "height")]
             name = tree.findtext("filename") or f"{file.stem}.jpg"
-            item = Annotated(file.parents[1] / "JPEGImages" / name, size if all(size) else None)
+            items[i] = (file.parents[1] / "JPEGImages" / name, size, [])
             for thing in tree.findall("object"):
                 edges = (thing.findtext(f"bndbox/{k}") for k in ("xmin", "ymin", "xmax", "ymax"))
                 left, top, right, bottom = map(float, edges)
                 difficult = (thing.findtext("difficult") or "").strip() == "1"
                 kind = thing.findtext("name").strip()
-                item.objects.append((kind, left - 1, top - 1, right, bottom, difficult))
-            items.append(item)
-    return items, {thing[0]: thing[0] for item in items for thing in item.objects}
+                items[i][2].append((kind, left - 1, top - 1, right, bottom, difficult))
+    return items, {thing[0]: thing[0] for *_, objects in items.values() for thing in objects}
 
 
 def find_yolo(root: Path) -> dict[str, tuple[Path, Path]]:
@@ -897,9 +819,10 @@ def find_yolo(root: Path) -> dict[str, tuple[Path, Path]]:
 
 def read_yolo(root: Path, split: str, folders: tuple[Path, Path]) -> Annotations:
     """A text file for each image: class, centre, width and height, as shares of the sides."""
-    items = []
-    for name in utils.list_images(folders[1]):
-        item, file = Annotated(folders[1] / name, RELATIVE), (folders[0] / name).with_suffix(".txt")
+    items = {}
+    for i, name in enumerate(utils.list_images(folders[1]), 1):
+        items[i] = (folders[1] / name, RELATIVE, [])
+        file = (folders[0] / name).with_suffix(".txt")
         with utils.errors_as_input_error(f"cannot read {file}"):
             text = file.read_text() if file.is_file() else ""
             for kind, *numbers in (line.split() for line in text.splitlines() if line.strip()):
@@ -907,8 +830,7 @@ def read_yolo(root: Path, split: str, folders: tuple[Path, Path]) -> Annotations
                 if not max(x, y, width, height) <= 1.01:  # some programs round up
                     raise ValueError(f"a box is not in shares of the image's sides: {numbers}")
                 edges = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
-                item.objects.append((int(kind), *edges, False))
-        items.append(item)
+                items[i][2].append((int(kind), *edges, False))
     return items, yolo_classes(root)
 
 
@@ -936,88 +858,82 @@ FORMATS: dict[str, tuple[Callable, Callable, str]] = {
 
 
 def read_boxes(root: Path) -> tuple[Boxes, Boxes, str]:
-    """Training images, test images, and a text that describes them. Raises InputError."""
+    """Training images, test images, and a text that describes them. Raises InputError.
+
+    The test split is "test", or else "val"; without one a fifth of the images is held out.
+    """
     with utils.errors_as_input_error(f"cannot read the boxes of {root}"):
         known = {name: splits for name, (find, *_) in FORMATS.items() if (splits := find(root))}
         if not known:
             layouts = "; ".join(f"{name}: {layout}" for name, (*_, layout) in FORMATS.items())
             raise InputError(f"{root} has no boxes in a known layout ({layouts})")
         name, splits = next(iter(known.items()))
-        read, names = FORMATS[name][1], choose_splits(splits)
-        parts = [read(root, split, splits[split]) for split in names]
+        test = [s for kind in ("test", "val") for s in sorted(splits) if s.startswith(kind)][:1]
+        rest = [s for s in sorted(splits) if s not in test]
+        train = [s for s in rest if s.startswith("train")] or rest
+        final = test and test[0].startswith("test")  # then trainval may be trained on
+        names = [train[-1 if final else 0], *test] if train else test
+        parts = [FORMATS[name][1](root, split, splits[split]) for split in names]
         classes = {key: text for _, texts in parts for key, text in texts.items()}
         if any(classes[key] != text for key, text in parts[0][1].items()):
             raise InputError(f"{root}: {' and '.join(names)} number the classes differently")
-        if len({item.path for items, _ in parts for item in items}) < sum(len(p[0]) for p in parts):
+        paths = [path for items, _ in parts for path, *_ in items.values()]
+        if len({*paths}) < len(paths):
             raise InputError(f"{root}: an image is listed twice in {' and '.join(names)}")
-        train, *test = (assemble(root, items, classes) for items, _ in parts)
-    if not test:  # the same fifth in every comparison
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-        rows = [part.sort()[0] for part in order.tensor_split([len(train) // 5])]
-        test = [dataclasses.replace(train.subset(rows[0]), dropped={})]
-        train = train.subset(rows[1])
+        boxes = [assemble(root, items, classes) for items, _ in parts]
+    if len(boxes) == 1:  # the same fifth in every comparison
+        order = torch.randperm(len(boxes[0]), generator=torch.Generator().manual_seed(0))
+        fifth, most = (boxes[0].subset(x.sort()[0]) for x in order.tensor_split([len(order) // 5]))
+        boxes = [most, dataclasses.replace(fifth, dropped={})]
         names += ["a fifth of it, held out"]
-    if not all(any(len(t["labels"]) for t in part.targets) for part in (train, *test)):
+    if not all(any(len(t["labels"]) for t in part.targets) for part in boxes):
         raise InputError(f"{root}: no boxes to train on, or none to test by")
-    return train, test[0], f"{root} ({name}: {names[0]} to train, {names[1]} to test)"
+    return *boxes, f"{root} ({name}: {names[0]} to train, {names[1]} to test)"
 
 
-def choose_splits(names: Iterable[str]) -> list[str]:
-    """The training split and, if there is one, the test split: "test", or else "val"."""
-    names = sorted(names)
-    test = [n for kind in ("test", "val") for n in names if n.startswith(kind)][:1]
-    train = [n for n in names if n.startswith("train")] or [n for n in names if n not in test]
-    final = test and test[0].startswith("test")  # then trainval may be trained on
-    return [train[-1 if final else 0], *test] if train else test
+def assemble(root: Path, items: dict[int, tuple], classes: dict) -> Boxes:
+    """Boxes in pixels of the images as displayed, and within them.
 
-
-def assemble(root: Path, items: list[Annotated], classes: dict) -> Boxes:
-    """Boxes in pixels, within their images. Raises InputError that names an image and its fault."""
+    items, classes: see Annotations. The size that is stated may be the file's before the quarter
+    turn that EXIF asks for; then the boxes turn. Raises InputError that names an image and its
+    fault.
+    """
     keys, targets = sorted(classes), []
     dropped = {"under a pixel": 0, "outside the image": 0}
-    for item in items:
-        for key in {thing[0] for thing in item.objects} - set(keys):
-            raise InputError(f"{item.path}: a box has class {shown(key)}, which has no name")
-        edges = torch.tensor([thing[1:5] for thing in item.objects], dtype=torch.float64)
-        edges, size = as_displayed(item, edges.view(-1, 4))
+    for path, stated, objects in items.values():
+        for key in {thing[0] for thing in objects} - set(keys):
+            raise InputError(f"{path}: a box has class {shown(key)}, which has no name")
+        with utils.Photo(path) as photo:
+            width, height, turn = photo.width, photo.height, photo.orientation
+        size = [width, height]
+        edges = torch.tensor([thing[1:5] for thing in objects], dtype=torch.float64).view(-1, 4)
+        if stated is RELATIVE:
+            edges *= torch.tensor(size * 2)
+        elif turn >= 5 and width != height and stated == size[::-1]:
+            left, top, right, bottom = edges.unbind(1)
+            if turn in (7, 8):
+                left, right = height - right, height - left
+            if turn in (6, 7):
+                top, bottom = width - bottom, width - top
+            edges = torch.stack([top, left, bottom, right], 1)
+        elif all(stated) and stated != size:
+            text = " × ".join(map(shown, stated))
+            raise InputError(f"{path}: {width} × {height} px, but its annotation says {text}")
         if not edges.isfinite().all():
-            raise InputError(f"{item.path}: a box has an edge that is not finite")
+            raise InputError(f"{path}: a box has an edge that is not finite")
         inside = edges.clamp(min=0).minimum(torch.tensor(size * 2))
         tiny, cut = ((b[:, 2:] - b[:, :2] < 1).any(1) for b in (edges, inside))
         dropped["under a pixel"] += int(tiny.sum())
         dropped["outside the image"] += int((cut & ~tiny).sum())
-        labels = torch.tensor([1 + keys.index(thing[0]) for thing in item.objects]).long()
-        crowds = torch.tensor([thing[5] for thing in item.objects]).long()
+        labels = torch.tensor([1 + keys.index(thing[0]) for thing in objects]).long()
+        crowds = torch.tensor([thing[5] for thing in objects]).long()
         target = {"boxes": inside.float(), "labels": labels, "iscrowd": crowds}
         targets.append({name: x[~cut] for name, x in target.items()})  # the tiny ones are cut, too
-    files = ImageFiles(root, np.array([os.fsencode(os.path.relpath(x.path, root)) for x in items]))
-    ids = [i if item.image_id is None else item.image_id for i, item in enumerate(items, 1)]
-    class_ids = tuple(k if isinstance(k, int) else i for i, k in enumerate(keys, 1))
+    paths = np.array([os.fsencode(os.path.relpath(path, root)) for path, *_ in items.values()])
     names = tuple(classes[key] for key in keys)
-    return Boxes(files, targets, ids, names, class_ids, dropped)
-
-
-def as_displayed(item: Annotated, boxes: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """Boxes (K, 4) in pixels of the image as displayed, and its width and height.
-
-    The size that is stated may be the file's before the quarter turn that EXIF asks for; then the
-    boxes turn. Raises InputError if it is neither.
-    """
-    with utils.Photo(item.path) as photo:
-        width, height, turn = photo.width, photo.height, photo.orientation
-    if item.size is RELATIVE:
-        boxes = boxes * torch.tensor([width, height] * 2)
-    elif turn >= 5 and width != height and item.size == [height, width]:
-        left, top, right, bottom = boxes.unbind(1)
-        if turn in (7, 8):
-            left, right = height - right, height - left
-        if turn in (6, 7):
-            top, bottom = width - bottom, width - top
-        boxes = torch.stack([top, left, bottom, right], 1)
-    elif item.size not in (None, [width, height]):
-        stated = f"{shown(item.size[0])} × {shown(item.size[1])}"
-        raise InputError(f"{item.path}: {width} × {height} px, but its annotation says {stated}")
-    return boxes, (width, height)
+    class_ids = tuple(k if isinstance(k, int) else i for i, k in enumerate(keys, 1))
+    files = Images(None, paths=paths, root=root)
+    return Boxes(files, targets, [*items], names, class_ids, dropped)
 
 
 TRAIN_SCENES, TEST_SCENES = 1000, 200
@@ -1029,10 +945,7 @@ PLACE_TRIES = 20  # places, before a digit is left out
 
 
 def digit_scenes(split: str, count: int, seed: int) -> Boxes:
-    """Scenes of scikit-learn's digits of a split among fragments of such digits; none overlap.
-
-    Boxes are tight around the ink.
-    """
+    """Scenes of scikit-learn's digits and fragments of digits; none overlap, boxes fit the ink."""
     (digits,) = utils.load_splits("digits", [split])
     random = np.random.default_rng(utils.derive_seed(seed, MAKE_SCENES, split == "test"))
     scenes, targets = np.zeros((count, CANVAS, CANVAS), np.uint8), []
@@ -1062,7 +975,7 @@ def digit_scenes(split: str, count: int, seed: int) -> Boxes:
         *edges, labels = torch.tensor(placed).T
         boxes, crowds = torch.stack(edges, 1).float(), torch.zeros_like(labels)
         targets.append({"boxes": boxes, "labels": labels, "iscrowd": crowds})
-    images = utils.ImageSet(torch.from_numpy(scenes)[:, None].repeat(1, 3, 1, 1))
+    images = Images(torch.from_numpy(scenes)[:, None].repeat(1, 3, 1, 1))
     ids, class_ids = list(range(1, count + 1)), tuple(range(1, 11))
     return Boxes(images, targets, ids, digits.classes, class_ids)
 
@@ -1226,22 +1139,11 @@ def load_detector(file: str | Path, device: torch.device | str = "cpu") -> Faste
     state = utils.load_checkpoint(Path(file))
     if "detector" not in state:
         raise InputError(f"{file} is no detector; --tasks detection makes one")
-    made = utils.ForeignEncoder({}, prefix="", rest=[], **state["encoder"])
+    made = utils.ForeignEncoder({}, **state["encoder"])
     resnet = made.adapt(simclr.Encoder(made.arch, made.width, made.stem))
     detector = make_detector(resnet, **state["detector"])
     utils.load_weights(detector, state["model"], str(file))
     return detector.eval().to(device)
-
-
-class Trial(NamedTuple):
-    """A detector to train and to measure."""
-
-    name: str  # of Detection.titles: what it begins with
-    images: int  # with labels
-    seed: int
-    rate: float
-    times: int = 1  # multiplies the usual number of steps
-    held_out: bool = False  # measured on a fifth of these images instead of the test images
 
 
 class Detection:
@@ -1284,6 +1186,7 @@ class Detection:
             if other.shape != source.shape:
                 raise InputError(f"--against {name}: another architecture ({other.description})")
             self.titles[name], self.others[name] = other.name, other
+        self.titles["longer"] = f"from scratch, {LONGER} × the steps"
 
     def amount(self, text: str) -> int:
         """How many labelled images an entry of --labels or DETECTION_LABELS stands for."""
@@ -1306,7 +1209,7 @@ class Detection:
         """
         source = self.others.get(name, self.source)
         resnet = copy.deepcopy(source.resnet)
-        if name == "scratch":
+        if name in ("scratch", "longer"):
             resnet = utils.without_normalization(source.untrained(self.config, seed))
         detector = make_detector(
             resnet, self.kind, source.normalize, data.classes, self.side, self.precision,
@@ -1343,34 +1246,34 @@ class Detection:
         return image.to(self.device), {key: x.to(self.device) for key, x in target.items()}
 
     def measure(
-        self, trial: Trial
+        self, name: str, n: int, seed: int, rate: float, held_out: bool = False
     ) -> tuple[dict[str, Any], list[dict[str, Tensor]], np.ndarray, FasterRCNN]:
-        """Trains a detector and applies it to images that it has not learned from.
+        """Trains a detector on n labelled images and applies it to others.
 
-        Returns its entry in evaluation-detection.json, detect(), precisions() and the detector.
+        name: a key of titles. held_out: it is measured on a fifth of these n images, from which it
+        does not learn, instead of the test images. Returns its entry in evaluation-detection.json,
+        detect(), precisions() and the detector.
         """
-        data, test = self.labelled(trial.images, trial.seed), self.test
-        if trial.held_out:
+        data, test = self.labelled(n, seed), self.test
+        if held_out:
             test, data = map(data.subset, torch.arange(len(data)).tensor_split([len(data) // 5]))
         sizes, passes = DETECTORS[self.kind], math.ceil(len(data) / DETECTION_BATCH)
         usual = self.options.epochs * passes or max(sizes.steps, sizes.epochs * passes)
-        started, steps = time.perf_counter(), trial.times * usual
-        detector = self.fit(trial.name, data, trial.rate, steps, trial.seed)
+        started, steps = time.perf_counter(), usual * (LONGER if name == "longer" else 1)
+        detector = self.fit(name, data, rate, steps, seed)
         found = detect(detector, test.images)
         seconds, precision = time.perf_counter() - started, precisions(test, found)
         of_classes = zip(test.classes, precision.mean((0, 2)).tolist(), strict=True)
-        longer = f", {trial.times} × the steps" * (trial.times > 1)
         record = {
-            "row": "longer" if longer else trial.name, "title": self.titles[trial.name] + longer,
-            "images": trial.images, "seed": trial.seed, "steps": steps,
-            "seconds": round(seconds, 1), "learning_rate": trial.rate, **summary(precision),
+            "row": name, "title": self.titles[name], "images": n, "seed": seed, "steps": steps,
+            "seconds": round(seconds, 1), "learning_rate": rate, **summary(precision),
             "per_class": {key: None if math.isnan(ap) else ap for key, ap in of_classes},
         }  # fmt: skip
         return record, found, precision, detector
 
 
 @torch.no_grad()
-def detect(detector: FasterRCNN, images: utils.Images) -> list[dict[str, Tensor]]:
+def detect(detector: FasterRCNN, images: Images) -> list[dict[str, Tensor]]:
     """In each image boxes (D, 4), labels (D,) and scores (D,), on the CPU."""
     device, found = next(detector.parameters()).device, []
     for rows in torch.arange(len(images)).split(DETECTION_BATCH):
@@ -1382,15 +1285,15 @@ def detect(detector: FasterRCNN, images: utils.Images) -> list[dict[str, Tensor]
 # ------------------------------------------------------------------------- detection: evaluation
 
 
-def _measure(job: bytes, trial: Trial) -> bytes:
+def _measure(job: bytes, trial: tuple) -> bytes:
     """Detection.measure() in another process."""
     # pickled here: torch's own way of passing tensors needs shared memory, a file for each
-    return pickle.dumps(pickle.loads(job).measure(trial))
+    return pickle.dumps(pickle.loads(job).measure(*trial))
 
 
 @contextlib.contextmanager
-def trainers(job: Detection) -> Iterator[Callable[[list[Trial]], Iterable[tuple]]]:
-    """Context manager with a function that measures trials, in order.
+def trainers(job: Detection) -> Iterator[Callable[[Iterable[tuple]], Iterable[tuple]]]:
+    """Context manager that gives a function: arguments of job.measure() -> its results, in order.
 
     Detectors of small images are made of tiny operations: on two busy cores a step took 0.3 s with
     one thread and 2.4 s with two. So there are as many processes of one thread as threads, which
@@ -1398,13 +1301,12 @@ def trainers(job: Detection) -> Iterator[Callable[[list[Trial]], Iterable[tuple]
     """
     count = min(torch.get_num_threads(), MOST_TRAINERS)
     if job.device.type != "cpu" or job.side > simclr.SMALL_STEM_SIZE or count == 1:
-        yield partial(map, job.measure)
+        yield lambda trials: itertools.starmap(job.measure, trials)
         return
-    spawn = multiprocessing.get_context("spawn")
-    work = partial(_measure, pickle.dumps(job))
+    spawn, jobs = multiprocessing.get_context("spawn"), itertools.repeat(pickle.dumps(job))
     with ProcessPoolExecutor(count, spawn, utils.start_worker) as pool:
         try:
-            yield lambda trials: map(pickle.loads, pool.map(work, trials))
+            yield lambda trials: map(pickle.loads, pool.map(_measure, jobs, trials))
         except BrokenProcessPool as error:
             raise InputError("a process that trains a detector died: was there too little memory? "
                              "With OMP_NUM_THREADS=1 there is only one") from error  # fmt: skip
@@ -1414,40 +1316,33 @@ def trainers(job: Detection) -> Iterator[Callable[[list[Trial]], Iterable[tuple]
             raise
 
 
-def choose_rates(job: Detection, measure: Callable) -> dict[str, dict[float, float]]:
-    """For each row AP50 by RATES on a fifth of the most labelled images, the best rate first."""
-    values: dict[str, dict[float, float]] = {name: {} for name in job.titles}
-    most = job.amounts[-1]
-    trials = [Trial(name, most, 0, r, held_out=True) for name in values for r in RATES]
-    for record, *_ in measure(trials):
-        values[record["row"]][record["learning_rate"]] = record["AP50"]
-        print(f"{record['title']}, learning rate {record['learning_rate']:g}: AP50 "
-              f"{100 * record['AP50']:.1f} % on held-out images", flush=True)  # fmt: skip
-    return {name: dict(sorted(of.items(), key=lambda x: -x[1])) for name, of in values.items()}
-
-
 def compare_detectors(job: Detection) -> tuple[dict, dict, FasterRCNN]:
     """Trains and measures every row with every number of labelled images.
 
-    Returns the entries of evaluation-detection.json; for seed 0, by (row, number of images), the
-    detections and precisions() on the test images; and SimCLR's detector of the most images.
+    A row's learning rate is the one of RATES with the best AP50 on a fifth of the largest labelled
+    set. Returns the numbers in evaluation-detection.json; for seed 0, by (row, number of images),
+    the detections and precisions() on the test images; and SimCLR's detector of the largest set.
     """
-    few, outputs, records = job.amounts[0], {}, []
+    few, most, outputs, records = job.amounts[0], job.amounts[-1], {}, []
+    rates: dict[str, dict[float, float]] = {name: {} for name in job.titles if name != "longer"}
     with trainers(job) as measure:
-        rates = choose_rates(job, measure)
-        best = {name: next(iter(values)) for name, values in rates.items()}
+        for record, *_ in measure([(name, most, 0, r, True) for name in rates for r in RATES]):
+            rates[record["row"]][record["learning_rate"]] = record["AP50"]
+            print(f"{record['title']}, learning rate {record['learning_rate']:g}: AP50 "
+                  f"{100 * record['AP50']:.1f} % on held-out images", flush=True)  # fmt: skip
+        best = {name: max(values, key=values.get) for name, values in rates.items()}
         trials = [
-            Trial(name, n, seed, best[name]) for n in job.amounts
-            for seed in range(job.options.seeds if n == few else 1) for name in job.titles
+            (name, n, seed, best[name]) for n in job.amounts
+            for seed in range(job.options.seeds if n == few else 1) for name in best
         ]  # fmt: skip
         # the longest comes early, so that no process waits for it at the end
-        trials.insert(len(job.titles), Trial("scratch", few, 0, best["scratch"], LONGER))
+        trials.insert(len(best), ("longer", few, 0, best["scratch"]))
         for record, found, precision, detector in measure(trials):
             records.append(record)
             row, n, seed, seconds = (record[k] for k in ("row", "images", "seed", "seconds"))
             if seed == 0:
                 outputs[row, n] = found, precision
-            if (row, n, seed) == ("simclr", job.amounts[-1], 0):
+            if (row, n, seed) == ("simclr", most, 0):
                 kept = detector
             print(f"{record['title']}, {n:,} images, seed {seed}: AP50 "
                   f"{100 * record['AP50']:.1f} % ({seconds:.0f} s; detector {len(records)} of "
@@ -1457,7 +1352,7 @@ def compare_detectors(job: Detection) -> tuple[dict, dict, FasterRCNN]:
 
 def run_detection(job: Detection) -> dict:
     """Compares detectors, prints the table, writes the results, SimCLR's detector, the figure."""
-    source, options = job.source, job.options
+    source, options, test, most = job.source, job.options, job.test, job.amounts[-1]
     names = ("evaluation-detection.json", "detections.json", "detections-truth.json", "detector.pt")
     files = [source.output(name, options.figures) for name in names]
     if options.out and set(options.tasks) == {DETECTION}:
@@ -1465,9 +1360,9 @@ def run_detection(job: Detection) -> dict:
     files.append(Path(options.figures) / source.name / "detection.png")
     check_targets(*files)
     print(f"{source.file}: {source.description}\ndetection in {job.where}: {len(job.train):,} "
-          f"training and {len(job.test):,} test images of {len(job.test.classes)} classes, "
+          f"training and {len(test):,} test images of {len(test.classes)} classes, "
           f"{job.side} px, on {job.device}")  # fmt: skip
-    for name, part in (("training", job.train), ("test", job.test)):
+    for name, part in (("training", job.train), ("test", test)):
         if dropped := [f"{n:,} {reason}" for reason, n in part.dropped.items() if n]:
             print(f"boxes left out of the {name} images: {', '.join(dropped)}")
     started = time.perf_counter()
@@ -1475,27 +1370,27 @@ def run_detection(job: Detection) -> dict:
         measured, outputs, detector = compare_detectors(job)
     results = {
         "checkpoint": str(source.file), "encoder": source.description, "where": job.where,
-        "train_images": len(job.train), "test_images": len(job.test), "image_size": job.side,
-        "dropped_boxes": {"train": job.train.dropped, "test": job.test.dropped},
+        "train_images": len(job.train), "test_images": len(test), "image_size": job.side,
+        "dropped_boxes": {"train": job.train.dropped, "test": test.dropped},
         "batch_size": DETECTION_BATCH, "precision": job.precision,
         "seconds": round(time.perf_counter() - started, 1), **measured,
     }  # fmt: skip
     utils.write_json(files[0], results)
-    utils.write_json(files[1], coco_boxes(job.test, outputs["simclr", job.amounts[-1]][0], "score"))
-    utils.write_json(files[2], coco_truth(job.test))
+    found, _ = outputs["simclr", most]
+    utils.write_json(files[1], box_entries(found, test.image_ids, test.class_ids, "score", "_id"))
+    utils.write_json(files[2], coco_truth(test))
     made = {"kind": job.kind, "normalize": source.normalize, "classes": list(detector.classes),
             "side": job.side, "precision": job.precision}  # fmt: skip
     state = {"encoder": network_of(source), "detector": made, "model": detector.state_dict()}
     utils.save_checkpoint(files[3], state)
-    classes, style = utils.names_in_figures(job.test.classes)
+    classes, style = utils.names_in_figures(test.classes)
     records = measured["detectors"]
     with matplotlib.rc_context(style):
-        utils.save_figure(draw_detection(records, outputs, job.test, classes), files[4])
-    print(f"\n{detection_text(records)}")
-    for what, file in zip(("results", *names[1:4], "figure"), files, strict=True):
-        print(f"{what.split('.')[0]:17} {file}")
-    print(f"{names[3]} began as {job.titles['simclr']}, and learned from {job.amounts[-1]:,} "
-          "images; --detect PHOTOS uses it")  # fmt: skip
+        utils.save_figure(draw_detection(job, records, outputs, classes), files[4])
+    print(f"\n{detection_text(job, records)}")
+    print("files:", *files, sep="\n  ")
+    print(f"{names[3]} began as {job.titles['simclr']}, and learned from {most:,} images; --detect "
+          "PHOTOS uses it")  # fmt: skip
     return results
 
 
@@ -1504,39 +1399,43 @@ def scores_of(records: Sequence[dict], row: str, n: int, measure: str) -> list[f
     return [r[measure] for r in records if (r["row"], r["images"]) == (row, n)]
 
 
-def detection_text(records: Sequence[dict]) -> str:
+def detection_text(job: Detection, records: Sequence[dict]) -> str:
     """The table, and for each number of labelled images the gain by pre-training."""
-    titles = {record["row"]: record["title"] for record in records}
-    amounts = sorted({record["images"] for record in records})
     columns = [
         {"title": f"{measure}, {n:,} images",
-         "scores": {row: scores_of(records, row, n, measure) for row in titles}}
-        for measure in ("AP", "AP50", "AP75") for n in amounts
+         "scores": {row: scores_of(records, row, n, measure) for row in job.titles}}
+        for measure in ("AP", "AP50", "AP75") for n in job.amounts
     ]  # fmt: skip
-    lines = [table(columns, titles)]
-    for n, row in itertools.product(amounts, ("scratch", "longer")):
+    lines = [table(columns, job.titles)]
+    for n, row in itertools.product(job.amounts, ("scratch", "longer")):
         if rival := scores_of(records, row, n, "AP50"):
             ours = scores_of(records, "simclr", n, "AP50")[: len(rival)]  # of the same seeds
             gain = 100 * (statistics.fmean(ours) - statistics.fmean(rival))
-            lines.append(f"{n:,} images: {titles['simclr']} is {abs(gain):.1f} points of AP50 "
-                         f"{'better' if gain > 0 else 'worse'} than {titles[row]}"
+            lines.append(f"{n:,} images: {job.titles['simclr']} is {abs(gain):.1f} points of AP50 "
+                         f"{'better' if gain > 0 else 'worse'} than {job.titles[row]}"
                          f"{ONE_SEED * (len(rival) == 1)}")  # fmt: skip
     return "\n".join(lines)
 
 
-def coco_boxes(test: Boxes, objects: Sequence[dict[str, Tensor]], name: str) -> list[dict]:
-    """Objects as COCO writes them. name: of the value of each beside its box and class."""
+def box_entries(
+    found: Sequence[dict[str, Tensor]], images: Sequence, classes: Sequence, key: str,
+    suffix: str = "",
+) -> list[dict]:  # fmt: skip
+    """Objects as COCO writes them, with the names of images and classes, or (suffix "_id") the ids.
+
+    key: the name of what each has beside its box and class.
+    """
     return [
-        {"image_id": key, "category_id": test.class_ids[label - 1],
-         "bbox": [x1, y1, x2 - x1, y2 - y1], name: value}
-        for key, image in zip(test.image_ids, objects, strict=True)
+        {f"image{suffix}": name, f"category{suffix}": classes[label - 1],
+         "bbox": [x1, y1, x2 - x1, y2 - y1], key: value}
+        for name, image in zip(images, found, strict=True)
         for (x1, y1, x2, y2), label, value in zip(*map(Tensor.tolist, image.values()), strict=True)
     ]  # fmt: skip
 
 
 def coco_truth(test: Boxes) -> dict:
     """The test images as an annotation file of COCO, for pycocotools."""
-    objects = coco_boxes(test, test.targets, "iscrowd")
+    objects = box_entries(test.targets, test.image_ids, test.class_ids, "iscrowd", "_id")
     for i, entry in enumerate(objects, 1):
         entry |= {"id": i, "area": entry["bbox"][2] * entry["bbox"][3]}
     names = zip(test.image_ids, utils.image_names(test.images), strict=True)
@@ -1552,7 +1451,7 @@ DRAWN = f"Boxes of {CONFIDENT:.0%} confidence or more; of overlapping ones the m
 
 
 def draw_detection(
-    records: Sequence[dict], outputs: dict, test: Boxes, classes: Sequence[str]
+    job: Detection, records: Sequence[dict], outputs: dict, classes: Sequence[str]
 ) -> Any:
     """A matplotlib Figure: AP50 by labelled images, precision by recall, and test images.
 
@@ -1561,21 +1460,20 @@ def draw_detection(
     figure = Figure(figsize=(9.5, 7.4), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=(3.3, 4))
     left, right = upper.subplots(1, 2)
-    amounts = sorted({record["images"] for record in records})
-    titles = {record["row"]: record["title"] for record in records}
-    for i, (row, title) in enumerate(titles.items()):
+    few, test = job.amounts[0], job.test
+    for i, (row, title) in enumerate(job.titles.items()):
         style = dict(color=f"C{i}", label=title, linestyle=":" if row == "longer" else "-")
-        there = [n for n in amounts if (row, n) in outputs]
+        there = [n for n in job.amounts if (row, n) in outputs]
         values = [np.multiply(100, scores_of(records, row, n, "AP50")) for n in there]
         bars = [x.std(ddof=1) if len(x) > 1 else 0 for x in values]
         left.errorbar(there, [x.mean() for x in values], bars, marker="o", capsize=3, **style)
-        precision = 100 * np.nanmean(outputs[row, amounts[0]][1][0], axis=0)
+        precision = 100 * np.nanmean(outputs[row, few][1][0], axis=0)
         right.plot(100 * RECALLS, precision, **style)
     left.set(xscale="log", xlabel="labelled images", ylabel="AP50, % (bars: spread over seeds)")
-    left.set_xticks(amounts, [f"{n:,}" for n in amounts])
+    left.set_xticks(job.amounts, [f"{n:,}" for n in job.amounts])
     left.minorticks_off()
     right.set(xlabel="recall, %", ylabel="precision, %", xlim=(0, 100), ylim=(0, 102))
-    right.set_title(f"{amounts[0]:,} labelled images, seed 0, IoU 0.5", fontsize=10)
+    right.set_title(f"{few:,} labelled images, seed 0, IoU 0.5", fontsize=10)
     for axis in (left, right):
         axis.grid(color="0.9")
         axis.spines[["top", "right"]].set_visible(False)
@@ -1583,13 +1481,13 @@ def draw_detection(
     lower.suptitle(f"The same detectors on test images. {DRAWN}; the truth is dashed", fontsize=10)
     for i, axes in enumerate(lower.subplots(2, SHOWN)):
         row = ("scratch", "simclr")[i]
-        axes[0].set_ylabel(titles[row])
-        draw_boxes(axes, test.images, outputs[row, amounts[0]][0], classes, f"C{i}", test.targets)
+        axes[0].set_ylabel(job.titles[row])
+        draw_boxes(axes, test.images, outputs[row, few][0], classes, f"C{i}", test.targets)
     return figure
 
 
 def draw_boxes(
-    axes: Sequence, images: utils.Images, found: Sequence[dict[str, Tensor]],
+    axes: Sequence, images: Images, found: Sequence[dict[str, Tensor]],
     classes: Sequence[str], color: str, truth: Sequence[dict[str, Tensor]] = (),
 ) -> None:  # fmt: skip
     """The first images with what was found in them, one on each axis; the truth is dashed."""
@@ -1623,12 +1521,7 @@ def detect_photos(source: Source, options: Options, device: torch.device) -> Non
     grey_range = options.range or (source.config.range if source.config else ())
     files = utils.only_readable(utils.load_unlabelled(where, 1.0, grey_range), options.workers)
     found = detect(detector, files)
-    entries = [
-        {"image": name, "category": detector.classes[label - 1], "bbox": [x1, y1, x2 - x1, y2 - y1],
-         "score": score}
-        for name, image in zip(utils.image_names(files), found, strict=True)
-        for (x1, y1, x2, y2), label, score in zip(*map(Tensor.tolist, image.values()), strict=True)
-    ]  # fmt: skip
+    entries = box_entries(found, utils.image_names(files), detector.classes, "score")
     utils.write_json(out, entries)
     classes, style = utils.names_in_figures(detector.classes)
     with matplotlib.rc_context(style):
@@ -1645,70 +1538,63 @@ def detect_photos(source: Source, options: Options, device: torch.device) -> Non
 
 # ----------------------------------------------------------------------------------------- options
 
-TASKS: dict[str, tuple[Callable[[Evaluation], list[Column]], str]] = {  # method, help
+DETECTION = "detection"  # by run_detection(), as its data are boxes
+TASKS: dict[str, tuple[Callable[[Evaluation], Iterator[Outputs]] | None, str]] = {  # method, help
     "knn": (Evaluation.knn, "k nearest neighbours by cosine: 10 with a vote each, 200 weighted"),
     "linear": (Evaluation.linear, "logistic regression on frozen features, l2 chosen by training"),
     "linear-augmented": (Evaluation.linear_augmented, "a linear layer on frozen crops and flips"),
     "semi": (Evaluation.semi, "fine-tuning with few labels, against training from scratch (B.5)"),
-    "supervised": (Evaluation.supervised, "the same network trained on all labels, from scratch"),
+    DETECTION: (None, "a Faster R-CNN trained on few images, against training from scratch"),
 }
-DETECTION = "detection"  # beside these, as its data are boxes
-DETECTION_HELP = "a Faster R-CNN trained on few images, against training from scratch"
-SHARED_TASKS = {"knn", "linear"}  # in several processes, which share the embedding
 
 
+# fmt: off
 @dataclass
 class Options:
     """The command line of load_simCLR.py."""
 
-    tasks: tuple[str, ...] = setting(("knn", "linear"), "what to measure", (*TASKS, DETECTION),
-                                     group="evaluation")  # fmt: skip
-    labels: tuple[str, ...] = setting(
-        (), "label sets of 'semi', or the one of --fine-tune: shares of each class (1% or 0.01) or "
-        "numbers per class (10); without it --fine-tune takes all; of 'detection': shares or "
-        f"numbers of images [{' '.join(LABELS)}; {' '.join(DETECTION_LABELS)}]",
-    )  # fmt: skip
-    seeds: int = setting(
-        3, "draws of the labels and initialisations, for 'semi', 'supervised' and the smallest "
-        "label set of 'detection', whose others get one", low=1,
-    )  # fmt: skip
-    epochs: int = setting(
-        0, "passes over the labels; 0: the paper's, 60 or 30 ('semi') and 90 (the others), but 200 "
-        "steps or more; for 'detection' a number of steps on digits, 12 passes on photographs",
-        low=0,
-    )  # fmt: skip
+    tasks: tuple[str, ...] = setting(("knn", "linear"), "what to measure", TASKS,
+                                     group="evaluation")
+    labels: tuple[str, ...] = setting((), "label sets of 'semi', or the one of --fine-tune: shares "
+        "of each class (1% or 0.01) or numbers per class (10); without it --fine-tune takes all; "
+        "of 'detection': shares or numbers of images "
+        f"[{' '.join(LABELS)}; {' '.join(DETECTION_LABELS)}]")
+    seeds: int = setting(3, "draws of the labels and initialisations, for 'semi' and the smallest "
+                         "label set of 'detection', whose others get one", low=1)
+    epochs: int = setting(0, "passes over the labels; 0: the paper's, 60 or 30 ('semi', at least "
+                          "200 steps) and 90 ('linear-augmented'); 'detection': a number of steps "
+                          "on digits, 12 passes on photographs", low=0)
     freeze: bool = setting(False, "'detection': also with an encoder that is not trained further")
     against: tuple[str, ...] = setting((), "'detection': other encoders of the same architecture")
     dataset: str = setting("", "evaluate on this data set (default: the run's)", utils.DATASETS)
     data_dir: str = setting("", "where it is; with 'folder' your images (default: the run's)")
     image_size: int = setting(0, "side in px that the encoder sees; 0: as in training", low=0)
-    range: tuple[float, ...] = setting((), "values that are black and white in grey pictures of "
-                                       "more than 8 bits (default: the run's)")  # fmt: skip
+    range: tuple[float, float] = setting((), "values that are black and white in grey pictures of "
+                                       "more than 8 bits (default: the run's)")
     predictions: str = setting("", "write the linear classifier's test predictions to this .csv")
     embed: str = setting("", "write h of this image, or of all in this folder; evaluate nothing",
-                         group="use on new images")  # fmt: skip
+                         group="use on new images")
     fine_tune: bool = setting(False, "train encoder and linear layer on the labelled images, and "
-                              "keep this classifier")  # fmt: skip
+                              "keep this classifier")
     classify: str = setting("", "predict the class of this image, or of all in this folder, by the "
                             "fine-tuned classifier; without one by a linear classifier on h, which "
-                            "is fitted to the labels now")  # fmt: skip
+                            "is fitted to the labels now")
     detect: str = setting("", "find objects in this image, or in all in this folder")
-    out: str = setting(
-        "", "file that --embed (.npz), --classify (.csv), --fine-tune (.pt), --detect or the "
-        "evaluation (.json) writes (default: beside the checkpoint, or beside the figures where "
-        "that folder is read-only)"
-    )  # fmt: skip
+    out: str = setting("", "file that --embed (.npz), --classify (.csv), --fine-tune (.pt), "
+                       "--detect or the evaluation (.json) writes (default: beside the checkpoint, "
+                       "or beside the figures where that folder is read-only)")
     export: str = setting("", "write the encoder with torchvision's names to this file",
-                          group="other formats")  # fmt: skip
+                          group="other formats")
     normalize: str = setting("auto", "how images in [0, 1] are normalised before the encoder; "
-                             "auto: as its origin did", ("auto", "none", *MEANS))  # fmt: skip
+                             "auto: as its origin did", ("auto", "none", *MEANS))
     prefix: str = setting("", "which encoder of another project's file, if it holds several")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", group="how it runs")
     precision: str = setting("auto", "auto: the run's, where the hardware has it",
-                             ("auto", "bfloat16", "float32"))  # fmt: skip
+                             ("auto", "bfloat16", "float32"))
     workers: int = setting(-1, "processes that decode streamed images; -1: one per core", low=-1)
     checkpoints: str = setting("checkpoints", "folder of all runs' checkpoints")
     figures: str = setting("figures", "folder of all runs' figures")
+    # fmt: on
 
 
 def check_options(options: Options) -> None:
@@ -1755,13 +1641,9 @@ def run_evaluation(source: Source, options: Options, device: torch.device) -> di
     """Evaluates, prints the table, writes evaluation.json, the figure and the predictions."""
     evaluation = Evaluation(source, options, device)
     config, data = evaluation.config, evaluation.data
-    own = source.config or config
-    same = Path(config.data_dir).resolve() == Path(own.labelled_dir).resolve()
-    other = config.dataset != own.dataset or (config.dataset == "folder" and not same)
-    suffix = f"-{config.dataset}" if other else ""
+    suffix = f"-{config.dataset}" * source.other_images(config)
     figure_file = Path(options.figures) / source.name / f"evaluation{suffix}.png"
-    default = source.output(f"evaluation{suffix}.json", options.figures)
-    result_file = Path(options.out or default)
+    result_file = Path(options.out or source.output(f"evaluation{suffix}.json", options.figures))
     for amount in options.labels or LABELS if "semi" in options.tasks else ():
         evaluation.label_rows(amount, 0)  # too many labels are an error now, not after an hour
     check_targets(result_file, figure_file, options.predictions)
@@ -1773,12 +1655,13 @@ def run_evaluation(source: Source, options: Options, device: torch.device) -> di
     )
     for results in evaluate(evaluation, start_results(evaluation, result_file)):
         utils.write_json(result_file, results)
-    tiles, rows = None, simclr.row_names(source.config)
+    tiles, rows = [], simclr.row_names(source.config)
     names, style = utils.names_in_figures(data.train.classes)
-    if evaluation.classifier is not None:
+    if evaluation.fitted:
         if not suffix:  # of the run's own images
             save_linear_classifier(evaluation)
-        truth, predicted = data.test.labels, evaluation.predicted
+        confidence, predicted = evaluation.fitted["simclr"][1].softmax(1).max(1)
+        truth = data.test.labels
         results["confusion"] = metrics.confusion_matrix(
             truth.tolist(), predicted.tolist(), labels=range(evaluation.classes)
         ).tolist()
@@ -1786,7 +1669,7 @@ def run_evaluation(source: Source, options: Options, device: torch.device) -> di
         if options.predictions:
             write_predictions(
                 Path(options.predictions), utils.image_names(data.test), data.train.classes,
-                evaluation.confidence, true=truth, predicted=predicted,
+                confidence, true=truth, predicted=predicted,
             )  # fmt: skip
     utils.write_json(result_file, results)
     with matplotlib.rc_context(style):
@@ -1828,16 +1711,13 @@ def check_targets(*files: str | Path) -> None:
 
 def parse_command_line(argv: Sequence[str] | None = None) -> tuple[str, Options]:
     """Which run or file, and the options."""
-    texts = {name: text for name, (_, text) in TASKS.items()} | {DETECTION: DETECTION_HELP}
+    usage = "python load_simCLR.py [RUN|FILE] [--tasks TASK ...] [--flag value ...]"
+    tasks = "\n".join(["tasks:", *(f"  {name:17} {text}" for name, (_, text) in TASKS.items())])
     parser = utils.OneLineParser(
-        prog="load_simCLR.py",
-        usage="python load_simCLR.py [RUN|FILE] [--tasks TASK ...] [--flag value ...]",
-        description=__doc__,
-        epilog="tasks:\n" + "\n".join(f"  {name:17} {text}" for name, text in texts.items()),
+        prog="load_simCLR.py", usage=usage, description=__doc__, epilog=tasks
     )
-    parser.add_argument(
-        "run", nargs="?", default="", help="a run's name or folder, or a file (default: the newest)"
-    )
+    which = "a run's name or folder, or a file (default: the newest)"
+    parser.add_argument("run", nargs="?", default="", help=which)
     utils.add_flags(parser, Options)
     given = vars(parser.parse_args(argv))
     where = given.pop("run")
@@ -1849,7 +1729,7 @@ def parse_command_line(argv: Sequence[str] | None = None) -> tuple[str, Options]
 def run(where: str, options: Options) -> dict | None:
     """What `python load_simCLR.py` does. Returns the evaluation, if there was one."""
     device = utils.choose_device(options.device)
-    alone = {*options.tasks} - SHARED_TASKS | {*["fine-tune"] * options.fine_tune}
+    alone = {*options.tasks} - {"knn", "linear"} | {*["fine-tune"] * options.fine_tune}
     if utils.rank_info().size > 1 and alone:
         raise InputError(f"{' '.join(sorted(alone))}: they train in one process: omit torchrun")
     with utils.process_group(device):
@@ -1868,7 +1748,6 @@ def run(where: str, options: Options) -> dict | None:
         if options.export or any(uses):
             return None
         detection = Detection(source, options, device) if DETECTION in options.tasks else None
-        results = None
         if set(options.tasks) != {DETECTION}:
             results = run_evaluation(source, options, device)
         return run_detection(detection) if detection else results

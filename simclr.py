@@ -25,12 +25,6 @@ Read from the top to the end of train(), in the paper's order: settings · augme
 (Section 2.2) · batches of views · Algorithm 1. Below it: the parts of train(), recipes, the
 evaluation of a run, fine-tuning and the command line.
 
-What train() takes from utils.py: ImageSet and ImageFiles (images in memory, or on disk), RunFolder
-(a run's checkpoints and log), StopSignals (Ctrl-C, SIGTERM), Progress (the bar), Clock (the time of
-each part, of which saving and drawing get a small share), and the functions for several processes,
-which communicate only if there are several: rank, world_size, all_reduce_max, Gather, on_device,
-distributed.
-
 A run keeps its files in checkpoints/<run>/ and draws figures/<run>/loss_plot.png. The same
 command continues a run that was interrupted or killed. On the CPU, with the same number of
 threads, the result is bit for bit that of an uninterrupted run: all randomness derives from
@@ -46,8 +40,6 @@ import importlib.util
 import json
 import math
 import os
-import shlex
-import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -62,9 +54,10 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torchvision.transforms.v2 import functional as TF
 
 import utils
-from utils import ARCHITECTURES, Data, Images, ImageSet, InputError, LabelTraining, flag, setting
+from utils import ARCHITECTURES, Data, Images, InputError, Interrupted, LabelTraining, flag, setting
 
 # ---------------------------------------------------------------------------------------- settings
 
@@ -94,12 +87,12 @@ class Config:
     image_size: int = setting(0, "side in px that the encoder sees; 0: the images' own, or 224 if "
                               "their sizes vary", low=0, high=MAX_SIZE)
     view_size: int = setting(0, "side in px of the views in pre-training; 0: image_size. Smaller "
-                             "views are faster, and show objects closer to the size that they "
-                             "have in test images (arXiv 1906.06423)", low=0, high=MAX_SIZE)
-    view_sizes: tuple[int, ...] = setting((), "several sides in px, each for an equal part of the "
-        "epochs: views that grow, such as 16 16 24 24 32", low=MIN_SIZE, high=MAX_SIZE)
-    range: tuple[float, ...] = setting((), "values shown as black and as white in grey pictures of "
-                                       "more than 8 bits (default: by type and values)")
+                             "views are faster (arXiv 1906.06423)", low=0, high=MAX_SIZE)
+    view_sizes: tuple[float, ...] = setting((), "several sides, each for an equal part of the "
+        "epochs: views that grow. Up to 1 they are shares of image_size, others are in px",
+        low=0.01, high=MAX_SIZE)
+    range: tuple[float, float] = setting((), "values shown as black and as white in grey pictures "
+                                         "of more than 8 bits (default: by type and values)")
     hold_out: float = setting(0.0, "share of unlabelled images held out to measure contrastive "
         "accuracy and rank of h (64 to 2,048, at most a tenth; under 16: none)", low=0, high=0.1)
     crop_min: float = setting(0.08, "smallest share of an image's area in a crop", low=1e-6, high=1,
@@ -153,8 +146,7 @@ class Config:
     knn_every: int = setting(10, "epochs between measurements of kNN; 0: only at the end", low=0)
     knn_split: str = setting("test", "images that kNN classifies: the test images, or a fifth of "
                              "the labelled training images", ("test", "held-out"))
-    stop_at_knn: float = setting(0.0, "kNN accuracy in [0, 1] at which the run ends early; 0: none",
-                                 low=0, high=1)
+    stop_at_knn: float = setting(0.0, "kNN accuracy at which the run ends; 0: none", low=0, high=1)
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", identity=False)
     workers: int = setting(-1, "processes that decode streamed images; -1: one per core",
                            identity=False, low=-1)
@@ -178,15 +170,9 @@ class Config:
 
     def at_epoch(self, epoch: int) -> Config:
         """The configuration with the view_size of an epoch, counted from 0, in view_sizes."""
-        if not self.view_sizes:
-            return self
-        part = len(self.view_sizes) * min(epoch, self.epochs - 1) // self.epochs
-        return dataclasses.replace(self, view_size=self.view_sizes[part])
-
-    @property
-    def labelled_dir(self) -> str:
-        """The folder whose labels measure the representation."""
-        return self.labels_from or self.data_dir
+        sides = self.view_sizes or (self.view_size,)
+        part = len(sides) * min(epoch, self.epochs - 1) // self.epochs
+        return dataclasses.replace(self, view_size=sides[part])
 
     @property
     def folder(self) -> Path:
@@ -208,7 +194,6 @@ RATIO = (3 / 4, 4 / 3)  # aspect ratios of crops, width : height
 CROP_TRIES = 10  # as in torchvision: boxes larger than the image are drawn again, at most 10 times
 BLUR_SIGMA = (0.1, 2.0)  # px
 BLUR_KERNEL = 0.1  # kernel size as a share of the image's side
-LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as torchvision
 # bytes of float32 images that are augmented together: a CPU's cache, a small part of a GPU's memory
 CHUNK_BYTES = {"cpu": 2**21, "gpu": 2**28}
 
@@ -216,20 +201,6 @@ CHUNK_BYTES = {"cpu": 2**21, "gpu": 2**28}
 def uniform(low: float, high: float, u: Tensor) -> Tensor:
     """[0, 1) -> [low, high)."""
     return low + (high - low) * u
-
-
-def per_image(values: Tensor) -> Tensor:
-    """(N,) -> (N, 1, 1, 1), to multiply images with."""
-    return values.view(-1, 1, 1, 1)
-
-
-def where_chosen(chosen: Tensor, new: Tensor, images: Tensor) -> Tensor:
-    """Returns `new` where `chosen`, bool (N,), is true, and elsewhere `images`, bit for bit.
-
-    new: (N, 3 or 1, H, W). lerp with weights 0 and 1 is exact, and on a CPU several times as fast
-    as torch.where with a mask.
-    """
-    return images.lerp(new, per_image(chosen).to(images.dtype))
 
 
 @dataclass
@@ -304,14 +275,23 @@ def interpolation_matrix(start: Tensor, length: Tensor, pixels: int, size: int) 
 
 
 @dataclass
-class RandomFlip:
-    """Mirrors left and right with probability p."""
+class RandomApply:
+    """Applies a function to each image with probability p; others stay as they are, bit for bit.
+
+    function: (images, u) -> (N, 3 or 1, H, W), where u has draws - 1 columns.
+    """
 
     p: float
-    draws = 1
+    function: Callable[[Tensor, Tensor], Tensor]
+    draws: int = 1
 
     def __call__(self, images: Tensor, u: Tensor) -> Tensor:
-        return where_chosen(u[:, 0] < self.p, images.flip(-1), images)
+        chosen = (u[:, :1, None, None] < self.p).to(images.dtype)  # (N, 1, 1, 1), 0 or 1
+        # exact, and on a CPU several times as fast as torch.where with a mask
+        return images.lerp(self.function(images, u[:, 1:]), chosen)
+
+
+RandomFlip = partial(RandomApply, function=lambda images, _: images.flip(-1))  # left and right
 
 
 @dataclass
@@ -351,23 +331,17 @@ class ColorJitter:
         factors = [uniform(max(0, 1 - s), 1 + s, u[:, 1 + i]) for i, s in enumerate(self.strengths)]
         factors = torch.where(jittered, torch.stack(factors, 1), 1.0)  # (N, 3); 1 changes nothing
         contrast, saturation = 1, 2
-        for which in u[:, 5:8].argsort(1).unbind(1):  # (N,)
-            factor = factors.gather(1, which[:, None])[:, 0]  # (N,)
-            reference = luma(images)  # (N, 1, H, W)
-            mean = reference.mean((-3, -2, -1))  # (N,)
-            reference *= per_image((1 - factor) * (which == saturation))
-            reference += per_image((1 - factor) * (which == contrast) * mean)
-            images = torch.addcmul(reference, images, per_image(factor)).clamp_(0, 1)
+        for which in u[:, 5:8].argsort(1)[..., None, None].split(1, dim=1):  # (N, 1, 1, 1)
+            factor = factors[..., None, None].gather(1, which)  # (N, 1, 1, 1)
+            reference = TF.rgb_to_grayscale(images)  # (N, 1, H, W)
+            mean = reference.mean((-3, -2, -1), keepdim=True)  # (N, 1, 1, 1)
+            reference *= (1 - factor) * (which == saturation)
+            reference += (1 - factor) * (which == contrast) * mean
+            images = torch.addcmul(reference, images, factor).clamp_(0, 1)
         if self.hue:
             turns = torch.where(jittered[:, 0], uniform(-self.hue, self.hue, u[:, 4]), 0.0)  # (N,)
             images = adjust_hue(images, turns)
         return images
-
-
-def luma(images: Tensor) -> Tensor:
-    """Brightness as the eye weighs the colours: (N, 3, H, W) -> (N, 1, H, W)."""
-    red, green, blue = images.split(1, dim=1)
-    return (LUMA[0] * red).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
 
 
 def adjust_hue(images: Tensor, turns: Tensor) -> Tensor:
@@ -388,35 +362,21 @@ def adjust_hue(images: Tensor, turns: Tensor) -> Tensor:
     hue_if_blue = (red - green).add_(chroma, alpha=4)
     sixths = hue_if_green.lerp_(hue_if_blue, not_green)
     sixths = hue_if_red.lerp_(sixths, not_red)
-    hue = sixths.div_((6 * chroma).clamp_(min=1e-12)) + per_image(turns)  # (N, 1, H, W) in turns
+    hue = sixths.div_((6 * chroma).clamp_(min=1e-12)) + turns.view(-1, 1, 1, 1)  # (N, 1, H, W)
     n = 5 - 2 * torch.arange(3, device=images.device).view(1, 3, 1, 1)
     k = hue + (n / 6 + 1)  # (N, 3, H, W); + 1: frac() of a negative number is negative
     k = k.frac_().mul_(6).sub_(2).abs_().sub_(1).clamp_(0, 1)
     return torch.addcmul(low, chroma, k)
 
 
-@dataclass
-class RandomGrayscale:
-    """Drops the colour with probability p."""
-
-    p: float
-    draws = 1
-
-    def __call__(self, images: Tensor, u: Tensor) -> Tensor:
-        return where_chosen(u[:, 0] < self.p, luma(images), images)
+def random_blur(images: Tensor, u: Tensor) -> Tensor:
+    """Gaussian blur of sigma 0.1 to 2 px, kernel 10 % of the side (Appendix A). u: (N, 1)."""
+    kernel = max(3, 2 * round((BLUR_KERNEL * images.shape[-1] - 1) / 2) + 1)  # odd
+    return gaussian_blur(images, uniform(*BLUR_SIGMA, u[:, 0]), kernel)
 
 
-@dataclass
-class RandomBlur:
-    """Gaussian blur with probability p; sigma 0.1 to 2 px, kernel 10 % of the side (App. A)."""
-
-    p: float
-    draws = 2
-
-    def __call__(self, images: Tensor, u: Tensor) -> Tensor:
-        kernel = max(3, 2 * round((BLUR_KERNEL * images.shape[-1] - 1) / 2) + 1)  # odd
-        blurred = gaussian_blur(images, uniform(*BLUR_SIGMA, u[:, 1]), kernel)
-        return where_chosen(u[:, 0] < self.p, blurred, images)
+RandomGrayscale = partial(RandomApply, function=lambda images, _: TF.rgb_to_grayscale(images))
+RandomBlur = partial(RandomApply, function=random_blur, draws=2)
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, kernel: int) -> Tensor:
@@ -442,27 +402,21 @@ def gaussian_blur(images: Tensor, sigma: Tensor, kernel: int) -> Tensor:
 class Augment:
     """The random augmentation t: a list of steps (Section 3), each image with its own parameters.
 
-    `augment(images)` -> float32 (N, 3, size, size) in [0, 1], on the images' device.
+    `augment(images, u)` -> float32 (N, 3, size, size) in [0, 1], on the images' device.
     images: uint8 (N, 3, H, W), or float in [0, 1].
-    u: float (N, augment.draws) in [0, 1), the randomness; by default it is drawn.
+    u: float (N, draws) in [0, 1), the randomness, from draw().
     first: the step to start with (1 where the crop was made while decoding).
     """
 
     def __init__(self, size: int, steps: list[Any]) -> None:
         self.size, self.steps = size, steps
 
-    @property
-    def draws(self) -> int:
-        """Random numbers an image needs."""
-        return sum(step.draws for step in self.steps)
-
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
         """The randomness of n views: float32 (n, draws), on the generator's device."""
-        return torch.rand(n, self.draws, generator=generator, device=generator.device)
+        draws = sum(step.draws for step in self.steps)
+        return torch.rand(n, draws, generator=generator, device=generator.device)
 
-    def __call__(self, images: Tensor, u: Tensor | None = None, first: int = 0) -> Tensor:
-        if u is None:
-            u = torch.rand(len(images), self.draws, device=images.device)
+    def __call__(self, images: Tensor, u: Tensor, first: int = 0) -> Tensor:
         limit = CHUNK_BYTES["cpu" if images.device.type == "cpu" else "gpu"]
         chunk = max(8, limit // (3 * 4 * self.size**2))  # images: 3 channels of 4 bytes
         views = []
@@ -518,8 +472,7 @@ class Encoder(torchvision.models.ResNet):
             self.maxpool = nn.Identity()
         elif width != 1:
             self.conv1 = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
-        if width != 1:
-            self.bn1 = nn.BatchNorm2d(channels)
+        self.bn1 = nn.BatchNorm2d(channels)
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
 
     def _scaled(self, channels: int) -> int:
@@ -720,10 +673,9 @@ def make_optimizer(config: Config, model: nn.Module) -> Optimizer:
     """
     params = [p for p in model.parameters() if p.requires_grad]
     weights, others = [p for p in params if p.ndim > 1], [p for p in params if p.ndim <= 1]
-    decay = config.weight_decay
     groups = [
-        {"params": weights, "weight_decay": decay},
-        {"params": others, "weight_decay": decay if config.decay_all else 0.0},
+        {"params": weights, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": config.weight_decay * config.decay_all},
     ]
     if config.optimizer == "lars":
         groups[1]["adapt"] = False
@@ -810,7 +762,7 @@ def augmented_batches(
         u = augment.draw(views * n, utils.generator(where, *key))  # (KN, draws)
         return u.unflatten(0, (views, n))[:, rank::world_size]
 
-    if isinstance(data, ImageSet):
+    if data.images is not None:
         for row, key in zip(rows.to(device), keys, strict=True):
             yield augment(data.images[row].repeat(views, 1, 1, 1), draw(key, device).flatten(0, 1))
         return
@@ -864,10 +816,6 @@ class TrainState:
         self.log.append(row | self.clock.seconds())
         self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
         self.sums = torch.zeros_like(self.sums)
-
-
-class Interrupted(utils.Stopped):
-    """A signal asked the run to stop, and it has been saved."""
 
 
 Loss = Callable[..., Tensor]  # (z1, z2, temperature, *z of further views) -> scalar
@@ -925,14 +873,14 @@ def train(
     model = utils.on_device(model or start_model(config), device)  # BatchNorm over all ranks
     optimizer = make_optimizer(config, model)
     run = utils.RunFolder(config.folder, config.checkpoint_minutes, config.keep_every)
-    now = restore(run, config, data, model, optimizer, clock or utils.Clock())
+    now = TrainState(steps, torch.zeros(3, device=device), clock=clock or utils.Clock())
+    restore(run, config, data, model, optimizer, now)
     network = compiled(model, config, size, now)
     now.clock.lap("other")
-    with utils.StopSignals() as stop, utils.Progress(config.epochs * steps, now.done) as progress:
+    with utils.stop_signals() as stop, utils.Progress(config.epochs * steps, now.done) as progress:
         while not complete(config, now):
             network.train()
-            signal = save_due = 0
-            errors: list[InputError] = []  # of the stream: raised below, after saving
+            signal, save_due, errors = 0, 0, []  # errors: of the stream, raised after saving
             stream = batches(config, data.pretrain, device, now.epoch, now.step)
             for views in utils.until_error(stream, errors):  # float32 (KN / W, 3, S, S)
                 set_rate(optimizer, learning_rate(config, now.done, size, steps))
@@ -941,7 +889,7 @@ def train(
                 optimizer.zero_grad()
                 now.add(value, contrastive_accuracy(*z.chunk(config.views)), mean_cosine(z))
                 progress.update()
-                signal, save_due = utils.all_reduce_max(stop.signal or 0, run.save_due())
+                signal, save_due = utils.all_reduce_max(max(stop, default=0), run.save_due())
                 if signal or save_due:  # in all ranks after the same step
                     break  # to save; `while` then continues the epoch
             check_finite(model, now, config)  # waits for the device
@@ -952,14 +900,14 @@ def train(
                 if config.view_sizes and now.epoch + 1 == config.epochs:
                     estimate_statistics(model, data.pretrain, config, device)
                 if measured_after(now.epoch + 1, config, data) and not error:
-                    # before a slow measurement, with which a resumed run then begins
-                    run.save(snapshot(config, data, model, optimizer, now), due=knn_is_slow(now))
+                    slow = any(x.get("knn_seconds", 0) > SLOW_KNN_S for x in now.log)
+                    run.save(snapshot(config, data, model, optimizer, now), due=slow)
                     now.clock.lap("saving")
                     row |= measure(model, data, config, device, now)
                 now.next_epoch(row)
                 write_events(config, row)
                 progress.show(*describe(row, config))
-                (signal,) = utils.all_reduce_max(stop.signal or 0)
+                (signal,) = utils.all_reduce_max(max(stop, default=0))
             must = signal or error or complete(config, now)
             due = save_due or now.clock.within("saving", SAVE_SHARE)
             run.save(snapshot(config, data, model, optimizer, now), must=must, due=due)
@@ -982,7 +930,7 @@ FIGURE = "loss_plot.png"
 TIMED = ("training", "monitoring", "saving", "drawing", "evaluation", "other")
 STATISTICS_IMAGES = 8192
 HELD_OUT_BATCH = 128  # images, whose 256 views are computed together
-SLOW_KNN_S = 10.0  # seconds: torchrun and SLURM kill half a minute after SIGTERM
+SLOW_KNN_S = 10.0  # saved before slower ones: torchrun and SLURM kill half a minute after SIGTERM
 COLLAPSED = 0.9999  # mean cosine
 COMPILE = {"mode": "reduce-overhead"}  # of torch.compile: on CUDA with CUDA graphs
 COMPILE_PAYS_S = 600.0  # of training: compiling takes about a minute, and saves a tenth or more
@@ -991,10 +939,7 @@ REMEDIES = "Try a lower --lr, longer --warmup-epochs, higher --temperature or --
 
 
 def start_model(config: Config) -> SimCLR:
-    """The model before pre-training: a fresh one, whose encoder has the weights of config.init.
-
-    Raises InputError if that file is missing or has changed.
-    """
+    """The model before pre-training: a fresh one, whose encoder has the weights of config.init."""
     model = make_model(config)
     if config.init:
         if utils.file_digest(Path(config.init)) != config.init_sha256:
@@ -1031,32 +976,28 @@ def snapshot(
 
 def restore(
     run: utils.RunFolder, config: Config, data: Data, model: nn.Module, optimizer: Optimizer,
-    clock: utils.Clock,
-) -> TrainState:  # fmt: skip
-    """Load the run's last checkpoint into model and optimizer, or begin a new run and save it.
+    now: TrainState,
+) -> None:  # fmt: skip
+    """Load the last checkpoint into model, optimizer and `now`, or begin a new run and save it.
 
     A checkpoint from before the first step is overwritten. Raises InputError if the checkpoint is
     of other settings, which are named, or cannot be read, or if none can be written.
     """
-    device = next(model.parameters()).device
-    steps = batch_count(config, len(data.pretrain))[1]
-    now = TrainState(steps, torch.zeros(3, device=device), clock=clock)
     state, file = utils.broadcast_from_rank0(run.load)
     with utils.errors_as_input_error(f"{file} is not a checkpoint of this run"):
         if state is not None:
             utils.check_format(f"{file} is a checkpoint", state.get("format"), CHECKPOINT_FORMAT)
         if state is None or (state["position"]["epoch"], state["position"]["step"]) == (0, 0):
             run.save(snapshot(config, data, model, optimizer, now), must=True)
-            return now
+            return
         check_same_run(state, config, data)
         utils.load_weights(model, state["model"], str(file))
         groups = optimizer.state_dict()["param_groups"]  # their settings follow from the config
         optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
-        position = state["position"]
-        now.epoch, now.log = position["epoch"], state["log"]
-        clock.parts.update(state.get("times", {}))  # of earlier processes, until their last save
-        now.step, now.seconds = position["step"], position["seconds"]
-        now.sums += torch.tensor(position["sums"], device=device)
+        position, now.log = state["position"], state["log"]
+        now.epoch, now.step, now.seconds = (position[k] for k in ("epoch", "step", "seconds"))
+        now.sums += torch.tensor(position["sums"], device=now.sums.device)
+        now.clock.parts.update(state.get("times", {}))  # of earlier processes, to their last save
         if state["unreadable"]:  # try them again: batches() records those that still are
             rows = torch.tensor(state["unreadable"])
             list(data.pretrain.batches(1, len(rows), torch.device("cpu"), rows=rows))
@@ -1065,7 +1006,6 @@ def restore(
     run.write_records(state)
     if not complete(config, now):
         print(f"continuing {config.folder} after {now.epoch} of {config.epochs} epochs")
-    return now
 
 
 def compiled(model: SimCLR, config: Config, size: int, now: TrainState) -> nn.Module:
@@ -1119,8 +1059,7 @@ def check_finite(model: SimCLR, now: TrainState, config: Config) -> None:
 
     Weights can be finite but so large that the outputs are not. Waits for the device once.
     """
-    side = config.image_size
-    grey = torch.full((1, 3, side, side), 0.5, device=now.sums.device)
+    grey = torch.full((1, 3, config.image_size, config.image_size), 0.5, device=now.sums.device)
     values = [now.sums, *model.eval()(grey), *model.state_dict().values()]
     if not torch.stack([x.isfinite().all() for x in values]).all():
         raise InputError(
@@ -1177,10 +1116,6 @@ def measured_after(epoch: int, config: Config, data: Data) -> bool:
     """Whether the representation is measured after this epoch, counted from 1, see measure()."""
     due = epoch == config.epochs or (config.knn_every > 0 and epoch % config.knn_every == 0)
     return due and (data.labelled or data.held_out is not None)
-
-
-def knn_is_slow(now: TrainState) -> bool:
-    return any(row.get("knn_seconds", 0) > SLOW_KNN_S for row in now.log)
 
 
 def measure(
@@ -1330,6 +1265,8 @@ STREAMED_SIZE = 224  # px: the default for images whose sizes vary
 SMALL_STEM_SIZE = 64  # px: up to here the 3x3 stem (Appendix B.9 has 32)
 SHORT_WARMUP = 0.1  # of the epochs: the longest warm-up that a recipe gives a shortened run
 
+GROWING = (0.5, 0.5, 0.75, 0.75, 1.0)  # view_sizes with half of the pixels (arXiv 2212.05611)
+
 # Overrides of Config's defaults. The sources are in the comments; --recipe NAME chooses one.
 RECIPES: dict[str, dict[str, Any]] = {
     # 1,437 scans of digits: no flip (another glyph), no hue or grey (they have no colour)
@@ -1363,8 +1300,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     ),
     # one's own images: a batch that one GPU holds at 224 px, the paper's augmentation
     "folder": dict(
-        arch="resnet18", batch_size=256, epochs=200, temperature=0.2, blur_p=0.5, crop_min=0.2,
-        optimizer="sgd", lr=0.06, weight_decay=1e-4, decay_all=True, hold_out=0.02,
+        arch="resnet18", batch_size=128, views=4, view_sizes=GROWING, epochs=200, temperature=0.2,
+        blur_p=0.5, crop_min=0.2, optimizer="sgd", lr=0.12, weight_decay=1e-4, decay_all=True,
+        hold_out=0.02,
     ),
     # the paper's main setting (Section 2.2): batch 4096, LARS
     "imagenet-paper": dict(batch_size=4096, blur_p=0.5, image_size=224, head_hidden=2048),
@@ -1374,18 +1312,16 @@ RECIPES["svhn"] = {**RECIPES["cifar10"], "flip": 0.0}  # house numbers: no flip,
 
 
 def make_config(**overrides: Any) -> Config:
-    """Config of the recipe for the data set (or of recipe=…) with `overrides` on top, checked.
-
-    Raises InputError naming the setting, its range and the value.
-    """
+    """Config of the recipe for the data set (or of recipe=…) with `overrides` on top, checked."""
     dataset = overrides.get("dataset", "digits")
     recipe = overrides.get("recipe") or (dataset if dataset in RECIPES else "cifar10")
     if recipe not in RECIPES:
         raise InputError(f"unknown recipe {recipe!r}; there are {', '.join(RECIPES)}")
-    check_data_dir(dataset, overrides.get("data_dir", ""))
     start = init_settings(**overrides) if overrides.get("init") else {}
     config = Config(**{**RECIPES[recipe], **overrides, **start, "recipe": recipe})
     config.range, config.view_sizes = tuple(config.range), tuple(config.view_sizes)
+    if config.view_size and "view_sizes" not in overrides:
+        config.view_sizes = ()
     if "warmup_epochs" not in overrides:
         config.warmup_epochs = min(config.warmup_epochs, SHORT_WARMUP * config.epochs)
     name = Path(config.data_dir).resolve().name if dataset == "folder" else dataset
@@ -1413,15 +1349,6 @@ def init_settings(init: str, checkpoints: str = "checkpoints", **given: Any) -> 
     return settings | {"init": str(file.resolve())}
 
 
-def check_data_dir(dataset: str, data_dir: str) -> None:
-    """Raise InputError if a folder was given to a data set that reads none."""
-    if dataset == "digits" and data_dir not in ("", Config.data_dir):
-        raise InputError(
-            f"--data-dir {data_dir} is not used, as the digits come with scikit-learn; for images "
-            "of your own add --dataset folder"
-        )
-
-
 def check_config(config: Config) -> None:
     """Raise InputError for the first setting that is out of range, or does not suit another."""
     utils.check_settings(config)
@@ -1431,6 +1358,11 @@ def check_config(config: Config) -> None:
         raise InputError(f"--warmup-epochs {config.warmup_epochs} exceeds --epochs {config.epochs}")
     if config.stop_at_knn and not config.knn_every:
         raise InputError("--knn-every must be at least 1 to stop at a kNN accuracy")
+    if config.dataset == "digits" and config.data_dir not in ("", Config.data_dir):
+        raise InputError(
+            f"--data-dir {config.data_dir} is not used, as the digits come with scikit-learn; for "
+            "images of your own add --dataset folder"
+        )
     if config.labels_from and config.dataset != "folder":
         raise InputError(f"--labels-from {config.labels_from} goes with --dataset folder")
     name = Path(config.run)
@@ -1440,7 +1372,7 @@ def check_config(config: Config) -> None:
 
 def side_of(data: Images) -> int:
     """What --image-size 0 means: the images' own side, or STREAMED_SIZE if their sizes vary."""
-    return min(data.images.shape[-2:]) if isinstance(data, ImageSet) else STREAMED_SIZE
+    return STREAMED_SIZE if data.images is None else min(data.images.shape[-2:])
 
 
 def resolve(config: Config, data: Images, device: torch.device) -> Config:
@@ -1450,10 +1382,15 @@ def resolve(config: Config, data: Images, device: torch.device) -> Config:
     """
     config, ranks = dataclasses.replace(config), utils.world_size()
     config.image_size = config.image_size or side_of(data)
-    if min(config.image_size, config.view_side) < MIN_SIZE:
+    config.view_sizes = tuple(
+        max(MIN_SIZE, round(x * config.image_size)) if x <= 1 else round(x)
+        for x in config.view_sizes
+    )
+    smallest = min([config.view_side, *config.view_sizes])
+    if min(config.image_size, smallest) < MIN_SIZE:
         raise InputError(
-            f"images of {config.image_size} px and views of {config.view_side} px: both need at "
-            f"least {MIN_SIZE}, choose another --image-size or --view-size"
+            f"images of {config.image_size} px and views of {smallest} px: both need at least "
+            f"{MIN_SIZE}, choose another --image-size or --view-size"
         )
     if config.view_size == config.image_size:
         config.view_size = 0
@@ -1591,6 +1528,12 @@ class Source:
         own = self.file.name in (utils.CHECKPOINT, utils.PREVIOUS)
         return self.file.with_name(name if own else f"{self.file.name}.{name}")
 
+    def other_images(self, config: Config) -> bool:
+        """Whether `config` is for other images than those that measure the run."""
+        own = self.config or config
+        moved = Path(config.data_dir).resolve() != Path(own.labels_from or own.data_dir).resolve()
+        return config.dataset != own.dataset or (config.dataset == "folder" and moved)
+
     def precision(self, device: torch.device, wanted: str = "auto") -> str:
         """The precision to compute in; "auto": as in training, where the hardware has it."""
         trained = self.config.precision if self.config else "float32"
@@ -1618,10 +1561,7 @@ class Source:
     def config_for(
         self, dataset: str, data_dir: str, image_size: int, grey_range: tuple[float, ...]
     ) -> Config:
-        """The settings to use the encoder on given images; what is not given is the run's.
-
-        Raises InputError if dataset or data_dir is needed and not given.
-        """
+        """The settings to use the encoder on given images; what is not given is the run's."""
         config, where = self.config, data_dir
         if config is None:
             if not dataset:
@@ -1630,15 +1570,16 @@ class Source:
         elif dataset and dataset != config.dataset:
             config = dataclasses.replace(config, dataset=dataset, range=())
         else:
-            where = data_dir or config.labelled_dir
-        check_data_dir(config.dataset, data_dir)
+            where = data_dir or config.labels_from or config.data_dir
         if config.dataset == "folder" and not where:
             raise InputError("--dataset folder needs --data-dir, the folder of the images")
-        return dataclasses.replace(
+        config = dataclasses.replace(
             config, data_dir=where or Config.data_dir, labels_from="",
             image_size=image_size or config.image_size, range=tuple(grey_range) or config.range,
             view_size=0, micro_batch=0, compile="off",  # these three are of pre-training
         )  # fmt: skip
+        check_config(config)
+        return config
 
 
 def load_source(file: Path, normalize: str = "auto", prefix: str = "") -> Source:
@@ -1664,19 +1605,22 @@ def load_source(file: Path, normalize: str = "auto", prefix: str = "") -> Source
             model = make_model(config).eval().requires_grad_(False)
             utils.load_weights(model, state["model"], str(file))
         resnet, projector = utils.without_normalization(model.encoder), model.projector
-        used = config.normalize if normalize == "auto" else normalize
-        inputs = "in [0, 1]" if used == "none" else f"normalised for {used}"
-        text = f"{config.arch} at width {config.width:g}, epoch {epoch}, inputs {inputs}"
+        about, rest = f"epoch {epoch}", ""
     else:
         foreign = utils.find_encoder(state, file, prefix)
         resnet = Encoder(foreign.arch, foreign.width, foreign.stem)
         utils.load_weights(resnet, foreign.tensors, f"{file} ({foreign.arch})")
         foreign.adapt(resnet)
-        used = foreign.normalize if normalize == "auto" else normalize
-        text = foreign.describe(normalize)
+        about = f"{foreign.stem} stem, {foreign.origin or 'origin unknown'}"
+        rest = f"; left out: {utils.listed(foreign.rest)}" if foreign.rest else ""
+    net = config or foreign
+    used = net.normalize if normalize == "auto" else normalize
+    inputs = "in [0, 1]" if used == "none" else f"normalised for {used}"
+    guess = foreign is not None and not foreign.origin and normalize == "auto"
+    about += f": inputs taken as {inputs}; set --normalize" if guess else f", inputs {inputs}"
     encoder = resnet if used == "none" else utils.Normalized(resnet, used)
     encoder.eval().requires_grad_(False)
-    text = f"h of {resnet.feature_dim} dimensions, {text}"
+    text = f"h of {resnet.feature_dim} dimensions, {net.arch} at width {net.width:g}, {about}{rest}"
     classifier = state if utils.CLASSIFIER_KEY in state else None
     return Source(file, resnet, encoder, used, text, config, epoch, projector, foreign, classifier)
 
@@ -1696,14 +1640,11 @@ def check_size(source: Source, size: int) -> None:
 KNN_NEIGHBOURS = 10
 LABELS_PER_CLASS = 10
 LABEL_DRAWS = 5
-FINAL_TABLE = ("pixels", "untrained", "simclr")
 SCORES = ("knn", "linear_10", "linear_10_std", "linear_all")
 REPRESENTATIONS = {
-    "pixels": "raw pixels",
-    "untrained": "untrained encoder",
-    "simclr": "SimCLR h",
+    "pixels": "raw pixels", "untrained": "untrained encoder", "simclr": "SimCLR h",
     "projection": "SimCLR z",
-}
+}  # fmt: skip
 
 
 def row_names(config: Config | None) -> dict[str, str]:
@@ -1749,7 +1690,7 @@ def labelled_features(
 ) -> tuple[Tensor, Tensor]:
     """features() of the images that can be read, float32 (M, D), and their labels, int64 (M,)."""
     x = features(encoder, data, config, device)
-    read = utils.rows_read(x)
+    read = ~x.isnan().any(1)
     return x[read], data.labels[read]
 
 
@@ -1771,7 +1712,7 @@ def knn_of(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, classes: int) -
 
 def validation_knn(x: Tensor, y: Tensor, classes: int) -> tuple[float, int]:
     """knn_of() of utils.HELD_OUT of the rows of each class among the others, and their number."""
-    fit, held_out = (torch.from_numpy(rows) for rows in utils.stratified_split(y.cpu().numpy()))
+    fit, held_out = utils.stratified_split(y)
     return knn_of(x[fit], y[fit], x[held_out], y[held_out], classes), len(held_out)
 
 
@@ -1783,12 +1724,10 @@ def evaluate(model: SimCLR, data: Data, config: Config, device: torch.device) ->
     draws of 10 labels a class, too few to choose the l2 penalty by (C = 1), linear_10_std their
     standard deviation.
     """
-    results: dict[str, dict] = {score: {} for score in SCORES}
-    classes = len(data.train.classes)
-    compared = encoders(model.encoder, start_model(config).encoder, device)
-    for name in FINAL_TABLE:
-        x, y = labelled_features(compared[name], data.train, config, device)
-        x_test, y_test = labelled_features(compared[name], data.test, config, device)
+    values, classes = {}, len(data.train.classes)
+    for name, encoder in encoders(model.encoder, start_model(config).encoder, device).items():
+        x, y = labelled_features(encoder, data.train, config, device)
+        x_test, y_test = labelled_features(encoder, data.test, config, device)
         knn = knn_of(x, y, x_test, y_test, classes)
         classifier = utils.fit_linear_classifier(x, y, classes)
         every = utils.accuracy(classifier(x_test).argmax(1), y_test)
@@ -1796,14 +1735,12 @@ def evaluate(model: SimCLR, data: Data, config: Config, device: torch.device) ->
         few = []
         for draw in range(LABEL_DRAWS):
             seed = utils.derive_seed(config.seed, LABELS, draw)
-            of_classes = utils.class_balanced_order(y.cpu().numpy(), seed)
-            rows = np.concatenate([order[:LABELS_PER_CLASS] for order in of_classes])
+            of_classes = utils.class_balanced_order(y, seed)
+            rows = torch.cat([order[:LABELS_PER_CLASS] for order in of_classes])
             weight, bias = utils.LogisticRegression(x[rows], y[rows], classes).fit(1 / len(rows))
             few.append(utils.accuracy((x_test @ weight + bias).argmax(1), y_test))
-        values = knn, np.mean(few).item(), np.std(few, ddof=1).item(), every
-        for score, value in zip(SCORES, values, strict=True):
-            results[score][name] = value
-    return results
+        values[name] = knn, np.mean(few).item(), np.std(few, ddof=1).item(), every
+    return {score: {name: x[i] for name, x in values.items()} for i, score in enumerate(SCORES)}
 
 
 def results_table(results: dict[str, dict], config: Config, data: Data) -> str:
@@ -1813,7 +1750,7 @@ def results_table(results: dict[str, dict], config: Config, data: Data) -> str:
     labels = "≤ " * (smallest < LABELS_PER_CLASS) + f"{LABELS_PER_CLASS} labels a class"
     titles = f"kNN (k={KNN_NEIGHBOURS})", labels, "linear, all labels"
     lines = [line(f"{images:,} test images", *titles)]
-    for key in FINAL_TABLE:
+    for key in results["knn"]:
         knn, few, std, every = (results[score][key] for score in SCORES)
         cells = [(knn, images), (few, images, std), (every, images)]
         lines.append(line(names[key], *(utils.accuracy_text(*cell) for cell in cells)))
@@ -1929,10 +1866,7 @@ def fine_tune(
 
 SHEET = (8, 8)  # images, and views of each, that --show-views draws
 LARGEST_TILE = 256  # px: more than the figure shows
-LESS_MEMORY = (
-    " (a step needs less with a smaller --micro-batch, which divides the batch, --batch-size, "
-    "--view-size or --width)"
-)
+LESS_MEMORY = " (a --micro-batch, or a smaller --batch-size, --view-size or --width, needs less)"
 
 
 def describe_recipes() -> str:
@@ -1970,9 +1904,9 @@ def draw_views(config: Config, data: Images, device: torch.device) -> Any:
     """
     from matplotlib.figure import Figure
 
+    config = dataclasses.replace(config, view_size=min(config.view_side, LARGEST_TILE))
     count, views = min(SHEET[0], len(data)), SHEET[1]
-    random = utils.generator("cpu", config.seed, SHUFFLE)
-    rows = torch.randperm(len(data), generator=random)[:count]
+    rows = torch.randperm(len(data), generator=utils.generator("cpu", config.seed, SHUFFLE))[:count]
     originals = next(utils.subset(data, rows).batches(config.view_side, count, device))
     key, augment = (config.seed, VIEWS), make_augment(config)
     drawn = next(augmented_batches(data, rows[None], [key], augment, views, device))
@@ -1989,20 +1923,11 @@ def draw_views(config: Config, data: Images, device: torch.device) -> Any:
     return figure
 
 
-def show_views(config: Config, file: Path) -> None:
-    """What `python simclr.py --show-views FILE` does."""
-    device = utils.choose_device(config.device)
-    data = load_data(config, device).pretrain
-    config = resolve(config, data, device)
-    config.view_size = min(config.view_side, LARGEST_TILE)
-    utils.save_figure(draw_views(config, data, device), file)
-    print(f"views by the recipe {config.recipe}: {file}")
-
-
-def run(config: Config, overwrite: bool = False) -> dict:
+def run(config: Config, overwrite: bool = False, views_file: str = "") -> dict:
     """Pre-train and evaluate: what `python simclr.py` does. Returns the summary.
 
-    Raises InputError, also if another process works on the run, and Interrupted.
+    views_file: draw views to this file instead, and return {}. Raises InputError, also if another
+    process works on the run, and Interrupted.
     """
     clock = utils.Clock()
     device = utils.choose_device(config.device)
@@ -2011,6 +1936,10 @@ def run(config: Config, overwrite: bool = False) -> dict:
     with utils.process_group(device):
         data = load_data(config, device)
         config = resolve(config, data.pretrain, device)
+        if views_file:
+            utils.save_figure(draw_views(config, data.pretrain, device), Path(views_file))
+            print(f"views by the recipe {config.recipe}: {views_file}")
+            return {}
         check_batch(config, len(data.pretrain))
         print(describe_run(config, data, device))
         if config.stop_at_knn and not data.labelled:
@@ -2050,9 +1979,11 @@ def pretrain(
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise InputError(f"need uint8 (N, 3, H, W), got {images.dtype} {(*images.shape,)}")
-    config = make_config(**{"recipe": "folder", "run": "tensors", "knn_every": 0, **settings})
+    # view_sizes: a module may need images of one size
+    defaults = dict(recipe="folder", run="tensors", view_sizes=(), knn_every=0)
+    config = make_config(**{**defaults, **settings})
     device = utils.choose_device(config.device)
-    learned = utils.ImageSet(images).to(device)
+    learned = Images(images).to(device)
     config = resolve(config, learned, device)
     check_batch(config, len(learned))
     data = Data(learned, learned, utils.subset(learned, torch.arange(0)))
@@ -2069,6 +2000,7 @@ def describe_run(config: Config, data: Data, device: torch.device) -> str:
     n, ranks = len(data.pretrain), utils.world_size()
     size, steps = batch_count(config, n)
     batch = f"{size} images a step" + " (all of them)" * (size < config.batch_size)
+    sides = ", ".join(map(str, dict.fromkeys(config.view_sizes or (config.view_side,))))
     rest = f"; each epoch leaves out {n - size * steps} at random" * (n > size * steps)
     if config.hold_out and data.held_out is None and data.pretrain.labels is None:
         rest += f"; none held out: that needs {10 * FEWEST_HELD_OUT // 4} unlabelled images"
@@ -2076,8 +2008,8 @@ def describe_run(config: Config, data: Data, device: torch.device) -> str:
     where = device if ranks == 1 else f"{ranks} processes on {device.type}"
     return (
         f"{utils.describe_data(data)}\n"
-        f"recipe {config.recipe}: {config.arch}, {batch}, {config.epochs} epochs of {steps} "
-        f"steps{rest}{start}\n"
+        f"recipe {config.recipe}: {config.arch}, {batch}, {config.views} views of each ({sides} "
+        f"px), {config.epochs} epochs of {steps} steps{rest}{start}\n"
         f"on {where} in {utils.describe_precision(config.precision, device)}; "
         f"files in {config.folder}, figure in {config.figure_folder}"
     )
@@ -2121,19 +2053,19 @@ def write_summary(
 
 def print_summary(summary: dict, config: Config, data: Data) -> None:
     """Prints the results of a run, where its files are, and commands to try next."""
-    load, see, again = (
-        utils.python_command(utils.from_here(Path(__file__).with_name(script)))
-        for script in ("load_simCLR.py", "tSNE.py", "simclr.py")
+    load, see = (
+        utils.python_command(utils.from_here(Path(__file__).with_name(script)), config.folder)
+        for script in ("load_simCLR.py", "tSNE.py")
     )
-    folder = shlex.quote(str(config.folder))
+    again = utils.python_command(utils.from_here(__file__))
     table, labels = "No labelled test images: h was not evaluated", " --data-dir LABELLED_IMAGES"
     if "knn" in summary:
         table, labels = results_table(summary, config, data), ""
     times = {part: summary.get(f"{part}_seconds", 0.0) for part in TIMED}
     use = f"  your own images     {again} --dataset folder --data-dir PHOTOS\n"
     if config.dataset == "folder":
-        use = (f"  make a classifier   {load} {folder}{labels} --fine-tune\n"
-               f"  use it              {load} {folder} --classify NEW_IMAGES\n")  # fmt: skip
+        use = (f"  make a classifier   {load}{labels} --fine-tune\n"
+               f"  use it              {load} --classify NEW_IMAGES\n")  # fmt: skip
     print(
         f"\n{table}\n"
         f"\n{summary['epochs']} of {config.epochs} epochs at {summary['views_per_second']:,.0f} "
@@ -2142,27 +2074,15 @@ def print_summary(summary: dict, config: Config, data: Data) -> None:
         f"curves        {config.figure_folder / FIGURE}\n"
         f"weights, log  {config.folder}\n"
         "\nnext:\n"
-        f"  evaluate it         {load} {folder}{labels}\n"
-        f"  see it              {see} {folder}\n{use}"
+        f"  evaluate it         {load}{labels}\n"
+        f"  see it              {see}\n{use}"
         f"  every setting       {again} --help"
     )
 
 
 @utils.command("simclr.py", LESS_MEMORY)
 def main(argv: Sequence[str] | None = None) -> None:
-    config, overwrite, views_file = parse_command_line(argv)
-    if views_file:
-        return show_views(config, Path(views_file))
-    try:
-        run(config, overwrite)
-    except Interrupted as stop:
-        info, words = utils.rank_info(), [word for word in sys.argv if word != "--overwrite"]
-        single = argv is None and info.size == 1
-        again = "the same command, without --overwrite"
-        command = utils.python_command(*words) if single else again
-        if info.rank == 0:
-            print(f"\nstopped and saved; continue with: {command}", file=sys.stderr)
-        raise SystemExit(128 + stop.signal) from None
+    run(*parse_command_line(argv))
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ dimensions and then t-SNE with the cosine metric, started from the first two pri
 A figure follows from checkpoint, data, perplexity and seed. The axes of t-SNE have no meaning:
 every panel is turned and mirrored to fit the panel of h as well as it can. Two dimensions cannot
 show everything, and t-SNE may show clusters that the features do not have. The kNN accuracy in a
-title is measured on the features. What takes long is kept in checkpoints/<run>/tsne/.
+title is measured on the features. The maps of t-SNE are kept in checkpoints/<run>/tsne/.
 
-Reading order: options · network and images · earlier results · features · positions by t-SNE ·
-names and colours · figures · the page (its template: figures/explorer.html) · command line.
+Reading order: options · network and images · features · positions by t-SNE · names and colours ·
+figures · the page (its template: figures/explorer.html) · command line.
 """
 
 from __future__ import annotations
@@ -34,13 +34,11 @@ import contextlib
 import io
 import json
 import math
-import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +75,8 @@ class Options:
     images: int = setting(10_000, "draw at most so many of the test images, chosen at random",
                           low=2)
     method: str = setting("tsne", "pca is quick, and shows less", ("tsne", "pca"))
-    perplexity: float = setting(30.0, "of t-SNE: about how many neighbours an image has", low=1)
+    perplexity: float = setting(30.0, "of t-SNE: about how many neighbours an image has, at most a "
+                                "third of the others", low=1)
     seed: int = setting(0, "of t-SNE and of all random choices", low=0)
     format: str = setting("png", "of the figures", ("png", "pdf", "svg"))
     thumbnails: bool = setting(False, "also draw the images themselves, on a grid")
@@ -86,7 +85,7 @@ class Options:
     data_dir: str = setting("", "where the images are, if not where the run had them")
     image_size: int = setting(0, "side in px that the encoder sees; 0: as in training",
                               low=0, high=simclr.MAX_SIZE)
-    range: tuple[float, ...] = setting((), "values that are black and white in grey pictures of "
+    range: tuple[float, float] = setting((), "values that are black and white in grey pictures of "
                                        "more than 8 bits (default: the run's)")
     normalize: str = setting("auto", "how images in [0, 1] are normalised before the encoder; "
                              "auto: as its origin did", ("auto", "none", *utils.MEANS))
@@ -95,17 +94,6 @@ class Options:
     checkpoints: str = setting("checkpoints", "folder of all runs' checkpoints")
     figures: str = setting("figures", "folder of all runs' figures")
     # fmt: on
-
-
-def check_perplexity(options: Options, images: int) -> None:
-    """t-SNE uses 3 · perplexity neighbours of each image, so there must be as many others."""
-    most = (images - 1) / 3
-    if options.method == "tsne" and options.perplexity > most:
-        advice = f"--perplexity {math.floor(most)} at most, or " if most >= 1 else ""
-        reason = f"{images} images are too few for a perplexity of {options.perplexity:g}"
-        raise InputError(
-            f"{reason}: it needs three times as many neighbours; use {advice}--method pca"
-        )
 
 
 # ----------------------------------------------------------------------------- network and images
@@ -118,28 +106,20 @@ class Network:
     """The encoders of a checkpoint, and the settings of its images.
 
     encoders: by the keys of simclr.REPRESENTATIONS, float (B, 3, S, S) in [0, 1] -> (B, D) each.
-    digest: of the checkpoint and its normalisation.
     """
 
     source: simclr.Source
     config: simclr.Config
     encoders: dict[str, Callable[[Tensor], Tensor]]
-    digest: str
 
 
 def load_network(file: Path, device: torch.device, options: Options) -> Network:
-    """Reads a checkpoint of simclr.py, one written by --export, or another project's.
-
-    The network computes in the precision of its run, where the hardware has it. Raises InputError
-    if the file cannot be read, or does not say what images to draw.
-    """
+    """Reads the encoders of a file, see simclr.load_source(), and the settings of its images."""
     source = simclr.load_source(file, options.normalize, options.prefix)
     config = source.config_for(options.dataset, options.data_dir, options.image_size, options.range)
     config.precision = source.precision(device)
-    untrained = source.untrained(config)
-    encoders = simclr.encoders(source.encoder, untrained, device, source.projector)
-    digest = joblib.hash([source.file.read_bytes(), source.normalize, options.prefix])
-    return Network(source, config, encoders, digest)
+    encoders = simclr.encoders(source.encoder, source.untrained(config), device, source.projector)
+    return Network(source, config, encoders)
 
 
 @dataclass
@@ -149,7 +129,7 @@ class Scene:
     shown: N images. rows: int64 (N,), their numbers in the split. split: "test", or "training"
     where there are no test images. name: of the data set. Computed from these: classes, the name
     of each label, () if unlabelled; labels, int64 (N,); names and style, of classes in figures;
-    judged, whether kNN accuracy can be measured; digest, of the images (of files: of their names).
+    judged, whether kNN accuracy can be measured.
     """
 
     shown: Images
@@ -159,18 +139,13 @@ class Scene:
     name: str
 
     def __post_init__(self) -> None:
-        both = (self.shown, self.train)
-        labelled = all(images.labels is not None for images in both)
+        labelled = all(images.labels is not None for images in (self.shown, self.train))
         self.classes = self.shown.classes if labelled else ()
         labels = self.shown.labels if labelled else torch.zeros(len(self.rows), dtype=torch.int64)
         self.labels = labels.cpu().numpy()
         self.names, self.style = utils.names_in_figures(self.classes)
         data = simclr.Data(self.train, self.train, self.shown)
         self.judged = self.split == "test" and data.labelled
-        parts = [x.images if isinstance(x, utils.ImageSet) else x.paths for x in both]
-        parts += [self.rows, *(x.labels for x in both if labelled)]
-        arrays = [x.cpu().numpy() if isinstance(x, Tensor) else x for x in parts]
-        self.digest = joblib.hash([self.split, arrays])
 
     def __str__(self) -> str:
         labelled = "" if self.classes else "unlabelled "
@@ -178,16 +153,11 @@ class Scene:
 
 
 def read_scene(config: simclr.Config, options: Options, device: torch.device) -> Scene:
-    """The test images of a run, or its training images if it has no others, at most --images.
-
-    Unreadable images are left out.
-    """
+    """At most --images readable test images of a run, or training images if it has no others."""
     given = config.data_dir, config.max_bad, config.range
     splits = utils.load_splits(config.dataset, ("train", "test"), *given)
-    train, images = (utils.only_readable(x, config.workers).to(device) for x in splits)
-    split = "test"
-    if not len(images):
-        images, split = train, "training"
+    train, test = (utils.only_readable(x, config.workers).to(device) for x in splits)
+    images, split = (test, "test") if len(test) else (train, "training")
     if len(images) < 2:
         raise InputError(f"need at least 2 images to draw, got {len(images)}")
     order = torch.randperm(len(images), generator=utils.generator("cpu", options.seed))
@@ -196,15 +166,10 @@ def read_scene(config: simclr.Config, options: Options, device: torch.device) ->
     return Scene(utils.subset(images, rows), rows, split, train, name)
 
 
-def small_images(images: Images, side: int, device: torch.device) -> Tensor:
+def small_images(images: Images, side: int) -> Tensor:
     """All images without augmentation at `side` px: uint8 (N, 3, side, side) on the CPU."""
-    batches = images.batches(side, 512, device, workers=-1 if len(images) > FEW else 0)
-    return torch.cat([utils.to_uint8(batch).cpu() for batch in batches])
-
-
-# ------------------------------------------------------------------------------- earlier results
-
-Arrays = dict[str, np.ndarray]
+    batches = images.batches(side, 512, torch.device("cpu"), workers=-1 if len(images) > FEW else 0)
+    return torch.cat([utils.to_uint8(batch) for batch in batches])
 
 
 @contextlib.contextmanager
@@ -217,25 +182,9 @@ def stage(title: str) -> Iterator[None]:
     print(f"{title:56}{time.perf_counter() - started:7.1f} s", flush=True)
 
 
-def cached(file: Path, title: str, compute: Callable[..., Arrays], *arguments: Any) -> Arrays:
-    """The result of compute(*arguments), read from `file` if an earlier call wrote it there.
-
-    title: for the line that is printed when it is computed. A damaged file counts as none. A file
-    that cannot be written gives a warning.
-    """
-    # a missing or damaged file raises many types: of zipfile, zlib, numpy and the system
-    with contextlib.suppress(Exception), np.load(file, allow_pickle=False) as arrays:
-        return dict(arrays)
-    with stage(title):
-        arrays = compute(*arguments)
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    utils.warn_on_failure(utils.write_atomically, file, buffer.getbuffer())
-    return arrays
-
-
 # -------------------------------------------------------------------------------------- features
 
+Arrays = dict[str, np.ndarray]
 COMPONENTS = 50  # what PCA leaves for t-SNE
 PAGE_NEIGHBOURS = 10  # of the drawn images, on the page
 TRAIN_NEIGHBOURS = 8  # of the training images, in the figure; at most simclr.KNN_NEIGHBOURS
@@ -263,8 +212,7 @@ def features_of(network: Network, name: str, scene: Scene, device: torch.device)
         train_similarity, train_near = similarity, scene.rows.to(device)[near]
     if scene.split == "test" and (scene.judged or h):
         train = simclr.features(encoder, scene.train, config, device)
-        k = simclr.KNN_NEIGHBOURS
-        train_similarity, train_near = utils.nearest_neighbours(train, shown, k)
+        train_similarity, train_near = utils.nearest_neighbours(train, shown, simclr.KNN_NEIGHBOURS)
     if scene.judged:
         votes = scene.train.labels[train_near]
         winner = utils.knn_vote(train_similarity, votes, len(scene.classes))
@@ -284,10 +232,7 @@ def other_neighbours(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def principal_components(features: np.ndarray) -> np.ndarray:
-    """The features (N, D) along their first 50 principal axes: float32 (N, min(50, N, D)).
-
-    There are at least two columns; missing ones are zeros.
-    """
+    """The first 50 principal components of (N, D), zeros if fewer than 2: float32 (N, 2 to 50)."""
     pca = PCA(min(COMPONENTS, *features.shape), random_state=0)
     components = pca.fit_transform(features).astype(np.float32)
     return np.pad(components, ((0, 0), (0, max(0, 2 - components.shape[1]))))
@@ -307,9 +252,8 @@ def tsne(
     """scikit-learn's t-SNE with the cosine metric: (N, D) -> float32 (N, 2).
 
     start: (N, 2), an arrangement to begin with, which is largely kept; without it, the first two
-    components. It uses one thread: several would wait for each other at each of
-    thousands of steps, which is ten times slower where other programs use the cores too. Panels
-    are computed in parallel instead.
+    components. One thread: several would wait for each other at each of thousands of steps, ten
+    times slower where other programs use the cores too. Panels are computed in parallel instead.
     """
     init = "pca" if start is None else start.astype(np.float32)
     model = TSNE(
@@ -320,7 +264,7 @@ def tsne(
 
 
 def aligned(xy: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """xy (N, 2), centred and turned or mirrored so as to be as near to `target` as it can."""
+    """xy (N, 2), centred, and turned or mirrored to lie as near to `target` as possible."""
     centred = xy - xy.mean(0)
     turn, _ = orthogonal_procrustes(centred, target - target.mean(0))
     return (centred @ turn).astype(np.float32)
@@ -335,18 +279,14 @@ class Panel:
     xy: np.ndarray
     knn: float
 
-    @property
-    def note(self) -> str:
-        known = not math.isnan(self.knn)
-        return f"kNN {utils.accuracy_text(self.knn, len(self.xy))}" if known else ""
-
     def __str__(self) -> str:
-        return f"{self.title} · {self.note}" if self.note else self.title
+        accuracy = f" · kNN {utils.accuracy_text(self.knn, len(self.xy))}"
+        return self.title + accuracy * (not math.isnan(self.knn))
 
 
 @dataclass
 class Embedding:
-    """Computes the maps of a scene, or takes them from `cache`, a folder."""
+    """Computes the maps of a scene. cache: a folder of positions that were computed before."""
 
     network: Network
     scene: Scene
@@ -356,13 +296,9 @@ class Embedding:
 
     def features(self, network: Network, name: str) -> Arrays:
         """features_of() the representation `name` by a network of the run."""
-        config = network.config
-        settings = (config.precision, config.image_size, config.range)
-        key = (network.digest, settings, self.scene.digest, name)
-        file = self.cache / f"features-{name}-{joblib.hash(key)}.npz"
         epoch = "" if network is self.network else f", epoch {network.source.epoch}"
-        title = f"features, {simclr.row_names(network.source.config)[name]}{epoch}"
-        return cached(file, title, features_of, network, name, self.scene, self.device)
+        with stage(f"features, {simclr.row_names(network.source.config)[name]}{epoch}"):
+            return features_of(network, name, self.scene, self.device)
 
     def positions(self, features: Arrays, name: str, start: np.ndarray | None = None) -> np.ndarray:
         """float32 (N, 2), not aligned. start: an arrangement (N, 2) for t-SNE to begin with."""
@@ -370,7 +306,15 @@ class Embedding:
             return features["components"][:, :2]
         arguments = (features["components"], self.options.perplexity, self.options.seed, start)
         file = self.cache / f"tsne-{name}-{joblib.hash(arguments)}.npz"
-        return cached(file, f"t-SNE, {name}", lambda: {"xy": tsne(*arguments)})["xy"]
+        # a missing or damaged file raises many types: of zipfile, zlib, numpy and the system
+        with contextlib.suppress(Exception), np.load(file, allow_pickle=False) as arrays:
+            return arrays["xy"]
+        with stage(f"t-SNE, {name}"):
+            xy = tsne(*arguments)
+        buffer = io.BytesIO()
+        np.savez(buffer, xy=xy)
+        utils.warn_on_failure(utils.write_atomically, file, buffer.getbuffer())
+        return xy
 
     def panels(self) -> tuple[list[Panel], Arrays]:
         """The panels that were asked for, turned to fit h, and the features of h."""
@@ -378,12 +322,10 @@ class Embedding:
         if not names:
             raise InputError(f"{self.network.source.file} holds no projection head to draw")
         features = {name: self.features(self.network, name) for name in names | {"simclr": None}}
-        pool = ThreadPoolExecutor(utils.cpu_cores())  # t-SNE releases Python's lock
-        try:
-            wanted = [features[name] for name in names]
-            positions = dict(zip(names, pool.map(self.positions, wanted, names), strict=True))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # at once, if Ctrl-C was pressed
+        # t-SNE releases Python's lock. Ctrl-C ends this pool at once: its threads are daemons
+        with ThreadPool(utils.cpu_cores()) as pool:
+            maps = pool.starmap(self.positions, [(features[name], name) for name in names])
+        positions = dict(zip(names, maps, strict=True))
         target = positions.get("simclr", next(iter(positions.values())))
         panels, titles = [], simclr.row_names(self.network.source.config)
         for name, xy in positions.items():
@@ -480,15 +422,13 @@ def name_places(xy: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> lis
     return places
 
 
-def figure_with_legend(
-    width: float, height: float, scene: Scene, caption: str, layout: str
-) -> Figure:
+def figure_with_legend(width: float, height: float, scene: Scene, caption: str) -> Figure:
     """A matplotlib Figure of that size in inches; below come the caption and the classes."""
     names = scene.names if len(scene.names) <= MOST_LEGEND else []
     entry = 0.35 + 0.068 * max(map(utils.text_width, names), default=1)  # inches
     columns = max(1, min(len(names), int(width / entry)))
     height += 0.25 + LEGEND_ROW_INCHES * math.ceil(len(names) / columns)
-    figure = Figure(figsize=(width, height), layout=layout)
+    figure = Figure(figsize=(width, height), layout="compressed")
     handles = [
         Line2D([], [], color=colour, marker=MARKERS[marker], linestyle="", markersize=5)
         for colour, marker in class_styles(len(names))[: len(names)]
@@ -507,7 +447,7 @@ def draw_panels(panels: Sequence[Panel], scene: Scene, caption: str) -> Figure:
     rows = math.ceil(len(panels) / MOST_COLUMNS)
     columns = math.ceil(len(panels) / rows)  # five panels are 3 + 2, not 4 + 1
     size = (columns * PANEL_INCHES, rows * (PANEL_INCHES + 0.2))
-    figure = figure_with_legend(*size, scene, caption, layout="compressed")
+    figure = figure_with_legend(*size, scene, caption)
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for axis, panel in zip(axes, panels, strict=False):
         draw_map(axis, unit_square(panel.xy), scene)
@@ -519,8 +459,7 @@ def draw_panels(panels: Sequence[Panel], scene: Scene, caption: str) -> Figure:
 
 def draw_map(axis: Any, xy: np.ndarray, scene: Scene) -> None:
     """The images as points, in random order so that no class covers all others, and the names."""
-    points = (72 * PANEL_INCHES) ** 2  # the panel's area in square points
-    size = np.clip(0.12 * points / len(xy), 0.9, 12.0)
+    size = np.clip(0.12 * (72 * PANEL_INCHES) ** 2 / len(xy), 0.9, 12.0)  # in square points
     look = dict(s=size, linewidths=0, rasterized=len(xy) > MOST_VECTOR_POINTS)
     colours, markers = map(np.array, zip(*class_styles(len(scene.names)), strict=True))
     order = np.random.default_rng(0).permutation(len(xy))
@@ -541,22 +480,17 @@ def grid_cells(xy: np.ndarray, side: int, seed: int = 0) -> np.ndarray:
 
     In random order every point takes the nearest cell that is free.
     """
-    column, row = ((unit_square(xy) * (1, -1) + 1) / 2 * (side - 1)).T  # y upwards
-    free = np.mgrid[:side, :side].reshape(2, -1).astype(np.float64)  # (2, cells not taken yet)
-    left = free.shape[1]
+    places = (unit_square(xy)[:, ::-1] * (-1, 1) + 1) / 2 * (side - 1)  # row, column; y upwards
+    free = np.mgrid[:side, :side].reshape(2, -1).astype(np.float64)  # (2, side²)
     cells = np.empty((len(xy), 2), dtype=np.int64)
     for i in np.random.default_rng(seed).permutation(len(xy)):
-        rows, columns = free[:, :left]
-        j = (np.square(rows - row[i]) + np.square(columns - column[i])).argmin()
+        j = np.square(free - places[i, :, None]).sum(0).argmin()
         cells[i] = free[:, j]
-        left -= 1
-        free[:, j] = free[:, left]
+        free[:, j] = np.inf  # taken
     return cells
 
 
-def draw_thumbnails(
-    panel: Panel, scene: Scene, caption: str, device: torch.device, seed: int
-) -> Figure:
+def draw_thumbnails(panel: Panel, scene: Scene, caption: str, seed: int) -> Figure:
     """The images on a grid, each near its place in the panel, framed in its class's colour."""
     side = math.ceil(math.sqrt(len(panel.xy) / GRID_FILL))
     cell = int(np.clip(GRID_PIXELS // side, *CELL_PIXELS))
@@ -567,33 +501,17 @@ def draw_thumbnails(
     frames = utils.to_uint8(palette)[scene.labels]  # (N, 3)
     grid[row, column] = frames[:, :, None, None].expand(-1, -1, cell, cell)
     inner = slice(frame, cell - frame)
-    grid[row, column, :, inner, inner] = small_images(scene.shown, cell - 2 * frame, device)
+    grid[row, column, :, inner, inner] = small_images(scene.shown, cell - 2 * frame)
     part = grid[row.min() : row.max() + 1, column.min() : column.max() + 1]  # (R, C, 3, S, S)
     picture = make_grid(part.flatten(0, 1), part.shape[1], padding=0).permute(1, 2, 0).numpy()
 
     height, width = np.array(picture.shape[:2]) / DPI  # a pixel of it is one of the figure
-    figure = figure_with_legend(width + 0.1, height + 0.5, scene, caption, layout="constrained")
+    figure = figure_with_legend(width + 0.1, height + 0.5, scene, caption)
     axes = figure.subplots()
     axes.imshow(picture)
     axes.set_axis_off()
     axes.set_title(str(panel), fontsize=11)
     return figure
-
-
-def choose_queries(scene: Scene, features: Arrays, seed: int) -> list[tuple[str, np.ndarray]]:
-    """Titles, and which of the drawn images neighbours.png shows below them, int64 (rows,).
-
-    The worst have the fewest neighbours of their class, and among those the most similar ones.
-    """
-    shuffled = np.random.default_rng(seed).permutation(len(scene.rows))
-    chosen = [("Random images", shuffled[:QUERIES])]
-    if scene.classes:
-        train_labels = scene.train.labels.cpu().numpy()
-        right = train_labels[features["train_near"]] == scene.labels[:, None]  # (N, k)
-        surest = -features["train_similarity"].mean(1)
-        worst = np.lexsort((surest, right.sum(1)))[:QUERIES]
-        chosen.append(("Images with the fewest neighbours of their class", worst))
-    return chosen
 
 
 def tile_labels(scene: Scene, features: Arrays, query: int) -> list[tuple[str, str]]:
@@ -602,23 +520,29 @@ def tile_labels(scene: Scene, features: Arrays, query: int) -> list[tuple[str, s
         return [("", GREY), *((f"{x:.2f}", GREY) for x in features["train_similarity"][query])]
     names = [utils.printable(name, TILE_NAME_WIDTH) for name in scene.names]
     own, theirs = scene.labels[query], scene.train.labels[features["train_near"][query]].tolist()
-    labels = [(names[own], GREY)]
-    for x in theirs:
-        labels.append((f"✓ {names[x]}", RIGHT) if x == own else (f"✗ {names[x]}", WRONG))
-    return labels
+    near = [(f"✓ {names[x]}", RIGHT) if x == own else (f"✗ {names[x]}", WRONG) for x in theirs]
+    return [(names[own], GREY), *near]
 
 
 def draw_neighbours(scene: Scene, features: Arrays, size: int, seed: int) -> Figure:
     """Rows of an image and its nearest training images in h, each marked right or wrong.
 
-    size: of the images, in px.
+    Images at random, and those with the fewest neighbours of their class, of these the ones with
+    the most similar neighbours. size: of the images, in px.
     """
-    chosen, cpu = choose_queries(scene, features, seed), torch.device("cpu")
-    rows, k = len(chosen[0][1]), features["train_near"].shape[1]
+    shuffled = np.random.default_rng(seed).permutation(len(scene.rows))
+    chosen = {"Random images": shuffled[:QUERIES]}  # title -> int64 (rows,)
+    if scene.classes:
+        train_labels = scene.train.labels.cpu().numpy()
+        right = train_labels[features["train_near"]] == scene.labels[:, None]  # (N, k)
+        surest = -features["train_similarity"].mean(1)
+        worst = np.lexsort((surest, right.sum(1)))[:QUERIES]
+        chosen["Images with the fewest neighbours of their class"] = worst
+    rows, k = len(chosen["Random images"]), features["train_near"].shape[1]
     width, height = TILE_INCHES * (k + 1.2), 0.82 * rows + 0.6
     figure = Figure(figsize=(width * len(chosen), height))
     parts = figure.subfigures(1, len(chosen), squeeze=False)[0]
-    for part, (title, queries) in zip(parts, chosen, strict=True):
+    for part, (title, queries) in zip(parts, chosen.items(), strict=True):
         part.suptitle(title, x=0.02, ha="left", fontsize=9, fontweight="bold", family="sans-serif")
         axes = part.subplots(rows, 1 + k, squeeze=False)
         part.subplots_adjust(0.02, 0.2 / height, 0.98, 1 - 0.5 / height, 0.06, 0.3)
@@ -626,8 +550,8 @@ def draw_neighbours(scene: Scene, features: Arrays, size: int, seed: int) -> Fig
         header = "nearest training images" + ", cosine similarity" * (not scene.classes)
         axes[0, 1].set_title(header, fontsize=7, loc="left")
         near = torch.from_numpy(features["train_near"][queries]).flatten()
-        own = small_images(utils.subset(scene.shown, torch.from_numpy(queries)), size, cpu)
-        theirs = small_images(utils.subset(scene.train, near), size, cpu).unflatten(0, (rows, k))
+        own = small_images(utils.subset(scene.shown, torch.from_numpy(queries)), size)
+        theirs = small_images(utils.subset(scene.train, near), size).unflatten(0, (rows, k))
         tiles = torch.cat([own[:, None], theirs], 1).flatten(0, 1)  # (rows · (1 + k), 3, S, S)
         labels = [label for query in queries for label in tile_labels(scene, features, query)]
         for axis, tile, (text, colour) in zip(axes.flat, tiles, labels, strict=True):
@@ -655,8 +579,6 @@ def build_page(
 ) -> str:  # fmt: skip
     """The whole page. features: of h. tiles: uint8 (N, 3, S, S), the images."""
     styles = class_styles(len(scene.classes))
-    sprite, columns = make_sprite(tiles)
-    texts = [{"name": p.name, "title": p.title, "note": p.note} for p in panels]
     maps = [unit_square(panel.xy) for panel in panels]
     data = {
         "title": title,
@@ -668,15 +590,14 @@ def build_page(
         "labels": packed(scene.labels, "<u2") if scene.classes else None,
         "rows": packed(scene.rows.numpy(), "<u4"),
         "paths": None if scene.shown.paths is None else utils.image_names(scene.shown),
-        "panels": texts,
+        "panels": [str(panel) for panel in panels],
         "xy": [packed(xy, "<f4") for xy in maps],
         "names": [name_places(xy, scene.labels, scene.classes) for xy in maps],
         "start": max(range(len(panels)), key=lambda i: panels[i].name == "simclr"),
         "near": packed(features["near"], "<u4"),
         "similarity": packed(features["similarity"], "<f4"),
         "tile": tiles.shape[-1],
-        "columns": columns,
-        "sprite": sprite,
+        "sprite": make_sprite(tiles),
     }
     with utils.errors_as_input_error(f"cannot read {TEMPLATE}, a part of tSNE.py"):
         template = TEMPLATE.read_text(encoding="utf-8")
@@ -689,14 +610,13 @@ def packed(array: np.ndarray, dtype: str) -> str:
     return base64.b64encode(np.ascontiguousarray(array, dtype=dtype).tobytes()).decode()
 
 
-def make_sprite(tiles: Tensor) -> tuple[str, int]:
-    """All images in one, uint8 (N, 3, S, S) -> (data URI, images in a row)."""
-    columns = math.ceil(math.sqrt(len(tiles)))
-    grid = make_grid(tiles, columns, padding=0, pad_value=255)  # (3, H, W)
+def make_sprite(tiles: Tensor) -> str:
+    """All images in one, about as many in a row as rows: uint8 (N, 3, S, S) -> data URI."""
+    grid = make_grid(tiles, math.ceil(math.sqrt(len(tiles))), padding=0, pad_value=255)  # (3, H, W)
     picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
     buffer = io.BytesIO()
     picture.save(buffer, "webp", lossless=grid.numel() <= LOSSLESS_BYTES, quality=WEBP_QUALITY)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode(), columns
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 # ---------------------------------------------------------------------------------- command line
@@ -720,8 +640,8 @@ def draw(embedding: Embedding, folder: Path, suffix: str) -> list[Path]:
     network, scene, options = embedding.network, embedding.scene, embedding.options
     panels, features = embedding.panels()
     strip = embedding.epochs() if options.epochs else []
-    device, size, seed = embedding.device, network.config.image_size, options.seed
-    method = f"t-SNE, perplexity {options.perplexity:g}" if options.method == "tsne" else "PCA"
+    size, seed = network.config.image_size, options.seed
+    method = f"t-SNE, perplexity {options.perplexity:.3g}" if options.method == "tsne" else "PCA"
     caption = f"{scene} · {method}"
     if scene.judged:
         caption += f" · kNN accuracy on the features (k = {simclr.KNN_NEIGHBOURS}, cosine)"
@@ -732,13 +652,13 @@ def draw(embedding: Embedding, folder: Path, suffix: str) -> list[Path]:
             figures["tsne_epochs"] = draw_panels(strip, scene, caption)
         if options.thumbnails:
             panel = next((p for p in panels if p.name == "simclr"), panels[0])
-            figures["tsne_thumbnails"] = draw_thumbnails(panel, scene, caption, device, seed)
+            figures["tsne_thumbnails"] = draw_thumbnails(panel, scene, caption, seed)
         files = [folder / f"{name}{suffix}.{options.format}" for name in figures]
         for file, figure in zip(files, figures.values(), strict=True):
             utils.save_figure(figure, file, DPI)
     with stage("page"):
         fits = math.isqrt(SPRITE_PIXELS // len(scene.rows))  # side in px
-        tiles = small_images(scene.shown, max(1, min(size, TILE_PIXELS, fits)), device)
+        tiles = small_images(scene.shown, max(1, min(size, TILE_PIXELS, fits)))
         source = network.source
         title = f"{source.name}, epoch {source.epoch}" if source.config else source.name
         page = build_page([*panels, *strip], scene, features, title, caption, tiles)
@@ -752,7 +672,7 @@ def run(where: str, options: Options) -> list[Path]:
     device = utils.choose_device(options.device)
     network = load_network(utils.find_checkpoint(where, options.checkpoints), device, options)
     config, source = network.config, network.source
-    folder, own = Path(options.figures) / source.name, source.config or config
+    folder = Path(options.figures) / source.name
     if options.epochs and not (source.config and utils.kept_checkpoints(source.file.parent)):
         why = f"{source.file.parent} has none: train with simclr.py --keep-every K"
         raise InputError(f"--epochs needs checkpoints of several epochs, and {why}")
@@ -763,16 +683,11 @@ def run(where: str, options: Options) -> list[Path]:
     if not config.image_size:
         config.image_size = simclr.side_of(scene.shown)
     simclr.check_size(source, config.image_size)
-    check_perplexity(options, len(scene.rows))
-    print(f"drawing {scene}")
-    if not scene.classes:
-        print("without colours and accuracies: the images have no labels")
-    elif not scene.judged:
-        print("without accuracies: no labelled images were held out")
+    options.perplexity = min(options.perplexity, (len(scene.rows) - 1) / 3)
+    why = "" if scene.judged else ", without accuracies: there are no labelled test images"
+    print(f"drawing {scene}{why}")
     # figures of other images do not replace those of the run's own
-    moved = Path(config.data_dir).resolve() != Path(own.labelled_dir).resolve()
-    moved = moved and config.dataset == "folder"
-    suffix = f"-{scene.name}" if moved or config.dataset != own.dataset else ""
+    suffix = f"-{scene.name}" * source.other_images(config)
     cache = source.output("tsne", options.figures)
     with matplotlib.rc_context(scene.style):
         return draw(Embedding(network, scene, options, device, cache), folder, suffix)
@@ -782,15 +697,9 @@ def run(where: str, options: Options) -> list[Path]:
 def main(argv: Sequence[str] | None = None) -> None:
     if utils.rank_info().rank:
         return  # of torchrun's processes only the main process draws
-    try:
-        with stage("in all"):
-            files = run(*parse_command_line(argv))
-        print("\n".join(str(path) for path in files))
-    except KeyboardInterrupt as stop:
-        print("\nstopped; what was computed is kept", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        # t-SNE's threads cannot be stopped, and the interpreter would wait for them
-        os._exit(128 + getattr(stop, "signal", signal.SIGINT))
+    with stage("in all"):
+        files = run(*parse_command_line(argv))
+    print("\n".join(str(path) for path in files))
 
 
 if __name__ == "__main__":

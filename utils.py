@@ -31,6 +31,7 @@ import time
 import unicodedata
 import warnings
 import zipfile
+from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -38,7 +39,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -59,6 +60,10 @@ LONGEST_MESSAGE = 2000  # characters
 
 class InputError(ValueError):
     """Something the user can put right: reported as one line on stderr with exit code 2."""
+
+
+class RunInUse(InputError):
+    """Another process works on the run."""
 
 
 def exit_with_error(program: str, error: InputError | str) -> NoReturn:
@@ -153,16 +158,21 @@ def command(program: str, less_memory: str = "") -> Iterator[None]:
     except InputError as error:
         exit_with_error(program, error)
     except (RuntimeError, MemoryError) as error:
-        if "MPS_FALLBACK" in str(error):  # torch's text where MPS lacks an operation
-            exit_with_error(program, "MPS cannot compute a part of this; set the variable "
-                            "PYTORCH_ENABLE_MPS_FALLBACK=1, or add --device cpu")  # fmt: skip
+        if "MPS_FALLBACK" in str(error):  # torch's text names what MPS lacks, and the remedy
+            exit_with_error(program, str(error))
         if not is_out_of_memory(error):
             raise
         exit_with_error(program, f"there is too little memory{less_memory}: {error}")
     except KeyboardInterrupt as stop:
+        text = "stopped; what had been saved before is kept"
+        if isinstance(stop, Interrupted):
+            again = "the same command, without --overwrite"
+            if rank_info().size == 1:
+                again = python_command(*(word for word in sys.argv if word != "--overwrite"))
+            text = f"stopped and saved; continue with: {again}"
         if rank_info().rank == 0:
-            print("\nstopped; what had been saved before is kept", file=sys.stderr)
-        raise SystemExit(128 + getattr(stop, "signal", signal.SIGINT)) from None
+            print(f"\n{text}", file=sys.stderr)
+        raise SystemExit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None
 
 
 # ---------------------------------------------------------------------------------- command lines
@@ -191,9 +201,7 @@ def setting(
     (False for where and how it runs). low, high: its range, ends included. group: the title, in
     --help, above this field and the next ones.
     """
-    metadata = dict(
-        help=help, choices=tuple(choices), identity=identity, low=low, high=high, group=group
-    )
+    metadata = dict(help=help, choices=choices, identity=identity, low=low, high=high, group=group)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -208,16 +216,15 @@ def check_settings(options: Any) -> None:
         value = getattr(options, field.name)
         choices, low, high = (field.metadata[key] for key in ("choices", "low", "high"))
         several = value if isinstance(value, tuple) else (value,)
+        valid, rule = True, "of its type"
         if choices:
             valid, rule = {*several} <= {*choices, field.default}, f"one of {', '.join(choices)}"
-        elif field.type == "tuple[float, ...]":
+        elif field.type == "tuple[float, float]":
             valid = not value or -math.inf < value[0] < value[1] < math.inf  # False for nan
             rule = "two numbers, the smaller one first"
-        elif field.type in ("int", "float", "tuple[int, ...]"):
+        elif field.type in ("int", "float", "tuple[float, ...]"):
             valid = all(low <= x <= high for x in several)  # False for nan
             rule = f"at least {low:g}" if high == LARGEST else f"{low:g} to {high:g}"
-        else:
-            continue
         if not valid:
             raise InputError(f"{flag(field.name)} must be {rule}, got {shown(value)}")
 
@@ -225,14 +232,11 @@ def check_settings(options: Any) -> None:
 def differences(saved: dict, options: Any) -> list[str]:
     """A text with both values for each setting that makes two runs different runs.
 
-    saved: the recorded fields of a dataclass like `options`; a missing field had its default.
+    saved: fields of a dataclass like `options`, perhaps from JSON; a missing one had its default.
     """
-    saved = {key: tuple(x) if isinstance(x, list) else x for key, x in saved.items()}  # from JSON
-    pairs = [
-        (f.name, shown(saved.get(f.name, f.default)), shown(getattr(options, f.name)))
-        for f in dataclasses.fields(options)
-        if f.metadata["identity"]
-    ]
+    defaults = {f.name: f.default for f in dataclasses.fields(options) if f.metadata["identity"]}
+    saved = defaults | {key: tuple(x) if isinstance(x, list) else x for key, x in saved.items()}
+    pairs = [(name, shown(saved[name]), shown(getattr(options, name))) for name in defaults]
     return [f"{flag(name)} ({a} there, {b} now)" for name, a, b in pairs if a != b]
 
 
@@ -258,8 +262,8 @@ def add_flags(parser: argparse.ArgumentParser, options: type) -> None:
             group = parser.add_argument_group(title)
         text, default, choices = field.metadata["help"], field.default, field.metadata["choices"]
         several = isinstance(default, tuple)
-        kinds = {"tuple[float, ...]": float, "tuple[int, ...]": int, "tuple[str, ...]": str}
-        kind = kinds.get(field.type, type(default))
+        pair = field.type == "tuple[float, float]"
+        kind = str if field.type == "tuple[str, ...]" else float if several else type(default)
         if default not in ("", ()):
             text += f" [{' '.join(default) if several else default}]"
         details: dict[str, Any] = dict(default=argparse.SUPPRESS, help=text.replace("%", "%%"))
@@ -270,9 +274,7 @@ def add_flags(parser: argparse.ArgumentParser, options: type) -> None:
         else:
             details |= dict(type=kind, metavar=kind.__name__.upper())
         if several:
-            details["nargs"] = "+"
-        if several and kind is float:
-            details |= dict(nargs=2, metavar=("LOW", "HIGH"))
+            details |= dict(nargs=2, metavar=("LOW", "HIGH")) if pair else dict(nargs="+")
         group.add_argument(flag(field.name), **details)
 
 
@@ -329,12 +331,10 @@ def write_atomically(path: Path, content: bytes | memoryview, previous: Path | N
 
 def make_folder(folder: Path) -> None:
     """Make a folder and its parents. Raises InputError if it cannot be made or written to."""
-    try:
+    with errors_as_input_error(f"cannot write to {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError("it is not writable")
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -362,7 +362,6 @@ def write_csv(path: Path, columns: Iterable[str], rows: Iterable[Iterable]) -> N
 
 CHECKPOINT = "last.pt"
 PREVIOUS = "previous.pt"  # the checkpoint before the last
-KEPT = "epoch{:04d}.pt"  # --keep-every
 LOG = "log.jsonl"
 SUMMARY = "summary.json"
 ABLATIONS = "ablation"  # the folder of ablation_SimCLR.py's runs
@@ -370,57 +369,40 @@ OWN_MODULE = "own module"  # the recorded architecture of an encoder that a user
 
 
 def save_checkpoint(path: Path, state: dict, previous: Path | None = None) -> None:
-    """Write `state`, of tensors and plain types, like write_atomically().
-
-    The file is torch.save's, a zip archive. Its comment is the digest of the content, so that any
-    damage to the content shows.
-    """
+    """Write `state`, of tensors and plain types, by torch.save, like write_atomically()."""
     if not is_main_process():
         return
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    with zipfile.ZipFile(buffer, "a") as archive:
-        archive.comment = content_digest(archive)
     write_atomically(path, buffer.getbuffer(), previous)
-
-
-def content_digest(archive: zipfile.ZipFile) -> bytes:
-    """SHA-256 in hex of the names, attributes and bytes of all parts of a zip archive."""
-    digest = hashlib.sha256()
-    for part in archive.infolist():  # torch reads nothing of a part that is marked as a folder
-        digest.update(f"{part.filename} {part.external_attr}".encode() + archive.read(part))
-    return digest.hexdigest().encode()
 
 
 def load_checkpoint(path: Path) -> dict:
     """Read a dict written by torch.save, or safetensors, onto the CPU. No code in it is run.
 
     Raises InputError, which says what the file is and what to do where that is known, if it is
-    missing, damaged, or holds anything but tensors and plain types. Files of other programs have no
-    digest; the zip's checksums show most damage.
+    missing, damaged, or holds anything but tensors and plain types.
     """
     if not path.exists():
         raise InputError(f"no checkpoint at {path}")
-    if path.suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-        except ImportError:
-            raise InputError(f"to read {path}, pip install safetensors") from None
-        with errors_as_input_error(f"{path} is not a readable checkpoint"):
-            return load_file(path)
     try:
         with errors_as_input_error(f"{path} is not a readable checkpoint"):
-            comment, digest = b"", None
+            if path.suffix == ".safetensors":
+                try:
+                    from safetensors.torch import load_file
+                except ImportError:
+                    raise InputError(f"to read {path}, pip install safetensors") from None
+                return load_file(path)
             if zipfile.is_zipfile(path):
                 with zipfile.ZipFile(path) as archive:
-                    comment, digest = archive.comment, content_digest(archive)  # and checksums
+                    folder = any(part.external_attr & 16 for part in archive.infolist())
+                    if folder or archive.testzip():  # torch.load compares no checksums
+                        raise ValueError("it is damaged")  # it reads nothing of a folder
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # about files that are then refused
                 state = torch.load(path, map_location="cpu", weights_only=True)
             if not isinstance(state, dict):
                 raise ValueError(f"it holds a {type(state).__name__}")
-            if ("format" in state or comment) and comment != digest:
-                raise InputError(f"{path} is damaged (its content is not what was saved)")
     except InputError as error:
         if kind := _describe_file(path):
             raise InputError(f"{path} is not a readable checkpoint but {kind}") from error
@@ -500,7 +482,7 @@ def run_lock(folder: Path, overwrite: bool = False) -> Iterator[None]:
     """Context manager for exclusive use of a run's folder, which is made if it does not exist.
 
     overwrite: delete the run that it holds, so that a new one can begin. Rank 0 locks it for all
-    ranks. Raises InputError if another process works on the run, or the folder cannot be written.
+    ranks. Raises RunInUse if another process works on it, InputError if it cannot be written.
     """
     if not is_main_process():
         yield
@@ -509,7 +491,7 @@ def run_lock(folder: Path, overwrite: bool = False) -> Iterator[None]:
     try:
         lock = FileLock(folder / ".lock").acquire(timeout=0)  # ends with its process, at the latest
     except Timeout as error:
-        raise InputError(
+        raise RunInUse(
             f"another process is working on {folder}; wait for it, or choose another --run"
         ) from error
     except OSError as error:
@@ -543,7 +525,6 @@ class RunFolder:
         self.folder, self.minutes, self.keep_every = folder, minutes, keep_every
         self.last, self.previous = folder / CHECKPOINT, folder / PREVIOUS
         self._saved = time.monotonic()  # when the last checkpoint was begun
-        self._logged = 0  # rows that log.jsonl has
 
     def load(self) -> tuple[dict | None, Path]:
         """The newest readable checkpoint and its file; (None, last.pt) for a new run."""
@@ -557,21 +538,22 @@ class RunFolder:
     def save(self, state: dict, must: Any = False, due: Any = False) -> None:
         """Save a checkpoint if it must be saved, is due, or is to be kept.
 
-        Otherwise the new rows of state["log"] are appended to log.jsonl. Raises InputError if the
+        Otherwise the row of an epoch that ends is appended to log.jsonl. Raises InputError if the
         checkpoint must be saved and cannot be; if it is due or to be kept, that is a warning.
         """
         epoch, step = state["position"]["epoch"], state["position"]["step"]
         keep = bool(self.keep_every and epoch and not step and epoch % self.keep_every == 0)
-        if not (must or due or keep):
-            warn_on_failure(self._append_to_log, state["log"])
-            return
-        self._saved = time.monotonic()
-        write = partial(self._write, state, keep)
-        write() if must else warn_on_failure(write)
+        if must:
+            self._write(state, keep)
+        elif due or keep:
+            warn_on_failure(self._write, state, keep)
+        elif not step:
+            warn_on_failure(self._append_to_log, state["log"][-1])
 
     def _write(self, state: dict, keep: bool) -> None:
+        self._saved = time.monotonic()
         if keep:  # before last.pt: a run that is killed between the two saves it again
-            save_checkpoint(self.folder / KEPT.format(state["position"]["epoch"]), state)
+            save_checkpoint(self.folder / f"epoch{state['position']['epoch']:04d}.pt", state)
         save_checkpoint(self.last, state, self.previous)
         self.write_records(state)
 
@@ -580,33 +562,28 @@ class RunFolder:
         write_json(self.folder / "config.json", state["config"])
         rows = "".join(json.dumps(row) + "\n" for row in state["log"])
         write_atomically(self.folder / LOG, rows.encode())
-        self._logged = len(state["log"])
 
-    def _append_to_log(self, log: list[dict]) -> None:
-        if is_main_process() and len(log) > self._logged:
+    def _append_to_log(self, row: dict) -> None:
+        if is_main_process():
             file = self.folder / LOG
             with errors_as_input_error(f"cannot write {file}"), open(file, "a") as stream:
-                stream.writelines(json.dumps(row) + "\n" for row in log[self._logged :])
-            self._logged = len(log)
+                stream.write(json.dumps(row) + "\n")
 
 
 # --------------------------------------------------------------------------------------- signals
 
 # SIGUSR1 is SLURM's advance notice
 STOP_SIGNALS = [x for x in signal.Signals if x.name in ("SIGINT", "SIGTERM", "SIGUSR1")]
+_noted_signals: list[int] = []  # inside stop_signals(), of which one is in use at a time
 
 
-class Stopped(KeyboardInterrupt):
-    """A signal asked the program to stop. signal: its number."""
-
-    def __init__(self, signal: int) -> None:
-        super().__init__(signal)
-        self.signal = signal
+class Interrupted(KeyboardInterrupt):
+    """A signal, whose number is the argument, asked a run to stop, and it has been saved."""
 
 
 def raise_stopped(number: int, _frame: Any) -> NoReturn:
     """A signal handler, see handling()."""
-    raise Stopped(number)
+    raise KeyboardInterrupt(number)
 
 
 @contextlib.contextmanager
@@ -619,29 +596,26 @@ def handling(signals: Sequence[int], handler: Callable[[int, Any], None]) -> Ite
         yield
 
 
-class StopSignals(contextlib.ExitStack):
-    """Context manager that keeps the number of the first stop signal in `signal`, None before it.
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Context manager that yields a list, to which each stop signal adds its number.
 
-    A loop reads it where it can stop. SIGINT after that ends the program at once. A signal that
-    arrives after the loop has read it for the last time raises Stopped at the end.
+    A loop reads it where it can stop. SIGINT after another signal ends the program at once. A
+    signal after the loop has read the list for the last time raises KeyboardInterrupt at the end.
     """
 
-    signal: ClassVar[int | None] = None  # one is in use at a time
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.enter_context(handling(STOP_SIGNALS, self._note))
-
-    def __exit__(self, kind: Any, *details: Any) -> None:
-        super().__exit__(kind, *details)
-        number, StopSignals.signal = StopSignals.signal, None
-        if kind is None and number is not None:
-            raise Stopped(number)
-
-    def _note(self, number: int, _frame: Any) -> None:
-        if number == signal.SIGINT and StopSignals.signal is not None:
+    def note(number: int, _frame: Any) -> None:
+        if number == signal.SIGINT and _noted_signals:
             raise KeyboardInterrupt
-        StopSignals.signal = StopSignals.signal or number
+        _noted_signals.append(number)
+
+    try:
+        with handling(STOP_SIGNALS, note):
+            yield _noted_signals
+        if _noted_signals:
+            raise_stopped(_noted_signals[0], None)
+    finally:
+        _noted_signals.clear()
 
 
 # --------------------------------------------------------------------------------------- devices
@@ -657,17 +631,12 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         mps = torch.backends.mps.is_available() and info.size == 1
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if info.size > 1 and name not in ("cpu", "cuda"):
-        raise InputError(
-            f"--device {name} is one device for {info.size} processes: choose cuda, which gives "
-            "each its own, or cpu"
-        )
-    if info.size > 1 and name == "cuda" and torch.cuda.is_available():
+    if info.size > 1 and name != "cpu":
         gpus = torch.cuda.device_count()
-        if info.local_size > gpus:
+        if name != "cuda" or info.local_size > gpus:
             raise InputError(
-                f"{info.local_size} processes, but this machine has {gpus} GPUs: start as many "
-                "with --nproc_per_node, or choose --device cpu"
+                f"--device {name}: {info.local_size} processes need --device cuda and a GPU each, "
+                f"but this machine has {gpus} (see --nproc_per_node); or choose --device cpu"
             )
         name = f"cuda:{info.local_rank}"
     with errors_as_input_error(f"--device {name} is not available here"):
@@ -679,9 +648,8 @@ def choose_device(name: str) -> torch.device:
         torch.cuda.set_device(device)  # so that nothing is put on the first GPU
     torch.backends.cudnn.benchmark = True  # on CUDA: try the kernels once
     if device.type == "cpu":
-        # glibc keeps freed memory. Otherwise each step returns the memory of its activations to
-        # Linux and gets it back as new pages, filled with zeros: half a million pages and a fifth
-        # of the time of a ResNet-18's step with 512 views
+        # glibc keeps freed memory. Otherwise each step returns that of its activations to Linux and
+        # gets new pages, filled with zeros, which takes a fifth of a ResNet-18's step of 512 views
         with contextlib.suppress(OSError, TypeError, AttributeError):  # another C library
             mallopt = ctypes.CDLL(None).mallopt
             mallopt(-4, 0)  # M_MMAP_MAX of <malloc.h>
@@ -713,9 +681,9 @@ def describe_precision(precision: str, device: torch.device) -> str:
     """The number format that a network computes in, in words."""
     if precision != "float32" or device.type != "cuda":
         return precision
-    if has_fast_bfloat16(device):  # Ampere on
-        return "float32 (convolutions in TF32)"  # torch's default: three digits
-    return "float32 (this GPU has no bfloat16)"
+    # TF32 is torch's default from Ampere on: three digits
+    kind = "convolutions in TF32" if has_fast_bfloat16(device) else "this GPU has no bfloat16"
+    return f"float32 ({kind})"
 
 
 @contextlib.contextmanager
@@ -750,24 +718,16 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 # its part of a batch or of a data set, and rank 0, the main process, writes files and prints. With
 # one process these functions do nothing.
 
-PATIENCE = timedelta(hours=1)  # for a rank that downloads or evaluates while the others wait
+RANK_TIMEOUT = timedelta(hours=1)  # for a rank that downloads or evaluates while the others wait
 CONNECTION_ERRORS = ("gloo", "NCCL", "onnection closed", "onnection reset")  # of torch's texts
-
-
-class RankInfo(NamedTuple):
-    """Which process this is, of how many: on all machines, and on this one."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
+RankInfo = namedtuple("RankInfo", "rank size local_rank local_size")  # local: on this machine
 
 
 def rank_info() -> RankInfo:
     """From torchrun's environment variables; without them there is one process."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if not {*names, "MASTER_ADDR"} <= os.environ.keys():
-        return RankInfo()
+        return RankInfo(0, 1, 0, 1)
     return RankInfo(*(int(os.environ[name]) for name in names))
 
 
@@ -796,14 +756,14 @@ def process_group(device: torch.device) -> Iterator[None]:
     if info.size == 1:
         yield
         return
-    store, *_ = next(dist.rendezvous("env://", timeout=PATIENCE))
+    store, *_ = next(dist.rendezvous("env://", timeout=RANK_TIMEOUT))
     # processes that torchrun restarts must not read the keys of those before
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"attempt {attempt}", store)
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=store, rank=info.rank, world_size=info.size, timeout=PATIENCE,
+            store=store, rank=info.rank, world_size=info.size, timeout=RANK_TIMEOUT,
         )  # fmt: skip
         with contextlib.redirect_stdout(None if info.rank else sys.stdout):  # None: no output
             yield
@@ -843,16 +803,13 @@ def shard_indices(n: int) -> Tensor:
 
 def all_gather_rows(part: Tensor, n: int) -> Tensor:
     """All n rows, in all ranks: (n, …). part: those at this rank's shard_indices(n)."""
-    if world_size() == 1:
-        return part
-    return Gather.apply(part).flatten(0, 1)[:n]
+    return part if world_size() == 1 else Gather.apply(part).flatten(0, 1)[:n]
 
 
 class Gather(torch.autograd.Function):
-    """The tensors of all W ranks, in all of them, with gradient: (n, …) -> (W, n, …).
+    """The tensors of all W ranks, in all of them: (n, …) -> (W, n, …).
 
-    The gradient of a rank's tensor is the sum of those that all ranks computed for it: W times the
-    gradient of a loss that each of them computes. DistributedDataParallel divides by W.
+    The gradient of a rank's tensor is the sum of those that all ranks computed for it.
     """
 
     @staticmethod
@@ -934,7 +891,6 @@ ARCHITECTURES = {  # kind of block, and how many each stage has
     "resnet34": (BasicBlock, (3, 4, 6, 3)), "resnet50": (Bottleneck, (3, 4, 6, 3)),
     "resnet101": (Bottleneck, (3, 4, 23, 3)), "resnet152": (Bottleneck, (3, 8, 36, 3)),
 }  # fmt: skip
-STEMS = {3: "small", 7: "imagenet"}  # side of the first convolution's kernel, px
 NO_STEM_RELU = "2.0.conv1.weight"  # lightly's own ResNet: its function relu() is no child
 _V2 = r"^net\.(\d)\.blocks\.(\d+)\."  # a block of SimCLRv2-Pytorch
 LAYOUTS = {  # first convolution of the first block -> that of the stem, torchvision's names
@@ -988,7 +944,6 @@ ORIGINS = (
     ("", r"state_dict\.", r"^keys state_dict$[\s\S]*fc\.weight \(1000,", "none", ""),  # v1, 1x?
     ("torchvision", "", r"^width 1$[\s\S]*^fc\.weight \(1000,", "imagenet", ""),
 )  # fmt: skip
-PADDING = {("solo-learn", "small"): 2}  # of the first convolution, where it is unusual
 FILE_KINDS = {  # how a file begins that is no checkpoint, in lower case -> what it is
     b"version https://git-lfs": "a pointer of git-lfs: fetch the file itself by git lfs pull",
     (b"<!doctype html", b"<html"): "a web page: download the file itself",
@@ -1005,8 +960,7 @@ class ForeignEncoder:
     arch: str
     width: float
     stem: str  # "small" or "imagenet"
-    prefix: str  # of its names in the file, without WRAPPERS
-    rest: list[str]  # what else the file holds: heads, other encoders
+    rest: Sequence[str] = ()  # what else the file holds: heads, other encoders
     stem_relu: bool = True  # whether a ReLU follows the first BatchNorm
     origin: str = ""  # a project; "" if it is unknown, and `normalize` a guess
     normalize: str = "none"  # what its inputs in [0, 1] are normalised with: a key of MEANS, "none"
@@ -1019,17 +973,6 @@ class ForeignEncoder:
         if not self.stem_relu:
             encoder.relu = nn.Identity()
         return encoder
-
-    def describe(self, normalize: str = "auto") -> str:
-        """One line. normalize: as the user wants it, "auto" for what is known or guessed."""
-        inputs = self.normalize if normalize == "auto" else normalize
-        inputs = "in [0, 1]" if inputs == "none" else f"normalised for {inputs}"
-        if self.origin or normalize != "auto":
-            inputs = f"{self.origin or 'origin unknown'}, inputs {inputs}"
-        else:
-            inputs = f"origin unknown: inputs taken as {inputs}; set --normalize"
-        rest = f"; left out: {listed(self.rest)}" if self.rest else ""
-        return f"{self.arch} at width {self.width:g}, {self.stem} stem, {inputs}{rest}"
 
 
 def listed(names: Sequence[str]) -> str:
@@ -1048,7 +991,7 @@ def find_encoder(state: dict, where: str | Path, prefix: str = "") -> ForeignEnc
     with errors_as_input_error(f"{where} is not a checkpoint"):
         if CLASSIFIER_KEY in state:
             check_format(f"{where} is a classifier", state[CLASSIFIER_KEY], CLASSIFIER_FORMAT)
-            return ForeignEncoder(state["encoder"], prefix="", rest=["linear"], **state["network"])
+            return ForeignEncoder(state["encoder"], rest=["linear"], **state["network"])
         tensors = {WRAPPERS.sub(r"\1", name): value for name, value in _tensors(state)}
         prefix, layout = _choose_encoder(tensors, where, prefix)
         named, others = _torchvision_names(tensors, prefix, layout)
@@ -1063,11 +1006,10 @@ def find_encoder(state: dict, where: str | Path, prefix: str = "") -> ForeignEnc
             facts = [f"width {width:g}", "keys " + ", ".join(map(shown, state))]
             facts += [f"{name} {tuple(tensors[name].shape)}" for name in others]
             origin, normalize = _origin_of(prefix, stem, "\n".join(facts))
-            padding = PADDING.get((origin, stem), 0)
+            padding = 2 if (origin, stem) == ("solo-learn", "small") else 0
         return ForeignEncoder(
-            named, arch, width, stem, prefix, list(rest), layout != NO_STEM_RELU, origin,
-            normalize, padding,
-        )  # fmt: skip
+            named, arch, width, stem, list(rest), layout != NO_STEM_RELU, origin, normalize, padding
+        )
 
 
 def _tensors(state: dict, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -1112,9 +1054,7 @@ def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
 
 
-def _torchvision_names(
-    tensors: dict[str, Tensor], prefix: str, layout: str
-) -> tuple[dict[str, Tensor], list[str]]:
+def _torchvision_names(tensors: dict, prefix: str, layout: str) -> tuple[dict, list[str]]:
     """The encoder's tensors, float32, by torchvision's names; and the names of all others.
 
     What looks like a part of another kind of network stays in, so that loading refuses it.
@@ -1146,7 +1086,7 @@ def _infer_architecture(named: dict[str, Tensor], where: str | Path) -> tuple[st
     blocks = tuple(sum(n.startswith(f"layer{i}.") for n in convolutions) for i in (1, 2, 3, 4))
     block = Bottleneck if "layer1.0.conv3.weight" in named else BasicBlock
     arch = next((name for name, parts in ARCHITECTURES.items() if parts == (block, blocks)), None)
-    stem = STEMS.get(kernel[-1])
+    stem = {3: "small", 7: "imagenet"}.get(kernel[-1])  # by the kernel's side, px
     if arch is None or stem is None:
         kind, shape = "basic" if block is BasicBlock else "bottleneck", (channels, colours, *kernel)
         raise InputError(
@@ -1171,9 +1111,8 @@ class Normalized(nn.Module):
     def __init__(self, encoder: nn.Module, normalize: str) -> None:
         super().__init__()
         self.encoder, self.feature_dim = encoder, getattr(encoder, "feature_dim", 0)
-        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in MEANS[normalize])
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
+        for name, values in zip(("mean", "std"), MEANS[normalize], strict=True):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.encoder((images - self.mean) / self.std)
@@ -1221,74 +1160,41 @@ DATASETS = ("digits", *TORCHVISION, "folder")
 HELD_OUT = 0.2  # share of each class kept for testing where a data set has no split of its own
 LONGEST_ASPECT = 4  # the ends of longer images are cut off before they are resized
 UNEVEN = 1.5  # ratio of the largest and the smallest class from which on accuracy misleads
-Rows = Tensor | None  # int64 (M,): which images, in what order; None: all
 Range = tuple[float, ...]  # values that are black and white in grey pictures; see choose_range()
 
 
 @dataclass
-class ImageSet:
-    """Images of one size in memory.
+class Images:
+    """Images of one size in memory, or of any size on disk, which are decoded when they are used.
 
-    images: uint8 (N, 3, H, W). labels: int64 (N,) or None. classes: name of each label. Where the
-    images came from files: paths, a bytes array (N,) of names below the folder root; grey_range.
+    images: uint8 (N, 3, H, W), or None if they are on disk. labels: int64 (N,) or None. classes:
+    name of each label. Of files: paths, a bytes array (N,) of names below the folder root;
+    grey_range; max_bad, the share in [0, 1] that may be unreadable, see unreadable_error();
+    unreadable, those known so far, index -> reason.
     """
 
-    images: Tensor
+    images: Tensor | None
     labels: Tensor | None = None
     classes: tuple[str, ...] = ()
     paths: np.ndarray | None = None
     root: Path | None = None
     grey_range: Range = ()
-    max_bad: ClassVar[float] = 0.0
-    unreadable: ClassVar[dict[int, str]] = {}  # what is in memory has been read
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def image(self, index: int) -> Tensor:
-        """One image: uint8 (3, H, W)."""
-        return self.images[index]
-
-    def to(self, device: torch.device) -> ImageSet:
-        labels = None if self.labels is None else self.labels.to(device)
-        return dataclasses.replace(self, images=self.images.to(device), labels=labels)
-
-    def batches(
-        self, size: int, batch_size: int, device: torch.device, workers: int = 0, rows: Rows = None
-    ) -> Iterator[Tensor]:
-        """In order, without augmentation: float32 (B, 3, size, size) in [0, 1] on `device`."""
-        rows = torch.arange(len(self)) if rows is None else rows
-        for chunk in rows.to(self.images.device).split(batch_size):
-            yield center_view(self.images[chunk].to(device), size)
-
-
-@dataclass
-class ImageFiles:
-    """Images of any size on disk, decoded when they are used.
-
-    max_bad: share of the files in [0, 1] that may be unreadable, see unreadable_error().
-    unreadable: those known so far, index -> reason. The other fields: as in ImageSet.
-    """
-
-    root: Path
-    paths: np.ndarray
-    labels: Tensor | None = None
-    classes: tuple[str, ...] = ()
     max_bad: float = 0.0
     unreadable: dict[int, str] = dataclasses.field(default_factory=dict)
-    grey_range: Range = ()
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.paths if self.images is None else self.images)
 
     def image(self, index: int) -> Tensor:
-        """One image, decoded now: uint8 (3, H, W). Raises UnreadableImage if it cannot be read."""
+        """One image: uint8 (3, H, W). Raises UnreadableImage if its file cannot be read."""
+        if self.images is not None:
+            return self.images[index]
         with Photo(self.root / os.fsdecode(self.paths[index]), self.grey_range) as photo:
             return photo.pixels().contiguous()
 
-    def to(self, device: torch.device) -> ImageFiles:
-        labels = None if self.labels is None else self.labels.to(device)
-        return dataclasses.replace(self, labels=labels)
+    def to(self, device: torch.device) -> Images:
+        images, labels = (x if x is None else x.to(device) for x in (self.images, self.labels))
+        return dataclasses.replace(self, images=images, labels=labels)
 
     def record_unreadable(self, reasons: dict[int, str]) -> None:
         """Records files that cannot be read, index -> reason, and warns of the first ones."""
@@ -1297,28 +1203,31 @@ class ImageFiles:
             log_warning(f"warning: {reason}; it is left out")
 
     def batches(
-        self, size: int, batch_size: int, device: torch.device, workers: int = 0, rows: Rows = None
-    ) -> Iterator[Tensor]:
-        """As ImageSet.batches(). An unreadable image is black, and `unreadable` records it."""
+        self, size: int, batch_size: int, device: torch.device, workers: int = 0,
+        rows: Tensor | None = None,
+    ) -> Iterator[Tensor]:  # fmt: skip
+        """Without augmentation: float32 (B, 3, size, size) in [0, 1] on `device`.
+
+        rows: int64 (M,), which images, in what order; None: all. An unreadable image is black, and
+        `unreadable` records it.
+        """
         rows = torch.arange(len(self)) if rows is None else rows
+        if self.images is not None:
+            for chunk in rows.to(self.images.device).split(batch_size):
+                yield center_view(self.images[chunk].to(device), size)
+            return
         requests = ((chunk, torch.empty(len(chunk), 1, 0)) for chunk in rows.split(batch_size))
         for crops, _ in decoded_batches(self, requests, size, None, workers, device):
             yield crops[:, 0].contiguous().float() / 255
 
 
-Images = ImageSet | ImageFiles
-
-
 def subset(data: Images, rows: Tensor) -> Images:
     """The images at `rows`, int64 (M,) on any device, in that order."""
     index = rows.cpu().numpy()
-    labels = None if data.labels is None else data.labels[rows.to(data.labels.device)]
-    if isinstance(data, ImageSet):
-        images, paths = data.images[rows.to(data.images.device)], data.paths
-        paths = None if paths is None else paths[index]
-        return dataclasses.replace(data, images=images, labels=labels, paths=paths)
+    images, labels = (x if x is None else x[rows.to(x.device)] for x in (data.images, data.labels))
+    paths = None if data.paths is None else data.paths[index]
     bad = {i: data.unreadable[row] for i, row in enumerate(index) if row in data.unreadable}
-    return dataclasses.replace(data, paths=data.paths[index], labels=labels, unreadable=bad)
+    return dataclasses.replace(data, images=images, labels=labels, paths=paths, unreadable=bad)
 
 
 def unreadable_error(data: Images) -> InputError | None:
@@ -1326,7 +1235,7 @@ def unreadable_error(data: Images) -> InputError | None:
 
     All ranks must call it; afterwards each knows the unreadable files of all ranks.
     """
-    if world_size() > 1 and isinstance(data, ImageFiles):
+    if world_size() > 1 and data.images is None:
         every: list[dict[int, str]] = [{}] * world_size()
         dist.all_gather_object(every, data.unreadable)
         for reasons in every:
@@ -1342,14 +1251,11 @@ def unreadable_error(data: Images) -> InputError | None:
 
 
 def only_readable(data: Images, workers: int) -> Images:
-    """The images that can be read; decodes all streamed ones to find out.
-
-    Raises what unreadable_error() returns.
-    """
-    if isinstance(data, ImageSet):
+    """The images that can be read; decodes all streamed ones to find out. Raises as embed()."""
+    if data.images is not None:
         return data
     pixels = embed(flat_pixels, data, 1, torch.device("cpu"), workers=workers, title="reading")
-    return subset(data, rows_read(pixels).nonzero().flatten())
+    return subset(data, (~pixels.isnan().any(1)).nonzero().flatten())
 
 
 def image_names(data: Images) -> list[str]:
@@ -1383,54 +1289,48 @@ def load_splits(
     dataset: str, splits: Sequence[str], data_dir: str | Path = "data", max_bad: float = 0.0,
     grey_range: Range = (),
 ) -> list[Images]:  # fmt: skip
-    """Splits of a data set, each an ImageSet, or for folders of large or mixed sizes an ImageFiles.
+    """Splits of a data set. Images of a folder are on disk if they are large or their sizes vary.
 
     dataset: one of DATASETS. splits: of "pretrain" (what is trained on without labels: the training
     images, on STL-10 with the unlabelled ones), "train" (the labelled training images; the same
     object where they have the same images) and "test" (empty for a folder without test images).
     data_dir: where downloads go and are looked for; for "folder" the user's own folder. max_bad:
     share in [0, 1] of a folder's images that may be unreadable; of the test images all may be,
-    unless it is 0.
-
-    Raises InputError for files that are missing and cannot be downloaded, an empty or missing
-    folder, or unreadable images.
+    unless it is 0. Raises InputError for missing, empty or unreadable data.
     """
     if dataset == "folder":
         with errors_as_input_error(f"cannot read {data_dir}"):
             return _load_folder(Path(data_dir), splits, max_bad, grey_range)
     if grey_range:
         raise InputError(f"--range is for folders of pictures, not for {dataset}")
-    same = dataset != "stl10"  # elsewhere all images to pre-train on have labels
-    names = ["train" if same and split == "pretrain" else split for split in splits]
     download = partial(_load_torchvision, dataset, Path(data_dir))
     read = functools.cache(_load_digits if dataset == "digits" else download)
-    return [read(name) for name in names]
+    same = dataset != "stl10"  # elsewhere all images to pre-train on have labels
+    return [read("train" if same and split == "pretrain" else split) for split in splits]
 
 
-def class_balanced_order(labels: np.ndarray, seed: int = 0) -> list[np.ndarray]:
-    """For each class, in order of its number, the shuffled indices of its images."""
-    random = np.random.default_rng(seed)
-    return [random.permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
+def class_balanced_order(labels: Tensor, seed: int = 0) -> list[Tensor]:
+    """For each class, in order of its number, the shuffled rows of its images, on the CPU."""
+    random, values = np.random.default_rng(seed), labels.cpu().numpy()
+    orders = [random.permutation(np.flatnonzero(values == c)) for c in np.unique(values)]
+    return [torch.from_numpy(order) for order in orders]
 
 
-def stratified_split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A fixed split, the same share of every class: sorted indices for (training, testing)."""
-    orders = class_balanced_order(labels)
-    test = np.concatenate([rows[: round(HELD_OUT * len(rows))] for rows in orders])
-    return np.setdiff1d(np.arange(len(labels)), test), np.sort(test)
+def stratified_split(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """A fixed split, the same share of every class: sorted rows for (training, testing)."""
+    parts = [x.tensor_split([round(HELD_OUT * len(x))]) for x in class_balanced_order(labels)]
+    test, train = (torch.cat(rows).sort().values for rows in zip(*parts, strict=True))
+    return train, test
 
 
 @dataclass
 class Data:
-    """What a run learns from and is evaluated on. Labels are never used in pre-training.
-
-    held_out: unlabelled images that a run does not learn from, and that show how it learns.
-    """
+    """What a run learns from and is evaluated on. Labels are never used in pre-training."""
 
     pretrain: Images
     train: Images
     test: Images
-    held_out: Images | None = None
+    held_out: Images | None = None  # unlabelled, not learned from: they show how a run learns
 
     @functools.cached_property
     def files(self) -> str:
@@ -1466,10 +1366,8 @@ class Data:
 
 def describe_data(data: Data) -> str:
     """How many images and classes there are and where, or why there are no labels."""
-    place, train_place, test_place = (
-        f" in {from_here(part.root)}" if part.root else ""
-        for part in (data.pretrain, data.train, data.test)
-    )
+    parts = data.pretrain, data.train, data.test
+    place, train_place, test_place = (f" in {from_here(x.root)}" if x.root else "" for x in parts)
     text = f"{len(data.pretrain):,} images to learn from{place}"
     if data.held_out is not None:
         text += f" ({len(data.held_out):,} more are held out, see --hold-out)"
@@ -1489,7 +1387,7 @@ def describe_data(data: Data) -> str:
     return text + f"; no test images of {listed(missing)}" * bool(missing)
 
 
-def _load_digits(split: str) -> ImageSet:
+def _load_digits(split: str) -> Images:
     """scikit-learn's 1,797 real scans of handwritten digits, 8 x 8 in 17 greys, to 16 px RGB."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -1501,10 +1399,10 @@ def _load_digits(split: str) -> ImageSet:
     grey = torch.from_numpy(digits.images[rows]).float()[:, None] / digits.images.max()
     grey = F.interpolate(grey, size=16, mode="bilinear")  # (N, 1, 16, 16)
     labels = torch.from_numpy(digits.target[rows]).long()
-    return ImageSet(to_uint8(grey).repeat(1, 3, 1, 1), labels, tuple("0123456789"))
+    return Images(to_uint8(grey).repeat(1, 3, 1, 1), labels, tuple("0123456789"))
 
 
-def _load_torchvision(dataset: str, root: Path, split: str) -> ImageSet:
+def _load_torchvision(dataset: str, root: Path, split: str) -> Images:
     kind, files = TORCHVISION[dataset]
     options: dict[str, Any] = {"train": split == "train"}
     if dataset in ("svhn", "stl10"):
@@ -1512,14 +1410,10 @@ def _load_torchvision(dataset: str, root: Path, split: str) -> ImageSet:
     with contextlib.suppress(OSError):  # it may exist, and be for reading only
         root.mkdir(parents=True, exist_ok=True)
     one_process = FileLock(root / ".lock") if os.access(root, os.W_OK) else contextlib.nullcontext()
-    try:
+    what = f"{dataset} could not be read from or downloaded to {root.absolute()}"
+    with errors_as_input_error(f"{what}; without a network, put {files} there"):
         with one_process:  # at a time downloads to the folder
             source = kind(root, download=True, **options)
-    except Exception as error:  # damaged files can raise any type
-        raise InputError(
-            f"{dataset} could not be read from or downloaded to {root.absolute()} "
-            f"({shown(error)}). Without a network, put {files} there"
-        ) from error
     images = torch.as_tensor(source.data)
     if dataset in ("cifar10", "cifar100"):
         images = images.permute(0, 3, 1, 2)  # (N, H, W, 3) -> (N, 3, H, W)
@@ -1528,7 +1422,7 @@ def _load_torchvision(dataset: str, root: Path, split: str) -> ImageSet:
     labels = torch.as_tensor(getattr(source, "targets", getattr(source, "labels", None))).long()
     classes = tuple(getattr(source, "classes", None) or "0123456789")
     unlabelled = (labels < 0).any()  # marked by -1 in STL-10
-    return ImageSet(images.contiguous(), None if unlabelled else labels, classes)
+    return Images(images.contiguous(), None if unlabelled else labels, classes)
 
 
 # ---------------------------------------------------------------------- data sets: one's own images
@@ -1567,9 +1461,8 @@ def list_images(root: Path) -> list[str]:
     decoded = ({*Image.OPEN} | {"MPO"}) - {*NOT_DECODED}
     names, others, seen = [], [], set()
     for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
-        status = os.stat(folder)
-        known = (status.st_dev, status.st_ino) in seen  # in a loop of links
-        seen.add((status.st_dev, status.st_ino))
+        known = (real := os.path.realpath(folder)) in seen  # in a loop of links
+        seen.add(real)
         subfolders[:] = [name for name in subfolders if not known and not name.startswith(".")]
         below = os.path.relpath(folder, root)
         for name in files:
@@ -1605,7 +1498,7 @@ def why_unlabelled(paths: Sequence[str], classes: Sequence[str] = ()) -> str:
 
 def folder_labels(
     root: Path, paths: Sequence[str], classes: Sequence[str] = ()
-) -> tuple[np.ndarray | None, tuple[str, ...]]:
+) -> tuple[Tensor | None, tuple[str, ...]]:
     """Labels from the layout `<class>/…/<file>`, or None where the files are not laid out so.
 
     paths and classes: as in why_unlabelled(). Returns (int64 (N,) or None, the classes, in whose
@@ -1621,7 +1514,7 @@ def folder_labels(
             f"(there: {[*classes[:MOST_LISTED]]!a})"
         )
     number = {name: i for i, name in enumerate(classes)}
-    return np.array([number[name] for name in names]), classes
+    return torch.tensor([number[name] for name in names]), classes
 
 
 def split_folders(root: Path) -> tuple[Path, list[Path], list[Path]]:
@@ -1663,51 +1556,44 @@ def _choose_test(folders: Sequence[Path], classes: Sequence[str]) -> tuple | Non
     return chosen
 
 
-def _load_folder(
-    root: Path, splits: Sequence[str], max_bad: float, grey_range: Range
-) -> list[Images]:
+def _load_folder(root: Path, splits: Sequence[str], max_bad: float, given: Range) -> list[Images]:
     """`root/train/…` with `root/test/…`, `root/<class>/…`, or any tree of images.
 
     Images in unlabelled/, beside train/ or beside classes, are learned from without labels.
     """
     folder, tests, beside = split_folders(root)
     every, split_name = list_images(folder), "" if folder == root else folder.name
-    inside = {p for p in every if os.sep in p and _class_of(p).lower() in UNLABELLED_FOLDERS}
-    unlabelled = [os.path.join(split_name, path) for path in every if path in inside]
-    unlabelled += [os.path.join(part.name, path) for part in beside for path in list_images(part)]
-    paths = [path for path in every if path not in inside]
-    if not paths:  # all are in unlabelled/, which then is a folder like any other
-        paths, unlabelled = every, unlabelled[len(every) :]
-    if not paths:
+    if not every:
         raise InputError(f"no images in {folder}")
+    # if all are in unlabelled/, it is a folder like any other
+    paths = [p for p in every if _class_of(p).lower() not in UNLABELLED_FOLDERS] or every
+    unlabelled = [os.path.join(split_name, path) for path in sorted({*every} - {*paths})]
+    unlabelled += [os.path.join(part.name, path) for part in beside for path in list_images(part)]
     labels, classes = folder_labels(folder, paths)
     train, test = (folder, paths, labels), (folder, [], None)
     if folder == root and labels is not None:  # no splits: hold some images of each class out
-        rows_of = stratified_split(labels)
-        train, test = ((folder, [paths[i] for i in rows], labels[rows]) for rows in rows_of)
+        halves = stratified_split(labels)
+        train, test = ((folder, [paths[i] for i in x.tolist()], labels[x]) for x in halves)
     parts: dict[str, tuple] = {"train": train, "test": _choose_test(tests, classes) or test}
     if unlabelled:
         labelled = [os.path.join(split_name, path) for path in train[1]]
         parts["pretrain"] = (root, labelled + unlabelled, None)
     if folder != root:
         _name_unused(root, {folder, *beside, parts["test"][0]})
-    grey_range = choose_range(*parts.get("pretrain", (folder, paths))[:2], grey_range)
-    wanted = [split if split in parts else "train" for split in splits]
+    grey_range = choose_range(*parts.get("pretrain", (folder, paths))[:2], given)
     limits = {"test": float(max_bad > 0)}  # share that may be unreadable
-    loaded = {
-        split: _read_folder(*parts[split], classes, limits.get(split, max_bad), grey_range)
-        for split in dict.fromkeys(wanted)
-    }
-    return [loaded[split] for split in wanted]
+    read = functools.cache(
+        lambda part: _read_folder(*parts[part], classes, limits.get(part, max_bad), grey_range)
+    )
+    return [read(split if split in parts else "train") for split in splits]
 
 
 def _name_unused(root: Path, used: set[Path]) -> None:
     """Prints a line that counts and names what lies beside the folders of the splits."""
     others = [p for p in sorted(root.iterdir()) if p not in used and not p.name.startswith(".")]
-    folders = [path for path in others if path.is_dir()]
-    counts = {f"{p.name}/": sum(len(files) for *_, files in os.walk(p)) for p in folders}
-    names = [f"{shown(name)} ({count:,})" for name, count in counts.items() if count]
-    files = [path.name for path in others if not path.is_dir()]
+    counts = {p.name: sum(len(files) for *_, files in os.walk(p)) for p in others}  # 0: a file
+    names = [f"{shown(name)}/ ({count:,})" for name, count in counts.items() if count]
+    files = [p.name for p in others if not p.is_dir()]
     names += [f"beside the folders {len(files):,} ({listed(files)})"] * bool(files)
     if names:
         hint = f"Images without labels belong in {UNLABELLED_FOLDERS[0]}/"
@@ -1719,25 +1605,28 @@ def load_unlabelled(where: Path, max_bad: float = 0.0, grey_range: Range = ()) -
     root, paths = (where, list_images(where)) if where.is_dir() else (where.parent, [where.name])
     if not paths:
         raise InputError(f"no images in {root}")
-    grey_range = choose_range(root, paths, grey_range)
-    return _read_folder(root, paths, None, (), max_bad, grey_range)
+    return _read_folder(root, paths, None, (), max_bad, choose_range(root, paths, grey_range))
 
 
 def _read_folder(
-    root: Path, paths: list[str], labels: np.ndarray | None, classes: Sequence[str],
-    max_bad: float, grey_range: Range,
+    root: Path, paths: list[str], labels: Tensor | None, classes: Sequence[str], max_bad: float,
+    grey_range: Range,
 ) -> Images:  # fmt: skip
     """In memory if all images are small and of one size, otherwise to be streamed.
 
     Of those in memory the unreadable ones are left out. Raises what unreadable_error() returns.
     """
     if not paths:
-        return ImageSet(torch.empty(0, 3, 1, 1, dtype=torch.uint8), None, classes)
-    targets = None if labels is None else torch.from_numpy(labels)
+        return Images(torch.empty(0, 3, 1, 1, dtype=torch.uint8), None, classes)
     names = np.array([os.fsencode(path) for path in paths])
-    files = ImageFiles(root, names, targets, classes, max_bad, grey_range=grey_range)
-    if not _fits_in_memory(root, paths):
-        return files
+    files = Images(None, labels, classes, names, root, grey_range, max_bad)
+    common = None
+    for path in paths:  # by their headers
+        if size := image_size(root / path):  # a bad file is reported when it is decoded
+            common = common or size
+            large = max(size) > MEMORY_SIDE or 3 * math.prod(size) * len(paths) > MEMORY_BYTES
+            if large or size != common:
+                return files
 
     def read(index: int) -> Tensor | str:
         try:
@@ -1752,21 +1641,8 @@ def _read_folder(
     files.record_unreadable({i: x for i, x in enumerate(images) if isinstance(x, str)})
     if error := unreadable_error(files):
         raise error
-    files = subset(files, torch.tensor(good))
-    stack = torch.stack([images[i] for i in good])
-    return ImageSet(stack, files.labels, classes, files.paths, root, grey_range)
-
-
-def _fits_in_memory(root: Path, paths: list[str]) -> bool:
-    """Whether all images have one small size, by their headers up to the first that differs."""
-    common = None
-    for path in paths:
-        if size := image_size(root / path):  # a bad file is reported when it is decoded
-            common = common or size
-            large = max(size) > MEMORY_SIDE or 3 * math.prod(size) * len(paths) > MEMORY_BYTES
-            if large or size != common:
-                return False
-    return True
+    kept = subset(files, torch.tensor(good))
+    return dataclasses.replace(kept, images=torch.stack([images[i] for i in good]))
 
 
 def choose_range(root: Path, paths: Sequence[str], given: Range = ()) -> Range:
@@ -1778,10 +1654,9 @@ def choose_range(root: Path, paths: Sequence[str], given: Range = ()) -> Range:
     """
     modes, values = set(), []
     for path in paths[:: math.ceil(len(paths) / SAMPLE)]:
-        with contextlib.suppress(UnreadableImage), Photo(root / path) as photo:
+        with contextlib.suppress(Exception), Photo(root / path) as photo:  # is reported later
             if photo.image.mode[0] in RANGES:
-                with _errors_naming_file(path):
-                    grey = np.asarray(photo.image, dtype=np.float32)
+                grey = np.asarray(photo.image, dtype=np.float32)
                 grey = grey[np.isfinite(grey)]
                 modes.add(photo.image.mode)
                 values += [grey.min(), grey.max()] if grey.size else []
@@ -1801,7 +1676,7 @@ def choose_range(root: Path, paths: Sequence[str], given: Range = ()) -> Range:
     if narrow or chosen != (black, white):
         use = "under a tenth of" if narrow else "more than"
         whose = "this range" if given else f"the range of their type, {black:g} to {white:g}"
-        text = f"warning: {text}, as they use {use} {whose}"
+        text = f"warning: {text}; they use {use} {whose}"
     log_warning(f"{text}; --range LOW HIGH sets another range")
     return chosen
 
@@ -1817,13 +1692,10 @@ def all_grey(data: Images) -> bool:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8. What cannot be read, or is no orientation, counts as 1: upright.
-
-    ImageOps.exif_transpose() raises where another tag is badly written.
-    """
+    """EXIF orientation, 1 to 8. What cannot be read, or is no orientation, counts as 1: upright."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # badly written EXIF makes PIL raise nearly any type
+    except Exception:  # badly written EXIF: nearly any type, from ImageOps.exif_transpose() as well
         return 1
     return value if isinstance(value, int) and value in _UPRIGHT else 1
 
@@ -1923,13 +1795,12 @@ def image_size(path: Path) -> tuple[int, int] | None:
 REQUEST_IMAGES = 64  # files a worker decodes at a time: all workers share a large batch
 REQUEST_BYTES = 2**24  # of their views
 SLOTS = 2  # requests under way for each worker
-PATIENCE_S = 10.0  # seconds that a stopped run waits for images, as of a lost disk
+PATIENCE_S = 10.0  # seconds that a stopped run waits for a process that hangs, as on a lost disk
 # (sizes int64 (N, 2) height and width, u float32 (N, V, draws)) -> int (N, V, 4), all numpy arrays
 Boxes = Callable[[np.ndarray, np.ndarray], np.ndarray]
-# views uint8 (N, V, size, size, 3); position -> reason of files that cannot be read
-Answer = tuple[Tensor, dict[int, str]]
-_slots: list[Tensor] = []  # in a worker: those of its DecodingPool
-_idle_pools: dict[int, DecodingPool] = {}  # number of workers -> those that wait for requests
+_slots = [torch.empty(REQUEST_BYTES, dtype=torch.uint8)]  # in a worker: those of start_pool()
+# number of workers -> what start_pool() returned, waiting for requests
+_idle_pools: dict[int, tuple[ProcessPoolExecutor, Tensor]] = {}
 
 
 @dataclass
@@ -1948,10 +1819,9 @@ class DecodeRequest:
         shape = (*self.u.shape[:2], self.size, self.size, 3)
         return memory[: math.prod(shape)].view(shape)
 
-    def __call__(self, memory: Tensor | None = None) -> Answer:
-        """Decodes into `memory`, uint8 (REQUEST_BYTES,). Views of bad files are undefined."""
-        memory = torch.empty(REQUEST_BYTES, dtype=torch.uint8) if memory is None else memory
-        views, photos, bad = self.views_in(memory), {}, {}
+    def __call__(self, slot: int = 0) -> dict[int, str]:
+        """Decodes into a slot of this process. Returns position -> reason of unreadable files."""
+        views, photos, bad = self.views_in(_slots[slot]), {}, {}
         for i, name in enumerate(self.paths.tolist()):
             try:
                 photos[i] = Photo(self.root / os.fsdecode(name), self.grey_range)
@@ -1967,14 +1837,10 @@ class DecodeRequest:
                     photo.center(views[i]) if boxes is None else photo.crops(views[i], boxes[k])
             except UnreadableImage as error:
                 bad[i] = str(error)
-        return views, bad
-
-    def fill(self, slot: int) -> dict[int, str]:
-        """Decodes into a slot of this worker. Returns the reasons of what cannot be read."""
-        return self(_slots[slot])[1]
+        return bad
 
 
-def start_worker(slots: Iterable[Tensor] = ()) -> None:
+def start_worker(slots: Iterable[Tensor] = _slots) -> None:
     """The initializer of a worker process: one thread, and it ends with the main process."""
     _slots[:] = slots
     for number in STOP_SIGNALS:  # the main process ends its workers
@@ -1984,78 +1850,71 @@ def start_worker(slots: Iterable[Tensor] = ()) -> None:
     threading.Thread(target=lambda: (main_process.join(), os._exit(1)), daemon=True).start()
 
 
-class DecodingPool(ProcessPoolExecutor):
-    """Worker processes that answer DecodeRequests, with slots of shared memory for the views.
+def start_pool(workers: int) -> tuple[ProcessPoolExecutor, Tensor]:
+    """Worker processes, and slots of memory that they share: uint8 (slots, REQUEST_BYTES).
 
     On Linux they are forked, and the memory has no name and needs no room in /dev/shm.
     """
-
-    def __init__(self, workers: int) -> None:
-        start = multiprocessing.get_start_method(allow_none=True)
-        start = start or ("fork" if sys.platform == "linux" else "spawn")
-        size = SLOTS * workers * REQUEST_BYTES
-        if start == "fork":
-            slots = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
-        else:
-            slots = torch.empty(size, dtype=torch.uint8).share_memory_()
-        self.slots = slots.view(-1, REQUEST_BYTES)
-        super().__init__(workers, multiprocessing.get_context(start), start_worker, (self.slots,))
-        self.submit(int).result()  # now they have started
-
-    def answers(self, requests: Iterable[DecodeRequest]) -> Iterator[Answer]:
-        """What each request returns, in order. Views are overwritten when the next are asked for.
-
-        Raises InputError if a worker has died, or does not answer when the run is to stop.
-        """
-        under_way: dict[int, tuple[Tensor, Future]] = {}  # by slot
-        last = [None] * len(self.slots)  # no requests: to wait for those that are under way
-        try:
-            for i, request in enumerate(itertools.chain(requests, last)):
-                slot = i % len(self.slots)
-                if slot in under_way:
-                    yield self._finished(*under_way[slot])
-                    del under_way[slot]
-                if request:
-                    views = request.views_in(self.slots[slot])
-                    under_way[slot] = views, self.submit(request.fill, slot)
-        except BrokenProcessPool as error:
-            raise InputError(
-                "a process that decodes images died: if memory was short, try fewer --workers"
-            ) from error
-        finally:
-            if under_way:  # left early: Python would wait for them when it exits
-                for process in [*self._processes.values()]:  # kill_workers() from Python 3.14 on
-                    process.kill()
-
-    def _finished(self, views: Tensor, bad: Future) -> Answer:
-        while not wait([bad], PATIENCE_S).done:
-            if StopSignals.signal:
-                raise InputError("stopped while a process that decodes images did not answer")
-        return views, bad.result()
+    start = multiprocessing.get_start_method(allow_none=True)
+    start = start or ("fork" if sys.platform == "linux" else "spawn")
+    size = SLOTS * workers * REQUEST_BYTES
+    if start == "fork":
+        slots = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+    else:
+        slots = torch.empty(size, dtype=torch.uint8).share_memory_()
+    slots, context = slots.view(-1, REQUEST_BYTES), multiprocessing.get_context(start)
+    pool = ProcessPoolExecutor(workers, context, start_worker, (slots,))
+    pool.submit(int).result()  # now they have started
+    return pool, slots
 
 
-def _decode(requests: Iterator[DecodeRequest], workers: int) -> Iterator[Answer]:
-    """What the requests return, in order, computed by worker processes, or by this one if 0.
+def _decode(
+    requests: Iterator[DecodeRequest], workers: int
+) -> Iterator[tuple[Tensor, dict[int, str]]]:
+    """The views of each request and what it returns, in order, by workers; by this process if 0.
 
     workers: at most one a core; -1: one a core. They wait for the next call, but end if requests
-    are left under way. Views are overwritten when the next are asked for.
+    are left under way. Views are overwritten when the next are asked for. Raises InputError if a
+    worker has died, or does not answer when the run is to stop.
     """
     cores = max(1, cpu_cores() // rank_info().local_size)  # ranks on one machine share its cores
     workers = cores if workers < 0 else min(workers, cores)
     if not workers:
-        yield from (request() for request in requests)
+        yield from ((request.views_in(_slots[0]), request()) for request in requests)
         return
     with errors_as_input_error(
         f"cannot start {workers} processes that decode images; --workers 0 needs none, and in a "
         "container a larger --shm-size may help"
     ):
-        pool = _idle_pools.pop(workers, None) or DecodingPool(workers)
-    yield from pool.answers(requests)
-    _idle_pools[workers] = pool
+        pool, slots = _idle_pools.pop(workers, None) or start_pool(workers)
+    under_way: dict[int, tuple[Tensor, Future]] = {}  # by slot
+    last = [None] * len(slots)  # no requests: to wait for those that are under way
+    try:
+        for i, request in enumerate(itertools.chain(requests, last)):
+            slot = i % len(slots)
+            if slot in under_way:
+                views, bad = under_way[slot]
+                while not wait([bad], PATIENCE_S).done:
+                    if _noted_signals:
+                        raise InputError("stopped while a process decoding images did not answer")
+                yield views, bad.result()
+                del under_way[slot]
+            if request:
+                views = request.views_in(slots[slot])
+                under_way[slot] = views, pool.submit(request, slot)
+    except BrokenProcessPool as error:
+        raise InputError(
+            "a process that decodes images died: if memory was short, try fewer --workers"
+        ) from error
+    finally:
+        if under_way:  # left early: Python would wait for them when it exits
+            for process in [*pool._processes.values()]:  # kill_workers() from Python 3.14 on
+                process.kill()
+    _idle_pools[workers] = pool, slots
 
 
 def _split(
-    files: ImageFiles, rows: Tensor, u: Tensor, size: int, boxes: Boxes | None
+    files: Images, rows: Tensor, u: Tensor, size: int, boxes: Boxes | None
 ) -> Iterator[DecodeRequest]:
     """The requests for a batch, see decoded_batches()."""
     image_bytes = 3 * size**2 * u.shape[1]
@@ -2069,7 +1928,7 @@ def _split(
 
 
 def decoded_batches(
-    files: ImageFiles, requests: Iterable[tuple[Tensor, Tensor]], size: int, boxes: Boxes | None,
+    files: Images, requests: Iterable[tuple[Tensor, Tensor]], size: int, boxes: Boxes | None,
     workers: int, device: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """Decodes and crops files in worker processes, in order.
@@ -2103,14 +1962,14 @@ def decoded_batches(
         next(answers, None)  # at its end the generator keeps the workers for the next call
 
 
-def _next_readable(files: ImageFiles, row: int, u: Tensor, size: int, boxes: Boxes) -> Tensor:
+def _next_readable(files: Images, row: int, u: Tensor, size: int, boxes: Boxes) -> Tensor:
     """Views (V, size, size, 3) of the first readable file after `row`. u: (1, V, draws)."""
     for other in itertools.chain(range(row + 1, len(files)), range(row)):
         if other not in files.unreadable:
             (request,) = _split(files, torch.tensor([other]), u, size, boxes)
-            views, bad = request()
+            bad = request()
             if not bad:
-                return views[0]
+                return request.views_in(_slots[0])[0]
             files.record_unreadable({other: bad[0]})
     raise InputError(f"none of the images can be read: {files.unreadable[row]}")
 
@@ -2128,7 +1987,7 @@ def embed(
     encoder: float (B, 3, size, size) in [0, 1] -> (B, D). A module is in eval mode meanwhile:
     BatchNorm uses its running statistics and does not move. batch_size: for images of 224 px;
     larger images get smaller batches. title: of a progress bar, if any. Each rank embeds a shard,
-    and all ranks get all features. An image that cannot be read has a row of NaN, see rows_read().
+    and all ranks get all features. An image that cannot be read has a row of NaN.
 
     Raises InputError, in all ranks, as unreadable_error(), and if any other row is not finite.
     """
@@ -2154,11 +2013,6 @@ def embed(
     return features
 
 
-def rows_read(features: Tensor) -> Tensor:
-    """Which rows of embed()'s features are those of images that can be read: bool (N,)."""
-    return ~features.isnan().any(1)
-
-
 def flat_pixels(images: Tensor, side: int = 32) -> Tensor:
     """Raw pixels as features: (B, 3, S, S) -> (B, 3·min(S, side)²), averaged down if larger."""
     if images.shape[-1] > side:
@@ -2176,17 +2030,13 @@ SEARCH_TOLERANCE = 1e-3  # of fit(), to choose among them: 0.1 % of accuracy dec
 
 
 @torch.no_grad()
-def nearest_neighbours(
-    train_features: Tensor, test_features: Tensor, k: int
-) -> tuple[Tensor, Tensor]:
+def nearest_neighbours(x: Tensor, x_test: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k training rows of largest cosine similarity to each test row, the nearest first.
 
-    train_features (N, D), test_features (M, D), any float dtype. k is cut to N. Returns similarity
-    float32 (M, k) in [-1, 1] and rows int64 (M, k). Needs memory for normalised copies of the
-    features and for a block of similarities.
+    x (N, D), x_test (M, D): features, of any float dtype. k is cut to N. Returns similarity float32
+    (M, k) in [-1, 1] and rows int64 (M, k).
     """
-    bank = F.normalize(train_features.float(), dim=1)
-    queries = F.normalize(test_features.float(), dim=1)
+    bank, queries = (F.normalize(features.float(), dim=1) for features in (x, x_test))
     rows = max(1, _KNN_BYTES // (4 * len(bank)))
     blocks = [(q @ bank.T).topk(min(k, len(bank)), dim=1) for q in queries.split(rows)]
     return torch.cat([b.values for b in blocks]), torch.cat([b.indices for b in blocks])
@@ -2282,28 +2132,25 @@ def principal_axes(centred: Tensor) -> tuple[Tensor, Tensor]:
     return variances.clamp(min=0).to(centred.device), axes.to(centred.device)
 
 
-def fit_linear_classifier(
-    features: Tensor, labels: Tensor, num_classes: int, title: str = ""
-) -> nn.Linear:
+def fit_linear_classifier(features: Tensor, y: Tensor, classes: int, title: str = "") -> nn.Linear:
     """The linear evaluation: logistic regression on frozen features, its penalty chosen fairly.
 
-    features: float (N, D), standardised here. labels: int64 (N,). A class-balanced fifth of the
+    features: float (N, D), standardised here. y: labels int64 (N,). A class-balanced fifth of the
     rows is held out to choose the most accurate of L2_STRENGTHS, of equal ones the strongest. All
     rows are then fitted with it: `l2` of the returned layer. title: of a progress bar, if any.
     """
     mean, std = standardization(features)
     x = (features - mean) / std
-    parts = stratified_split(labels.cpu().numpy())
-    fit_rows, held_out = (torch.from_numpy(rows).to(x.device) for rows in parts)
+    fit_rows, held_out = (rows.to(x.device) for rows in stratified_split(y))
     scores = {}
     if len(held_out):
-        search = LogisticRegression(x[fit_rows], labels[fit_rows], num_classes)
+        search = LogisticRegression(x[fit_rows], y[fit_rows], classes)
         for l2 in progress_bar(L2_STRENGTHS, title, len(L2_STRENGTHS)):
             weight, bias = search.fit(l2, SEARCH_TOLERANCE)
-            scores[l2] = accuracy((x[held_out] @ weight + bias).argmax(1), labels[held_out])
+            scores[l2] = accuracy((x[held_out] @ weight + bias).argmax(1), y[held_out])
     # scikit-learn's C = 1 where no class has enough images to hold one out
     chosen = max(scores, key=scores.__getitem__, default=1 / len(x))
-    weight, bias = LogisticRegression(x, labels, num_classes).fit(chosen)
+    weight, bias = LogisticRegression(x, y, classes).fit(chosen)
     weight = weight / std[:, None]
     layer = zero_classifier(*weight.shape).to(x).requires_grad_(False)
     layer.weight.copy_(weight.mT)
@@ -2354,22 +2201,18 @@ def file_digest(path: Path) -> str:
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def module_digest(module: nn.Module) -> str:
-    """SHA-256 of all parameters and buffers, byte for byte, with names, types and shapes."""
-    digest = hashlib.sha256()
-    for name, value in itertools.chain(module.named_parameters(), module.named_buffers()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 @contextlib.contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Context manager: eval mode, and RuntimeError at the end if a parameter or buffer changed."""
-    before = module_digest(module)
+    """Context manager: eval mode, and RuntimeError at the end if a byte of the module changed."""
+
+    def content() -> list[Tensor]:
+        tensors = (x.detach().cpu().flatten() for x in (*module.parameters(), *module.buffers()))
+        return [x.clone().view(torch.uint8) for x in tensors]
+
+    before = content()
     with evaluating(module):
         yield
-    if module_digest(module) != before:
+    if not all(map(torch.equal, content(), before)):
         raise RuntimeError("the evaluation changed the encoder that it evaluates")
 
 
@@ -2388,7 +2231,6 @@ class LabelTraining:
     epochs: int = 60
     batch_size: int = 1024
     lr: float = 0.05  # of a batch of 256
-    momentum: float = 0.9  # Nesterov's
     weight_decay: float = 0.0
     min_steps: int = 200
 
@@ -2405,16 +2247,15 @@ def train_on_labels(
     network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], steps: int, peak: float,
     training: LabelTraining, precision: str, title: str = "",
 ) -> None:  # fmt: skip
-    """Train all of `network` by SGD with Nesterov momentum on the cross-entropy, cosine decay.
+    """Train all of `network` by SGD with Nesterov momentum 0.9 on the cross-entropy, cosine decay.
 
     network: (B, …) -> logits (B, K); its mode is not changed. batches: `steps` pairs of inputs and
     labels int64 (B,). peak: the first learning rate. title: of a progress bar, if any.
     """
     device = next(network.parameters()).device
     optimizer = torch.optim.SGD(
-        network.parameters(), peak, training.momentum, weight_decay=training.weight_decay,
-        nesterov=True,
-    )  # fmt: skip
+        network.parameters(), peak, 0.9, weight_decay=training.weight_decay, nesterov=True
+    )
     for step, (inputs, labels) in enumerate(progress_bar(batches, title, steps)):
         for group in optimizer.param_groups:
             group["lr"] = peak * (1 + math.cos(math.pi * step / steps)) / 2
@@ -2494,13 +2335,10 @@ def save_figure(figure: Any, path: Path, dpi: int = 150) -> None:
 
 
 class Clock:
-    """Wall time by what it was spent on. Each moment counts for one part: the parts add up.
-
-    parts: seconds of each part, to which those of earlier processes may be added.
-    """
+    """Wall time by what it was spent on. Each moment counts for one part: the parts add up."""
 
     def __init__(self) -> None:
-        self.parts: dict[str, float] = {}
+        self.parts: dict[str, float] = {}  # seconds; those of earlier processes may be added
         self._last = time.perf_counter()
 
     def lap(self, part: str) -> float:

@@ -8,8 +8,8 @@ Prints a table and writes it as JSON. Every figure is the median of repeats, wit
 between the quartiles as its spread; what is compared is measured in turn, so that the ratio holds
 while the machine's speed drifts. The images are noise: no time here depends on what they show.
 
-Reading order: measuring · limits · parts of a step, decoding among them · the whole step · the
-reference loops · the loss alone · several processes · many files · the table.
+Reading order: measuring · limits · parts of a step · decoding · the whole step · the reference
+loops · the loss alone · several processes · many files · the table.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import json
 import math
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -47,7 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import simclr
 import utils
-from utils import ImageSet, InputError, setting
+from utils import Images, InputError, setting
 
 
 @dataclass
@@ -61,8 +60,7 @@ class Options:
     batch_size: int = setting(256, "N, images per step")
     compile: str = setting("off", "torch.compile the network", ("on", "off"))
     micro_batch: int = setting(0, "images whose activations are held at a time; 0: all of a batch")
-    processes: int = setting(2, "the most processes to compare with one, on CUDA a GPU each")
-    photos: str = setting("", "folder of images to decode (default: some that are made)")
+    photos: str = setting("", "folder of images to decode, too")
     quick: bool = setting(False, "fewer repeats, smaller sizes of what grows")
     seconds: float = setting(0.0, "time for each figure; 0: 2, or 0.5 with --quick")
     json: str = setting("checkpoints/benchmark.json", "file for the results")
@@ -119,6 +117,13 @@ class Stopwatch:
             seconds.append(self.once(function))
         return Timing(seconds)
 
+    def in_turn(self, turns: int, *functions: Callable[[], Any]) -> list[Timing]:
+        """Times functions one after the other, so that their ratio holds if the speed drifts."""
+        seconds: list[list[float]] = [[] for _ in functions]
+        for i in range(turns * len(functions)):
+            seconds[i % len(functions)] += self.time(functions[i % len(functions)]).seconds
+        return [Timing(times) for times in seconds]
+
 
 @dataclass
 class Row:
@@ -143,17 +148,17 @@ class Setup:
 
     def __init__(self, options: Options, fast: bool = True) -> None:
         self.device = (utils.choose_device if fast else torch.device)(options.device)
-        n = options.batch_size
+        self.options = dataclasses.replace(options, device=str(self.device))
+        n, side = options.batch_size, options.image_size
         config = simclr.make_config(
             dataset="cifar10", arch=options.arch, width=options.width, batch_size=n,
-            image_size=options.image_size, lr=0.01, compile=options.compile,
-            micro_batch=options.micro_batch,
+            image_size=side, lr=0.01, compile=options.compile, micro_batch=options.micro_batch,
         )  # fmt: skip
-        side = options.image_size
         random = torch.Generator().manual_seed(0)
         pixels = torch.randint(256, (n, 3, side, side), dtype=torch.uint8, generator=random)
-        self.data = ImageSet(pixels.to(self.device))
+        self.data = Images(pixels.to(self.device))
         self.watch = Stopwatch(self.device, options.seconds)
+        self.peak: dict[str, float] = {}  # GFLOP/s of a matrix product, by number format
         self.use(simclr.resolve(config, self.data, self.device))
 
     def use(self, config: simclr.Config) -> None:
@@ -162,6 +167,7 @@ class Setup:
         self.model = utils.on_device(simclr.make_model(config), self.device).train()
         self.optimizer = simclr.make_optimizer(config, self.model)
         self.augment = simclr.make_augment(config)
+        self.now = simclr.TrainState(1, torch.zeros(3, device=self.device))
 
     @property
     def views(self) -> int:
@@ -198,6 +204,7 @@ def limits(setup: Setup) -> list[Row]:
         name = str(dtype).removeprefix("torch.")
         timing = setup.watch.time(lambda a=a: a @ a)
         rows.append(rate(f"matmul {name}", 2 * size**3 / 1e9, timing, "GFLOP/s"))
+        setup.peak[name] = rows[-1].value
     source = torch.ones(COPY_BYTES.get(setup.device.type, 2**28) // 4, device=setup.device)
     target = torch.empty_like(source)
     timing = setup.watch.time(lambda: target.copy_(source))
@@ -239,13 +246,9 @@ def augmentation(setup: Setup) -> list[Row]:
     images, watch = torch.cat([setup.data.images] * 2), setup.watch
     with one_thread():
         pil = [transforms.functional.to_pil_image(x) for x in setup.data.images.cpu()[:64]]
-        by_pil, ours, theirs = pil_pipeline(setup.config), [], []
-        u = torch.rand(setup.views, setup.augment.draws, device=setup.device)
-        watch.once(lambda: setup.augment(images, u))
-        for _ in range(3):  # in turn, so that the ratio holds
-            ours += watch.time(lambda: setup.augment(images, u)).seconds
-            theirs += watch.time(lambda: [by_pil(x) for x in pil]).seconds
-        a, b = Timing(ours), Timing(theirs)
+        by_pil = pil_pipeline(setup.config)
+        u = setup.augment.draw(setup.views, torch.Generator(setup.device))
+        a, b = watch.in_turn(3, lambda: setup.augment(images, u), lambda: [*map(by_pil, pil)])
         where = "on one core" if setup.device.type == "cpu" else "on the device"
         rows = [
             rate("augmentation", setup.views, a, note=where),
@@ -253,53 +256,28 @@ def augmentation(setup: Setup) -> list[Row]:
             Row("augmentation ÷ PIL", setup.views / a.median / (len(pil) / b.median), "×"),
         ]
         floats = images.float() / 255
-        for step in setup.augment.steps:
+        for i, step in enumerate(setup.augment.steps, 1):  # in the order of make_augment()
             u = torch.rand(setup.views, step.draws, device=setup.device)
             timing = watch.time(lambda step=step, u=u: step(floats, u))
-            rows.append(rate(f"  {type(step).__name__}", setup.views, timing))
+            rows.append(rate(f"  {i}. {type(step).__name__}", setup.views, timing))
     return rows
 
 
 DECODED = 224  # px of a view of a photograph; of smaller images it is their own side
 SAMPLES = 48  # files that are decoded in turn
-MOST_FILES = 10_000  # that are looked at for their sizes
 CROP_MIN = simclr.RECIPES["folder"]["crop_min"]
 
 
-def make_photographs(folder: Path) -> None:
-    """JPEGs of smooth noise in three usual sizes; the grain costs the decoder what texture does."""
-    random = torch.Generator().manual_seed(0)
-    for height, width in ((240, 320), (375, 500), (960, 1280)):
-        for i in range(SAMPLES // 6):
-            noise = torch.rand(1, 3, 9, 12, generator=random)
-            x = F.interpolate(noise, (height, width), mode="bicubic")[0]
-            x = x + 0.03 * torch.randn(x.shape, generator=random)
-            image = transforms.functional.to_pil_image(x.clamp(0, 1))
-            image.save(folder / f"{width}_{i}.jpg", quality=90)
-
-
-def decoding(options: Options) -> list[Row]:
-    """Two crops of each image file, from one decoding, by us and by torchvision's ImageFolder."""
-    with tempfile.TemporaryDirectory() as made, one_thread():
-        folder = Path(options.photos or made)
-        if not options.photos:
-            make_photographs(folder)
-        sides: dict[str, list[str]] = {}
-        for name in utils.list_images(folder)[:MOST_FILES]:
-            longest = max(utils.image_size(folder / name))
-            kind = "up to 64 px" if longest <= 64 else "to 400 px" if longest <= 400 else "larger"
-            sides.setdefault(kind, []).append(name)
-        rows = []
-        for kind, names in sides.items():
-            step = max(1, len(names) // SAMPLES)
-            rows += decoding_of(folder, names[::step][:SAMPLES], kind, options.seconds)
-        return rows
-
-
-def decoding_of(folder: Path, names: list[str], kind: str, seconds: float) -> list[Row]:
-    """In turn, so that the ratio holds. Images a second, on one core."""
-    watch = Stopwatch(torch.device("cpu"), seconds)
-    size = 32 if kind == "up to 64 px" else DECODED
+def decoding(setup: Setup) -> list[Row]:
+    """Two crops of each of the --photos from one decoding, by us and torchvision, on one core."""
+    folder = Path(setup.options.photos)
+    if not setup.options.photos:
+        return []
+    names = utils.list_images(folder)
+    names = names[:: max(1, len(names) // SAMPLES)][:SAMPLES]
+    if not names:
+        raise InputError(f"no images in {folder}")
+    size = min(DECODED, *(max(utils.image_size(folder / name)) for name in names))
     theirs = transforms.RandomResizedCrop(size, (CROP_MIN, 1.0))
     crop = simclr.RandomResizedCrop(size, (CROP_MIN, 1.0))
     paths = np.array([os.fsencode(name) for name in names])
@@ -313,19 +291,18 @@ def decoding_of(folder: Path, names: list[str], kind: str, seconds: float) -> li
 
     def ours() -> None:
         u = torch.rand(len(names), 2, crop.draws).numpy()
-        _, bad = utils.DecodeRequest(folder, paths, size, partial(simclr.crop_boxes, crop), u)()
+        bad = utils.DecodeRequest(folder, paths, size, partial(simclr.crop_boxes, crop), u)()
         if bad:
             raise InputError(next(iter(bad.values())))
 
-    found: list[list[float]] = [[], []]
-    for _ in range(1 if seconds < BRIEF else 5):
-        for times, what in zip(found, (ours, usual), strict=True):
-            times += watch.time(what).seconds  # noqa: PLW2901
-    a, b = map(Timing, found)
+    with one_thread():
+        seconds = setup.options.seconds
+        watch = Stopwatch(torch.device("cpu"), seconds)
+        a, b = watch.in_turn(1 if seconds < BRIEF else 5, ours, usual)
     return [
-        rate(f"{kind}, {len(names)} files", len(names), a, "images/s", f"two crops of {size} px"),
+        rate(f"{len(names)} files", len(names), a, "images/s", f"two crops of {size} px"),
         rate("  torchvision, PIL", len(names), b, "images/s"),
-        Row(f"decoding ÷ PIL, {kind}", b.median / a.median, "×"),
+        Row("decoding ÷ PIL", b.median / a.median, "×"),
     ]
 
 
@@ -354,7 +331,7 @@ def parts(setup: Setup) -> dict[str, Timing]:
     """Seconds a batch of each part of a step, encoder and head apart."""
     watch = setup.watch
     images = torch.cat([setup.data.images] * 2)
-    u = torch.rand(setup.views, setup.augment.draws, device=setup.device)
+    u = setup.augment.draw(setup.views, torch.Generator(setup.device))
     z = setup.forward(setup.channels_last()).detach().float().requires_grad_()
     for p in setup.model.parameters():
         p.grad = torch.zeros_like(p)
@@ -374,7 +351,6 @@ def parts(setup: Setup) -> dict[str, Timing]:
 def train_steps(setup: Setup, network: nn.Module, data: utils.Images, epoch: int) -> list[float]:
     """Train for an epoch of `data` by the steps of simclr.train(). Returns the seconds of each."""
     config, optimizer = setup.config, setup.optimizer
-    now = simclr.TrainState(1, torch.zeros(3, device=setup.device))
     network.train()
     setup.watch.wait()
     times = [time.perf_counter()]
@@ -383,7 +359,7 @@ def train_steps(setup: Setup, network: nn.Module, data: utils.Images, epoch: int
         value, z = simclr.training_step(network, views, simclr.nt_xent, config)
         optimizer.step()
         optimizer.zero_grad()
-        now.add(value, simclr.contrastive_accuracy(*z.chunk(2)), simclr.mean_cosine(z))
+        setup.now.add(value, simclr.contrastive_accuracy(*z.chunk(2)), simclr.mean_cosine(z))
         setup.watch.wait()
         times.append(time.perf_counter())
     return [b - a for a, b in itertools.pairwise(times)]
@@ -394,14 +370,13 @@ class Ours:
 
     def __init__(self, setup: Setup) -> None:
         self.setup, self.epoch = setup, 0
-        now = simclr.TrainState(1, torch.zeros(3, device=setup.device))
         size = setup.config.batch_size
-        self.network = simclr.compiled(setup.model, setup.config, size, now)
+        self.network = simclr.compiled(setup.model, setup.config, size, setup.now)
 
     def steps(self, count: int) -> list[float]:
         """Seconds of each of `count` more steps."""
         self.epoch += 1
-        data = ImageSet(self.setup.data.images.repeat(count, 1, 1, 1))
+        data = Images(self.setup.data.images.repeat(count, 1, 1, 1))
         return train_steps(self.setup, self.network, data, self.epoch)
 
 
@@ -419,14 +394,8 @@ class Views(Dataset):
         return self.augment(self.images[index % len(self.images)])
 
 
-class Twice:
-    """Two random views of an image."""
-
-    def __init__(self, augment: Callable[[Any], Tensor]) -> None:
-        self.augment = augment
-
-    def __call__(self, image: Any) -> list[Tensor]:
-        return [self.augment(image), self.augment(image)]
+def twice(augment: Callable[[Any], Tensor], image: Any) -> list[Tensor]:
+    return [augment(image), augment(image)]
 
 
 class Usual:
@@ -441,7 +410,7 @@ class Usual:
 
     def augment(self) -> Callable[[Any], list[Tensor]]:
         """A PIL image -> two views of it, float32 (3, S, S)."""
-        return Twice(pil_pipeline(self.setup.config))
+        return partial(twice, pil_pipeline(self.setup.config))
 
     def batches(self, count: int) -> Iterator[list[Tensor]]:
         """Pairs of views (N, 3, S, S), on the CPU."""
@@ -526,29 +495,25 @@ def in_a_process(options: Options, *flags: str, processes: int = 1) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(setup: Setup, options: Options) -> list[Row]:
+def compare(setup: Setup) -> list[Row]:
     """Views a second of our loop and of the others, and the ratios.
 
     Each in a process of its own, in turn, so that none has what another has set up.
     """
+    options = setup.options
     names = [n for n in LOOPS if n != "lightly's loop" or importlib.util.find_spec("lightly")]
-    times: dict[str, list[float]] = {name: [] for name in names}
-    memory: dict[str, float] = {}
-    ratios: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(1 if options.seconds < BRIEF else 2 if options.quick else 3):
-        found = {name: in_a_process(options, "--loop", name) for name in names}
-        ours = statistics.median(found["whole step"]["seconds"])
-        for name in names:
-            times[name] += found[name]["seconds"]
-            memory[name] = found[name]["bytes"]
-            ratios[name].append(statistics.median(found[name]["seconds"]) / ours)
-    rows = [
-        rate(name, setup.views, Timing(times[name]), note=f"{memory[name] / 1e6:,.0f} MB at most")
-        for name in names
-    ]
+    turns = 1 if options.seconds < BRIEF else 2 if options.quick else 3
+    runs = [{name: in_a_process(options, "--loop", name) for name in names} for _ in range(turns)]
+    rows = []
+    for name in names:
+        seconds = [s for run in runs for s in run[name]["seconds"]]
+        note = f"{runs[-1][name]['bytes'] / 1e6:,.0f} MB at most"
+        rows.append(rate(name, setup.views, Timing(seconds), note=note))
     for name in names[1:]:
-        note = f"{min(ratios[name]):.2f} to {max(ratios[name]):.2f}"
-        rows.append(Row(f"whole step ÷ {name}", statistics.median(ratios[name]), "×", note=note))
+        medians = [[statistics.median(run[n]["seconds"]) for run in runs] for n in (name, names[0])]
+        ratios = [theirs / ours for theirs, ours in zip(*medians, strict=True)]
+        note = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        rows.append(Row(f"whole step ÷ {name}", statistics.median(ratios), "×", note=note))
     return rows
 
 
@@ -568,9 +533,9 @@ def step_and_network(setup: Setup) -> tuple[Timing, Timing]:
     return Timing(steps), Timing(network)
 
 
-def shares(setup: Setup, found: dict[str, Timing], peak: dict[str, float]) -> list[Row]:
+def shares(setup: Setup) -> list[Row]:
     """What a step is made of, and how far its arithmetic is from the machine's limit."""
-    step, network = step_and_network(setup)
+    found, (step, network) = parts(setup), step_and_network(setup)
     rows = [Row("step", 1e3 * step.median, "ms", step.spread)]
     rows += [
         Row(f"  {name}", 1e3 * t.median, "ms", t.spread, f"{t.median / step.median:.1%} of step")
@@ -579,38 +544,38 @@ def shares(setup: Setup, found: dict[str, Timing], peak: dict[str, float]) -> li
     inside = network.median + found["optimiser"].median
     note = "what is not encoder, head and optimiser"
     rows.append(Row("overhead", 100 * max(0.0, 1 - inside / step.median), "% of step", note=note))
-    flops = cost_of_a_view(setup)
-    alone = setup.views * flops / network.median / 1e9
-    limit = peak["matmul " + setup.config.precision]
-    note = f"{alone / limit:.0%} of matmul {setup.config.precision}"
+    alone = setup.views * cost_of_a_view(setup) / network.median / 1e9
+    precision = setup.config.precision
+    note = f"{alone / setup.peak[precision]:.0%} of matmul {precision}"
     return [*rows, Row("FLOP/s of encoder and head", alone, "GFLOP/s", note=note)]
 
 
 def peak_memory(device: torch.device) -> float:
     """Bytes: of the device, on a CPU of this process."""
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
-    with contextlib.suppress(OSError):  # rusage begins with what the parent process had
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024.0 * next(int(x.split()[1]) for x in lines if x.startswith("VmHWM"))
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    on_gpu = device.type == "cuda"
+    return float(torch.cuda.max_memory_allocated(device)) if on_gpu else process_memory("VmHWM")
+
+
+def process_memory(key: str, process: str = "self") -> float:
+    """Bytes that a process has (VmRSS) or had at most (VmHWM); NaN where Linux does not say it."""
+    with contextlib.suppress(OSError):
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+        return 1024.0 * next(int(x.split()[1]) for x in lines if x.startswith(key))
+    return math.nan
 
 
 # --------------------------------------------------------------------------------- the loss alone
 
 
-def losses(options: Options) -> list[Row]:
-    """NT-Xent against 2N."""
-    sizes = (512, 2_048) if options.quick else (512, 2_048, 8_192, 32_768, 65_536)
-    return [nt_xent_in_a_process(views, options) for views in sizes]
-
-
-def nt_xent_in_a_process(views: int, options: Options) -> Row:
-    """In a process of its own, so that the peak of its memory is that of the loss."""
-    found = in_a_process(options, "--nt-xent", str(views))
-    note = f"{found['bytes'] / 2**20:,.0f} MiB; a matrix (2N, 2N) has {4 * views**2 / 2**20:,.0f}"
-    return Row(f"NT-Xent, 2N = {views:,}", 1e3 * found["seconds"], "ms", note=note)
+def losses(setup: Setup) -> list[Row]:
+    """NT-Xent against 2N, each in its own process, so that the peak of memory is the loss's."""
+    rows = []
+    for views in (512, 2_048) if setup.options.quick else (512, 2_048, 8_192, 32_768, 65_536):
+        found = in_a_process(setup.options, "--nt-xent", str(views))
+        whole = 4 * views**2 / 2**20
+        note = f"{found['bytes'] / 2**20:,.0f} MiB; a matrix (2N, 2N) has {whole:,.0f}"
+        rows.append(Row(f"NT-Xent, 2N = {views:,}", 1e3 * found["seconds"], "ms", note=note))
+    return rows
 
 
 def measure_nt_xent(options: Options) -> None:
@@ -630,21 +595,17 @@ def measure_nt_xent(options: Options) -> None:
 # ------------------------------------------------------------------ several processes, many files
 
 
-def several_processes(setup: Setup, options: Options) -> list[Row]:
-    """The same batch by one process and by more, and what they exchange.
+def several_processes(setup: Setup) -> list[Row]:
+    """The same batch by one process and by two, and what they exchange.
 
-    On a CPU each process has one thread, so that more of them have more cores.
+    On a CPU each process has one thread, so that two of them have two cores.
     """
-    on_cpu, gpus = setup.device.type == "cpu", max(1, torch.cuda.device_count())
-    most = options.processes if on_cpu else min(options.processes, gpus)
-    one = dataclasses.replace(options, device=setup.device.type, threads=1 if on_cpu else 0)
-    rows, first = [], math.nan
-    for processes in sorted({1, most}):
+    kind, on_cpu = setup.device.type, setup.device.type == "cpu"
+    one, rows = dataclasses.replace(setup.options, device=kind, threads=int(on_cpu)), []
+    for processes in (1, 2) if on_cpu or torch.cuda.device_count() > 1 else (1,):
         found = in_a_process(one, "--loop", "whole step", processes=processes)
-        row = rate(f"{processes} processes", setup.views, Timing(found["seconds"]))
-        first = row.value if processes == 1 else first
-        rows.append(row)
-    rows.append(Row("speedup", rows[-1].value / first, "×"))
+        rows.append(rate(f"{processes} processes", setup.views, Timing(found["seconds"])))
+    rows.append(Row("speedup", rows[-1].value / rows[0].value, "×"))
 
     norms = [m for m in setup.model.modules() if isinstance(m, nn.BatchNorm2d)]
     exchanged = {
@@ -671,10 +632,11 @@ def many_files(options: Options) -> list[Row]:
         for epoch in range(1 if options.quick else 3):
             seconds = sum(train_steps(setup, setup.model, data, epoch))
             workers = Path("/proc/self/task", str(os.getpid()), "children").read_text().split()
-            note = f"workers {max(map(resident, workers), default=0):,.0f} MiB each at most"
+            largest = max((process_memory("VmRSS", worker) for worker in workers), default=0)
+            note = f"workers {largest / 2**20:,.0f} MiB each at most"
             count = setup.views * (len(data) // config.batch_size) / seconds
             rows.append(Row(f"epoch {epoch + 1}", count, "views/s", note=note))
-            rows.append(Row("  resident, this process", resident("self"), "MiB"))
+            rows.append(Row("  resident, this process", process_memory("VmRSS") / 2**20, "MiB"))
         return rows
 
 
@@ -689,12 +651,6 @@ def make_many(folder: Path, count: int) -> None:
             transforms.functional.to_pil_image(pixels).save(file)
         else:
             os.link(folder / f"class_{i % 100:02}" / f"image_{i % 100:08}.jpg", file)
-
-
-def resident(process: str) -> float:
-    """MiB of memory that a process has."""
-    lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    return next(int(x.split()[1]) for x in lines if x.startswith("VmRSS")) / 1024
 
 
 # ------------------------------------------------------------------------------------- the table
@@ -721,29 +677,26 @@ def show(group: str, rows: list[Row]) -> None:
         print(f"  {row.name:30} {value:>10} {row.unit:9} {spread:>7}  {row.note}".rstrip())
 
 
-def benchmark(options: Options) -> dict[str, list[Row]]:
-    """All groups of the table, printed as they are measured."""
-    setup = Setup(options)
-    options = dataclasses.replace(options, device=str(setup.device))
+GROUPS = {
+    "limits": limits, "augmentation": augmentation, "decoding": decoding, "whole step": compare,
+    "share of the step": shares, "loss": losses, "several processes": several_processes,
+}  # fmt: skip
+
+
+def benchmark(options: Options) -> None:
+    """All groups of the table, printed as they are measured, and written as JSON."""
+    setup, table = Setup(options), {}
     print(
         f"{options.arch} at width {options.width:g}, {options.image_size} px, N = "
         f"{options.batch_size}, {setup.config.precision}; {machine(setup.device)}"
     )
-    table: dict[str, list[Row]] = {}
-
-    def add(group: str, rows: list[Row]) -> None:
-        table[group] = rows
+    for group, measure in GROUPS.items():
+        rows = measure(setup)
+        table[group] = [dataclasses.asdict(row) for row in rows]
         show(group, rows)
-
-    add("limits", limits(setup))
-    add("augmentation", augmentation(setup))
-    add("decoding", decoding(options))
-    add("whole step", compare(setup, options))
-    peak = {row.name: row.value for row in table["limits"]}
-    add("share of the step", shares(setup, parts(setup), peak))
-    add("loss", losses(options))
-    add("several processes", several_processes(setup, options))
-    return table
+    about = {"machine": machine(setup.device), "options": dataclasses.asdict(options)}
+    utils.write_json(Path(options.json), {**about, "table": table})
+    print(f"\nwritten to {options.json}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -756,20 +709,10 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError(f"unknown loop {options.loop!r}; there are {', '.join(LOOPS)}")
         if options.nt_xent or options.loop:
             (measure_nt_xent if options.nt_xent else measure_loop)(options)
-            return
-        if options.files:
+        elif options.files:
             show(f"{options.files:,} files; {machine(torch.device('cpu'))}", many_files(options))
-            return
-        table = benchmark(options)
-        results = {
-            "machine": machine(utils.choose_device(options.device)),
-            "options": dataclasses.asdict(options),
-            "table": {
-                group: [dataclasses.asdict(r) for r in rows] for group, rows in table.items()
-            },
-        }
-        utils.write_json(Path(options.json), results)
-        print(f"\nwritten to {options.json}")
+        else:
+            benchmark(options)
     except InputError as error:
         utils.exit_with_error("benchmark.py", error)
 

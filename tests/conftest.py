@@ -1,6 +1,7 @@
 """Small things that several tests need. No test downloads anything."""
 
 import dataclasses
+import hashlib
 import itertools
 import os
 import signal
@@ -78,6 +79,15 @@ def position(config, name="last.pt"):
     return where["epoch"], where["step"]
 
 
+def module_digest(module):
+    """SHA-256 of all parameters and buffers, byte for byte, with names, types and shapes."""
+    digest = hashlib.sha256()
+    for name, value in itertools.chain(module.named_parameters(), module.named_buffers()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def load_run(file):
     """The model, frozen and in eval mode, config and complete epochs of a run's checkpoint."""
     source = simclr.load_source(file)
@@ -99,7 +109,7 @@ def interrupt(call, steps):
         patch.setattr(utils.Progress, "update", advance)
         with pytest.raises(simclr.Interrupted) as stopped:
             call()
-    assert stopped.value.signal == signal.SIGTERM
+    assert stopped.value.args == (signal.SIGTERM,)
 
 
 def pytest_configure(config):
@@ -234,3 +244,20 @@ def write_image():
         return path
 
     return write
+
+
+def rows_of(file):
+    """The rows of a CSV file."""
+    import csv
+
+    with open(file, newline="", encoding="utf-8") as text:
+        return list(csv.DictReader(text))
+
+
+def random_statistics(network, seed=0):
+    """BatchNorm statistics and scales as if trained, so that a wrong mapping shows."""
+    random = torch.Generator().manual_seed(seed)
+    for value in network.state_dict().values():
+        if value.ndim == 1:
+            value.copy_(0.5 + torch.rand(value.shape, generator=random))
+    return network.eval()

@@ -1,17 +1,17 @@
-"""Faults on purpose: kills, signals, full disks, damaged and hostile files.
+"""Faults on purpose: kills, signals, full disks and strange input.
 
     python tests/faults.py                              # all groups, and one table
     python tests/faults.py --only kills --times 3       # one group, three times as many
     python tests/faults.py --quick                      # a few of each
 
-Each fault is done to a real run of simclr.py on some tiny images. Then the
-same command is given again, and must end bit for bit as a run without a fault: weights, optimiser,
-log and summary, but for times. Nothing is written outside a temporary folder.
+Each fault is done to a real run of simclr.py on some tiny images. Then the same command is given
+again, and must end bit for bit as a run without a fault: weights, optimiser, log and summary, but
+for times. Nothing is written outside a temporary folder.
 
 A run is a forked process, so that torch, which takes seconds, is imported once. Therefore this
 process must not compute with torch itself: that would start threads that do not survive a fork.
 
-Reading order: runs · faults inside a run · how a run ended · the groups · the table.
+Reading order: runs · faults inside a run · how a run ended · the groups.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import functools
 import gc
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -66,8 +67,7 @@ class Mode:
     flags: tuple[str, ...] = ()
 
 
-EACH_EPOCH = Mode(True)
-MODES = (Mode(True, ("--checkpoint-minutes", "1e-9")), EACH_EPOCH, Mode(False))
+MODES = (Mode(True, ("--checkpoint-minutes", "1e-9")), Mode(True), Mode(False))
 
 
 @dataclasses.dataclass
@@ -87,36 +87,37 @@ class Place:
         return self.run / utils.CHECKPOINT
 
     @property
-    def output(self) -> Path:
-        return self.root / "output"
-
-    def command(self, *argv: str) -> list[str]:
+    def command(self) -> list[str]:
         """Flags of a run that takes a second: four epochs of three steps."""
         return [
             "--dataset", "folder", "--recipe", "digits", "--data-dir", str(self.photos),
             "--width", "0.02", "--head-dim", "8", "--head-hidden", "8", "--batch-size", "8",
             "--epochs", "4", "--device", "cpu", "--precision", "float32", "--knn-every", "2",
             "--keep-every", "2", "--checkpoints", str(self.root / "c"),
-            "--figures", str(self.root / "f"), *self.mode.flags, *argv,
+            "--figures", str(self.root / "f"), *self.mode.flags,
         ]  # fmt: skip
 
     def printed(self) -> str:
-        return self.output.read_text(encoding="utf-8") if self.output.exists() else ""
+        file = self.root / "output"
+        return file.read_text(encoding="utf-8") if file.exists() else ""
 
 
-def make_photos(folder: Path, train: int = 12, test: int = 5, side: int = 12) -> None:
+def make_photos(folder: Path) -> None:
     """Two classes of noise about two colours."""
     noise = np.random.default_rng(0)
-    for split, n in (("train", train), ("test", test)):
+    for split, n in (("train", 12), ("test", 5)):
         for name, colour in (("a", 90), ("b", 150)):
             (folder / split / name).mkdir(parents=True)
             for i in range(n):
-                pixels = noise.normal(colour, 40, (side, side, 3)).clip(0, 255).astype(np.uint8)
+                pixels = noise.normal(colour, 40, (12, 12, 3)).clip(0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
 
 
-def start(work: Callable[[], Any], output: Path) -> int:
-    """Call work() in another process; what it prints is added to a file. Returns its id."""
+def start(place: Place, hook: Hook | None = None) -> int:
+    """Start `python simclr.py …` in another process, with hook(kind, file) at each event.
+
+    What it prints is added to a file. Returns its id.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     process = os.fork()
@@ -124,11 +125,12 @@ def start(work: Callable[[], Any], output: Path) -> int:
         return process
     code: Any = 70  # as for a traceback
     try:
-        with open(output, "ab") as file:
+        with open(place.root / "output", "ab") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a job of "&"
-        work()
+        with events(hook or (lambda *_: None), place):
+            simclr.main(place.command)
         code = 0
     except SystemExit as end:
         code = end.code or 0
@@ -141,9 +143,9 @@ def start(work: Callable[[], Any], output: Path) -> int:
         os._exit(code if isinstance(code, int) else 1)
 
 
-def wait(process: int, seconds: float = PATIENCE) -> int:
-    """The exit code, or -signal. A process that takes longer is killed."""
-    deadline = time.monotonic() + seconds
+def wait(process: int) -> int:
+    """The exit code, or -signal. A process that takes longer than PATIENCE is killed."""
+    deadline = time.monotonic() + PATIENCE
     while True:
         ended, status = os.waitpid(process, os.WNOHANG)
         if ended:
@@ -153,19 +155,9 @@ def wait(process: int, seconds: float = PATIENCE) -> int:
         time.sleep(0.002)
 
 
-def pretraining(place: Place, *argv: str, hook: Hook | None = None) -> Callable[[], None]:
-    """What a forked process does: `python simclr.py …`, with hook(kind, file) at each event."""
-
-    def work() -> None:
-        with events(hook or (lambda *_: None), place):
-            simclr.main(place.command(*argv))
-
-    return work
-
-
-def pretrain(place: Place, *argv: str, hook: Hook | None = None) -> int:
+def pretrain(place: Place, hook: Hook | None = None) -> int:
     """Run it in another process. Returns the exit code, or -signal."""
-    return wait(start(pretraining(place, *argv, hook=hook), place.output))
+    return wait(start(place, hook))
 
 
 # --------------------------------------------------------------------------- faults inside a run
@@ -188,6 +180,11 @@ class Watched(io.FileIO):
         self.hook("write on", self.path)
         super().write(content[half:])
         return len(content)
+
+
+def note(file: Path, text: str) -> None:
+    with open(file, "a", encoding="utf-8") as notes:
+        notes.write(text)
 
 
 @contextlib.contextmanager
@@ -219,15 +216,15 @@ def events(hook: Hook, place: Place) -> Iterator[None]:
         hook("unlink", path)
         unlink(path, missing_ok)
 
-    def drawn(*arguments: Any, **options: Any) -> Any:
+    def drawn(*_: Any, **__: Any) -> Any:
         hook("draw", Path(simclr.FIGURE))  # the curves take most of the time of such a run
         return Figure(figsize=(1, 1))
 
     def saved(path: Path, state: dict, *arguments: Any, **options: Any) -> None:
         save(path, state, *arguments, **options)
         if path.name == utils.CHECKPOINT:
-            with open(place.root / "journal", "a", encoding="utf-8") as lines:
-                lines.write(f"{state['position']['epoch']} {state['position']['step']}\n")
+            position = state["position"]
+            note(place.root / "journal", f"{position['epoch']} {position['step']}\n")
 
     patches = [
         (utils, "open", opened), (os, "fsync", synced), (os, "replace", replaced),
@@ -241,27 +238,15 @@ def events(hook: Hook, place: Place) -> Iterator[None]:
         yield
 
 
-def at_event(n: int, act: Callable[[], Any], kind: str = "") -> Hook:
-    """Calls act() at event n, counted from 0; with a kind, of those of last.pt alone."""
-    left = [n]
+def at_event(n: int, number: int, times: int = 1) -> Hook:
+    """Sends this process a signal, `times` times, at event n, counted from 0."""
+    count = itertools.count()
 
-    def hook(what: str, file: Path) -> None:
-        if not kind or (what == kind and file.name == utils.CHECKPOINT):
-            left[0] -= 1
-            if left[0] == -1:
-                act()
+    def hook(*_: Any) -> None:
+        for _ in range(times if next(count) == n else 0):
+            os.kill(os.getpid(), number)
 
     return hook
-
-
-def send(number: int, times: int = 1) -> None:
-    """Send this process a signal, so many times."""
-    for _ in range(times):
-        os.kill(os.getpid(), number)
-
-
-def killer(n: int, kind: str = "") -> Hook:
-    return at_event(n, lambda: send(signal.SIGKILL), kind)
 
 
 @dataclasses.dataclass
@@ -292,19 +277,18 @@ def untimed(row: dict) -> dict:
 
 
 def ending(run: Path) -> dict[str, str]:
-    """A digest of each part of what a run left: equal for runs that ended bit for bit alike."""
+    """Each part of what a run left as text: equal for runs that ended bit for bit alike."""
     state = utils.load_checkpoint(run / utils.CHECKPOINT)
     kept = [utils.load_checkpoint(file)["model"] for file in utils.kept_checkpoints(run)]
-    parts = {
+    return {
         "model": canonical(state["model"]),
         "moments": canonical(state["optimizer"]["state"]),  # rates are set before each step
         "position": canonical(state["position"]),
-        "log": json.dumps([untimed(row) for row in state["log"]]),
-        "log.jsonl": json.dumps([untimed(row) for row in utils.read_jsonl(run / utils.LOG)]),
-        "summary": json.dumps(untimed(json.loads((run / utils.SUMMARY).read_bytes()))),
-        "kept": "".join(map(canonical, kept)),
+        "log": canonical([untimed(row) for row in state["log"]]),
+        "log.jsonl": canonical([untimed(row) for row in utils.read_jsonl(run / utils.LOG)]),
+        "summary": canonical(untimed(json.loads((run / utils.SUMMARY).read_bytes()))),
+        "kept": canonical(kept),
     }
-    return {part: hashlib.sha256(text.encode()).hexdigest() for part, text in parts.items()}
 
 
 def canonical(value: Any) -> str:
@@ -349,25 +333,34 @@ def lost(place: Place) -> list[str]:
     return [] if position >= saved else [f"went back from {saved} to {position}"]
 
 
+def said_wrong(place: Place, code: int, *expected: int) -> list[str]:
+    """What is wrong with how a process ended, beside "" for what is not."""
+    text = place.printed()
+    return [
+        f"exit code {code}: {text[-300:]}" * (code not in expected),
+        "a traceback" * ("Traceback" in text),
+    ]
+
+
 # ------------------------------------------------------------------------------------- the groups
 
 
 class Suite:
     """The groups of faults on runs, in a temporary folder."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.folder, self.random, self.places = folder, random.Random(seed), 0
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.random, self.places = folder, random.Random(0), 0
         self.photos = folder / "photos"
         make_photos(self.photos)
         self.events: dict[Mode, int] = {}  # of a whole run
         self.seconds: dict[Mode, float] = {}
         endings = []
         for mode in MODES:
-            place, started, count = self.place(mode), time.monotonic(), folder / "count"
-            if wait(start(self.counted(place, count), place.output)):
+            place, started = self.place(mode), time.monotonic()
+            if pretrain(place, lambda *_, file=place.root / "events": note(file, ".")):
                 raise RuntimeError(f"a run without a fault fails:\n{place.printed()}")
             self.seconds[mode] = time.monotonic() - started
-            self.events[mode] = int(count.read_text())
+            self.events[mode] = (place.root / "events").stat().st_size
             endings.append(ending(place.run))
         self.expected = endings[0]
         if any(other != self.expected for other in endings):
@@ -379,15 +372,6 @@ class Suite:
         root.mkdir()
         return Place(root, self.photos, mode)
 
-    @staticmethod
-    def counted(place: Place, file: Path) -> Callable[[], None]:
-        def work() -> None:
-            kinds = []
-            pretraining(place, hook=lambda kind, _: kinds.append(kind))()
-            file.write_text(str(len(kinds)))
-
-        return work
-
     def continued(self, place: Place) -> list[str]:
         """What is wrong with the run when the same command has been given again. Tidies up."""
         code = pretrain(place)
@@ -395,8 +379,6 @@ class Suite:
         wrong = [f"then exit code {code}: {end}"] if code else departures(place, self.expected)
         shutil.rmtree(place.root)
         return wrong
-
-    # ----------------------------------------------------------------------------------- kills
 
     def kills(self, n: int) -> list[Outcome]:
         """Half of them at random times, half at events spread over the run."""
@@ -417,10 +399,10 @@ class Suite:
             if event is None:
                 code = self.kill_sometime(place)
             else:
-                code = pretrain(place, hook=killer(event))
+                code = pretrain(place, at_event(event, signal.SIGKILL))
                 event = None
             if code != -signal.SIGKILL:
-                wrong += [f"exit code {code} instead of a kill: {place.printed()[-300:]}"]
+                wrong.append(f"exit code {code} instead of a kill: {place.printed()[-300:]}")
             wrong += lost(place)
         tally.add(what, *wrong, *self.continued(place))
 
@@ -429,7 +411,7 @@ class Suite:
         seconds = self.random.random() * self.seconds[place.mode]
         code = 0
         while code == 0:
-            process = start(pretraining(place), place.output)
+            process = start(place)
             time.sleep(seconds)
             os.kill(process, signal.SIGKILL)
             code = wait(process)
@@ -439,8 +421,6 @@ class Suite:
                 seconds *= 0.7
         return code
 
-    # ----------------------------------------------------------------------------------- signals
-
     def signals(self, n: int) -> list[Outcome]:
         """Asked to stop anywhere, the evaluation too; twice by Ctrl-C in the middle of saving."""
         tally = Outcome("SIGTERM, SIGINT, SIGUSR1")
@@ -449,15 +429,11 @@ class Suite:
             mode, number = MODES[i // 3 % len(MODES)], numbers[i % 3]
             place, event = self.place(mode), self.random.randrange(self.events[mode])
             times = 2 if i % 4 == 1 and number == signal.SIGINT else 1
-            hook = at_event(event, functools.partial(send, number, times))
-            code = pretrain(place, hook=hook)
-            wrong = [] if code == 128 + number else [f"exit code {code}: {place.printed()[-300:]}"]
-            wrong += ["a traceback"] if "Traceback" in place.printed() else []
-            wrong += leftovers(place) + lost(place) + self.continued(place)
-            tally.add(f"{times} × {number.name} at event {event} of {mode}", *wrong)
+            code = pretrain(place, at_event(event, number, times))
+            wrong = said_wrong(place, code, 128 + number) + leftovers(place) + lost(place)
+            what = f"{times} × {number.name} at event {event} of {mode}"
+            tally.add(what, *wrong, *self.continued(place))
         return [tally]
-
-    # ----------------------------------------------------------------------------------- storage
 
     def storage(self, n: int) -> list[Outcome]:
         """Writes that fail: at one place for a while, or from some moment to the end."""
@@ -480,148 +456,48 @@ class Suite:
     def fail(self, tally: Outcome, what: str, mode: Mode, hook: Failing) -> None:
         """A run with failing writes warns and goes on, or ends with a line; then it continues."""
         place = self.place(mode)
-        code = pretrain(place, hook=hook)
-        wrong = self.after_failure(place, code) + self.continued(place)
-        if hook.file in ("epoch0002.pt", ""):  # a run does not go back to write it
-            wrong = [text for text in wrong if text != "another kept"]
-        tally.add(what, *wrong)
-
-    @staticmethod
-    def after_failure(place: Place, code: int) -> list[str]:
-        """What is wrong with how a run with failing writes ended."""
+        code = pretrain(place, hook)
         lines = place.printed().splitlines()
         warnings = [line for line in lines if line.startswith("warning: ")]
         errors = [line for line in lines if line.startswith("simclr.py: error: ")]
-        wrong = [] if code in (0, 2) else [f"exit code {code}: {place.printed()[-300:]}"]
-        wrong += ["a traceback"] if "Traceback" in place.printed() else []
-        wrong += [] if len(warnings) == len(set(warnings)) else ["the same warning twice"]
-        wrong += [f"{len(errors)} errors"] if len(errors) != (code == 2) else []
+        wrong = said_wrong(place, code, 0, 2) + lost(place) + leftovers(place)
+        wrong.append("the same warning twice" * (len(warnings) != len(set(warnings))))
+        wrong.append(f"{len(errors)} errors" * (len(errors) != (code == 2)))
         if place.last.exists():
             try:
                 utils.load_checkpoint(place.last)
             except InputError as error:
                 wrong.append(str(error))
-        return wrong + lost(place) + leftovers(place)
-
-    # -------------------------------------------------------------------------------- corruption
-
-    def corruptions(self, n: int) -> list[Outcome]:
-        """One bit or byte of a checkpoint, or all from some byte on, spread over the file."""
-        place = self.place(EACH_EPOCH)
-        if pretrain(place, hook=killer(3, "replaced")) != -signal.SIGKILL:
-            raise RuntimeError(place.printed())
-        good, file = place.last.read_bytes(), self.folder / "damaged.pt"
-        content = canonical(utils.load_checkpoint(place.last))
-        tally, unchanged = Outcome("one byte flipped, or cut off"), 0
-        for i in range(n):
-            what, damaged = self.damage(good, int((i + self.random.random()) * len(good) / n))
-            file.write_bytes(damaged)
-            error, wrong = judge_damage(file, content)
-            unchanged += not error
-            tally.add(what, *wrong)
-        tally.note = f"{unchanged:,} do not change the content"
-        fallback = Outcome("damaged, and continued from previous.pt")
-        for _ in range(max(1, n // 100)):
-            other = self.place(EACH_EPOCH)
-            shutil.copytree(place.root, other.root, dirs_exist_ok=True)
-            what, damaged = self.damage(good, self.random.randrange(len(good)))
-            other.last.write_bytes(damaged)
-            error, wrong = judge_damage(other.last, content)
-            code = pretrain(other)
-            wrong += [f"exit code {code}"] if code else []
-            warned = "using the checkpoint before it" in other.printed()
-            wrong += [] if warned == bool(error) else [f"it says {other.printed()[-300:]}"]
-            fallback.add(what, *wrong, *self.continued(other))
-        return [tally, fallback]
-
-    def damage(self, content: bytes, position: int) -> tuple[str, bytes]:
-        kind = self.random.choice(("bit", "bit", "byte", "cut"))
-        if kind == "cut":
-            return f"cut at {position} of {len(content)}", content[:position]
-        change = 1 << self.random.randrange(8) if kind == "bit" else self.random.randrange(1, 256)
-        return f"byte {position} of {len(content)} xor {change}", flipped(content, position, change)
+        wrong += self.continued(place)
+        if hook.file in ("epoch0002.pt", ""):  # a run does not go back to write it
+            wrong = [text for text in wrong if text != "another kept"]
+        tally.add(what, *wrong)
 
 
-def flipped(content: bytes, position: int, change: int) -> bytes:
-    return content[:position] + bytes([content[position] ^ change]) + content[position + 1 :]
-
-
-def judge_damage(file: Path, content: str) -> tuple[str, list[str]]:
-    """The error of reading a damaged file, "" if it is read, and what is wrong with that.
-
-    It must be an InputError, unless the content, as canonical() gives it, is what was saved.
-    """
-    try:
-        state = utils.load_checkpoint(file)
-    except InputError as error:
-        return str(error), []
-    except Exception as error:
-        return repr(error), [f"not one line: {error!r}"]
-    return "", [] if canonical(state) == content else ["it was read, with another content"]
-
-
-# -------------------------------------------------------------------------------------- the table
-
-
-def groups(suite: Suite, options: argparse.Namespace) -> dict[str, Callable[[], list[Outcome]]]:
-    """Every group of faults by name; the last ones, on hostile files and input, are hostile.py's.
-
-    Those compute in this process, which must not be forked after that.
-    """
-
-    def n(usual: int, few: int) -> int:
-        return options.times * (few if options.quick else usual)
-
-    return {
-        "kills": lambda: suite.kills(n(100, 4)),
-        "signals": lambda: suite.signals(n(36, 3)),
-        "storage": lambda: suite.storage(n(72, 2)),
-        "corruptions": lambda: suite.corruptions(n(1000, 100)),
-        "checkpoints": hostile.checkpoints,
-        "images": hostile.images,
-        "data_sets": hostile.data_sets,
-        "commands": lambda: hostile.commands(n(2000, 100), options.seed),
-        "numbers": hostile.numbers,
-    }
-
-
-def row(o: Outcome) -> str:
-    note = "see below" if o.failures else o.note or "nothing"
-    return f"| {o.name} | {o.tried:,} | {o.survived:,} | {note} | {o.seconds:.0f} |"
-
-
-def table(outcomes: list[Outcome]) -> str:
-    lines = ["| fault | tried | survived | lost | seconds |", "| --- | --- | --- | --- | --- |"]
-    lines += map(row, outcomes)
-    return "\n".join(lines)
+COUNTS = {  # of faults in a group, usually and with --quick
+    "kills": (100, 4), "signals": (36, 3), "storage": (72, 2), "commands": (2000, 100),
+}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    names = ["kills", "signals", "storage", *hostile.GROUPS]
     parser.add_argument("--quick", action="store_true", help="a few of each, in a few minutes")
     parser.add_argument("--times", type=int, default=1, metavar="N", help="N times as many")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random [0]")
-    parser.add_argument("--only", nargs="+", metavar="GROUP", help="kills, signals, …")
+    parser.add_argument("--only", nargs="+", default=names, choices=names, help="these groups")
     options = parser.parse_args()
     torch.set_num_threads(1)
     gc.freeze()  # else a collection in a fork writes to, and so copies, all that it shares
-    outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as folder:
-        suite = Suite(Path(folder), options.seed)
-        all_groups = groups(suite, options)
-        unknown = set(options.only or ()) - set(all_groups)
-        if unknown:
-            raise SystemExit(f"unknown groups {unknown}; there are {', '.join(all_groups)}")
-        for name in [name for name in all_groups if name in (options.only or all_groups)]:
-            print(f"{name} …", file=sys.stderr, flush=True)
-            done = all_groups[name]()
-            for outcome in done:
-                print(*outcome.failures, row(outcome), sep="\n", file=sys.stderr, flush=True)
-            outcomes += done
-    print(table(outcomes))
-    raise SystemExit(any(outcome.failures for outcome in outcomes))
+        suite = Suite(Path(folder))
+        # in this order: hostile.py's compute here, and no process may be forked after that
+        runs = {"kills": suite.kills, "signals": suite.signals, "storage": suite.storage}
+        groups = {**runs, **hostile.GROUPS}
+        for name, counts in COUNTS.items():
+            groups[name] = functools.partial(groups[name], options.times * counts[options.quick])
+        hostile.report({name: groups[name] for name in groups if name in options.only})
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import benchmark
 import simclr
 import utils
 from benchmark import Ours, Setup, Stopwatch, Usual
-from utils import ImageSet, setting
+from utils import Images, setting
 
 SIZES = (32, 24)  # px of the views whose speed is measured
 STEPS = 6  # of the comparison of compiled and eager
@@ -84,9 +84,9 @@ class Checks:
             ours = Ours(setup)
             losses.append([])
             for _ in range(STEPS):
-                before = ours.now.sums[0].item()
+                before = setup.now.sums[0].item()
                 ours.steps(1)
-                losses[-1].append(ours.now.sums[0].item() - before)
+                losses[-1].append(setup.now.sums[0].item() - before)
             states.append(copy.deepcopy(setup.model.state_dict()))
         torch.backends.cudnn.allow_tf32 = True
         differs = max(abs(a - b) for a, b in zip(*losses, strict=True))
@@ -133,8 +133,8 @@ class Checks:
             state = simclr.snapshot(setup.config, data, setup.model, setup.optimizer, now)
             seconds = [self.watch.once(lambda: run.save(state, must=True)) for _ in range(3)]
             size = run.last.stat().st_size / 1e6
-            clock = utils.Clock()
-            simclr.restore(run, setup.config, data, again.model, again.optimizer, clock)
+            now = simclr.TrainState(1, torch.zeros(3, device=self.device))
+            simclr.restore(run, setup.config, data, again.model, again.optimizer, now)
         pairs = zip(
             setup.model.state_dict().values(), again.model.state_dict().values(), strict=True
         )
@@ -148,7 +148,7 @@ class Checks:
         setup = self.setup()
         count = (50_000, 10_000) if not self.options.tiny else (50, 20)
         parts = [
-            ImageSet(
+            Images(
                 setup.data.images.repeat(math.ceil(n / len(setup.data)), 1, 1, 1)[:n],
                 torch.arange(n, device=self.device) % 10, tuple("0123456789"),
             )
@@ -169,11 +169,12 @@ class Checks:
         for size in SIZES:
             setup = self.setup(size)
             images = setup.data.images.repeat(2, 1, 1, 1)
+            u = setup.augment.draw(len(images), torch.Generator(self.device))
             for name, augment in {
                 "eager": setup.augment,
                 "compiled": torch.compile(setup.augment, **({} if self.cuda else self.compiler)),
             }.items():
-                timing = self.watch.time(lambda: augment(images))  # noqa: B023
+                timing = self.watch.time(lambda: augment(images, u))  # noqa: B023
                 found[f"{size} px, {name}, ms"] = round(1e3 * timing.median, 2)
         return found
 

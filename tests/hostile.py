@@ -1,39 +1,35 @@
-"""Strange and hostile files, data sets and command lines: what must become of each.
+"""Strange images, data sets, command lines and numbers: what must become of each.
 
     python tests/hostile.py                  # all of it, some minutes
-    python tests/hostile.py --tries 100      # fewer random command lines
 
-The outcome is always a run or one clear line with exit code 2, in seconds; nothing in a file is
-executed, and nothing is written elsewhere. test_hostile.py does a sample.
+The outcome is always a run or one clear line with exit code 2, in seconds. test_hostile.py does a
+sample.
 
-Reading order: a trial · checkpoints · images · data sets · command lines · numbers.
+Reading order: a trial · images · data sets · command lines · numbers · the table.
 """
 
 from __future__ import annotations
 
-import argparse
-import collections
 import contextlib
 import dataclasses
 import functools
 import io
 import itertools
 import os
-import pickle
 import resource
 import shutil
 import struct
+import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
 import warnings
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
-from typing import Any, ClassVar
+from typing import Any, NoReturn
 from unittest import mock
 
 import numpy as np
@@ -48,7 +44,7 @@ import load_simCLR
 import simclr
 import tSNE
 import utils
-from utils import ImageSet, InputError
+from utils import Images, InputError
 
 CPU = torch.device("cpu")
 SECONDS = 20.0  # of computing: a trial that takes longer has failed; most take a tenth
@@ -128,28 +124,13 @@ class Outcome:
     name: str
     tried: int = 0
     note: str = ""
-    seconds: float = 0.0
     failures: list[str] = dataclasses.field(default_factory=list)
-    before: ClassVar[float] = 0.0  # when the fault before this was noted, of any kind
-
-    def __post_init__(self) -> None:
-        Outcome.before = time.perf_counter()
-
-    @property
-    def survived(self) -> int:
-        return self.tried - len(self.failures)
 
     def add(self, case: str, *faults: str) -> None:
         """Count a fault that was tried. faults: what was wrong with what became of it, or ""."""
-        now = time.perf_counter()
-        self.seconds, Outcome.before = self.seconds + now - Outcome.before, now
         self.tried += 1
         if wrong := [fault for fault in faults if fault]:
             self.failures.append(f"{self.name}: {case}: {', '.join(wrong)}")
-
-
-class Count(Outcome):
-    """An Outcome of calls."""
 
     def must_run(self, case: str, call: Callable[[], Any]) -> None:
         trial = attempt(call)
@@ -178,216 +159,14 @@ def words(text: str, *others: str) -> list[str]:
     return [*text.split(), *others]
 
 
-# ------------------------------------------------------------------------------------ checkpoints
-
-
 class Calls:
-    """Would call function(*arguments) if it were unpickled."""
+    """Would call function(*arguments) if it were unpickled: for tests of reading checkpoints."""
 
     def __init__(self, function: Callable, *arguments: Any) -> None:
         self.function, self.arguments = function, arguments
 
     def __reduce__(self) -> tuple:
         return self.function, self.arguments
-
-
-class Base:
-    """A run of eight images, after one of three epochs, and the ways in which files are read.
-
-    canary: a file that hostile checkpoints would make.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.canary = folder, folder / "canary"
-        random = torch.Generator().manual_seed(0)
-        images = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8, generator=random)
-        part = ImageSet(images, torch.arange(8) % 2, ("a", "b"))
-        self.data = simclr.Data(part, part, part)
-        self.config = simclr.make_config(
-            dataset="digits", arch="resnet10", width=0.0625, epochs=3, batch_size=4, device="cpu",
-            image_size=8, stem="small", precision="float32", head_dim=8, knn_every=0, run="r",
-            checkpoints=str(folder / "c"), figures=str(folder / "f"),
-        )  # fmt: skip
-        self.file = self.config.folder / utils.CHECKPOINT
-        with contextlib.redirect_stdout(io.StringIO()):
-            simclr.train(dataclasses.replace(self.config, epochs=1), self.data, CPU)
-        state = utils.load_checkpoint(self.file)
-        self.state = {**state, "config": dataclasses.asdict(self.config)}
-
-    def put(self, checkpoint: bytes | dict) -> None:
-        """Make this, a file's content or a state, the only checkpoint of the run."""
-        shutil.rmtree(self.config.folder)
-        self.file.parent.mkdir()
-        if isinstance(checkpoint, bytes):
-            self.file.write_bytes(checkpoint)
-        else:
-            utils.save_checkpoint(self.file, checkpoint)
-
-    def resume(self) -> None:
-        simclr.train(self.config, self.data, CPU)
-
-    def load_encoder(self) -> None:
-        load_simCLR.load_encoder(self.file)(torch.rand(1, 3, 32, 32))
-
-    def export(self) -> None:
-        load_simCLR.main([str(self.file), "--export", "out.pt", "--device", "cpu"])
-
-    def draw(self) -> None:
-        flags = words("--device cpu --figures f --method pca --images 9 --panels pixels")
-        tSNE.main([str(self.file), *flags])
-
-    @property
-    def readers(self) -> dict[str, Callable[[], Any]]:
-        """Each way in which a checkpoint is read."""
-        return {
-            "simclr.py": self.resume, "load_encoder": self.load_encoder,
-            "load_simCLR.py": self.export, "tSNE.py": self.draw,
-        }  # fmt: skip
-
-    def judge(self, checkpoint: bytes | dict, readers: tuple[str, ...]) -> str:
-        """What is wrong with what becomes of a checkpoint that all these must refuse, or ""."""
-        self.put(checkpoint)
-        before = {path for path in self.folder.rglob("*") if path.is_file()}
-        for name in readers:
-            trial = attempt(self.readers[name])
-            if trial.how != "refused" or not trial.text.strip():
-                return f"{name}: {trial.text or 'it was taken'}"
-            if self.canary.exists():
-                return f"{name} executed it"
-            new = {path for path in self.folder.rglob("*") if path.is_file()} - before
-            if new:
-                return f"{name} left {min(map(str, new))}"
-        return ""
-
-
-ALL = ("simclr.py", "load_encoder", "load_simCLR.py", "tSNE.py")
-READERS = ALL[1:]  # simclr.py continues only the configuration that it is given
-OURS = ("simclr.py", "tSNE.py")  # load_simCLR.py reads other projects' files as well
-
-
-def saved(state: Any, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(state, buffer, **options)
-    return buffer.getvalue()
-
-
-def repacked(file: bytes, change: Callable[[str, bytes], bytes | None]) -> bytes:
-    """A checkpoint whose parts were replaced by change(name, content), or left out if None.
-
-    It has a right digest, so that it is refused for what it holds.
-    """
-    made = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(file)) as old, zipfile.ZipFile(made, "a") as new:
-        for part in old.infolist():
-            content = change(part.filename, old.read(part))
-            if content is not None:
-                new.writestr(part.filename, content)
-        new.comment = utils.content_digest(new)
-    return made.getvalue()
-
-
-def dangerous(canary: Path) -> dict[str, Any]:
-    """Objects whose unpickling would run code."""
-    touch, code = f"touch {canary}", f"open({str(canary)!r}, 'w')"
-    system, storage = Calls(os.system, touch), torch.zeros(4)._typed_storage()
-    no_hooks, from_type = collections.OrderedDict(), torch._tensor._rebuild_from_type_v2
-    return {
-        "os.system": system, "eval": Calls(eval, code), "open": Calls(open, str(canary), "w"),
-        "getattr": Calls(getattr, Calls(__import__, "os"), "system"),
-        "torch.load": Calls(torch.load, str(canary)),
-        "a class of ours": simclr.TrainState(1, torch.zeros(3)),
-        "rebuild_from_type": Calls(from_type, os.system, torch.Tensor, (touch,), {}),
-        "a parameter": Calls(torch._utils._rebuild_parameter, system, False, no_hooks),
-        "hooks of a tensor": Calls(
-            torch._utils._rebuild_tensor_v2, storage, 0, (4,), (1,), True, system
-        ),
-        "a dict in a list": [[collections.OrderedDict(a=(system,))]],
-    }  # fmt: skip
-
-
-def file_cases(base: Base) -> dict[str, bytes]:
-    """Whole files that every reader must refuse."""
-    state, good = base.state, saved(base.state)
-    shell = f"cos\nsystem\n(S'touch {base.canary}'\ntR.".encode()
-    imported = f"c__builtin__\neval\n(V__import__('os').system('touch {base.canary}')\ntR."
-    system = Calls(os.system, f"touch {base.canary}")
-    old = {"_use_new_zipfile_serialization": False}
-    pickles = {
-        "GLOBAL os.system": lambda _: shell,
-        "GLOBAL eval": lambda _: imported.encode(),
-        "STACK_GLOBAL": lambda _: pickle.dumps(system, protocol=4),
-        "a second pickle after the first": lambda p: shell + p,
-        "a pickle without an end": lambda p: p[:-1],
-        "an empty pickle": lambda _: b"",
-        "an unknown operation": lambda p: p[:2] + b"\xff" + p[2:],
-        "very deep lists": lambda _: b"\x80\x02" + b"]" * 10**5 + b"a" * (10**5 - 1) + b".",
-    }
-    cases = {
-        "a bare pickle": shell,
-        "of before torch 1.6, with code": saved({**state, "more": system}, **old),
-        "of before torch 1.6, cut": saved(state, **old)[:-40],
-        "no pickle": repacked(good, lambda n, c: None if n.endswith("data.pkl") else c),
-        "no storages": repacked(good, lambda n, c: None if "/data/" in n else c),
-        "no parts": repacked(good, lambda _n, _c: None),
-        "no digest": good,
-        "the first half": good[: len(good) // 2],
-        "text": b"This is no checkpoint.\n" * 100,
-        "nothing": b"",
-        "a tensor alone": saved(torch.zeros(3)),
-        "a list": saved([state]),
-    }
-    for name, change in pickles.items():
-        cases[name] = repacked(good, lambda n, c, f=change: f(c) if n.endswith("data.pkl") else c)
-    for name, value in dangerous(base.canary).items():
-        cases[f"{name}, in the state"] = repacked(saved({**state, "more": value}), lambda _, c: c)
-    return cases
-
-
-def state_cases(base: Base) -> dict[str, tuple[dict, tuple[str, ...]]]:
-    """Wrong states, and the readers that must refuse each."""
-    state = base.state
-    without = {k: v for k, v in state.items() if k != "optimizer"}
-    cases = {"no optimizer": (without, ("simclr.py",))}
-    for value in (None, "1", 3, 10**5000):
-        cases[f"format {utils.shown(value)}"] = {**state, "format": value}, OURS
-    for part in ("config", "model", "position"):
-        cases[f"no {part}"] = {k: v for k, v in state.items() if k != part}, OURS
-        for value in (None, "text", {"a": 1}, {}):
-            cases[f"{part} is {utils.shown(value)}"] = {**state, part: value}, ALL
-    for key, value in (
-        ("width", 1e9), ("width", []), ("arch", "vgg"), ("dataset", "nowhere"), ("epochs", 0),
-        ("seed", 10**5000), ("run", "../../x"), ("run", None), ("unknown", 1), ("head_dim", 9),
-    ):  # fmt: skip
-        config = {**state["config"], key: value}
-        cases[f"config.{key} is {utils.shown(value)}"] = {**state, "config": config}, READERS
-    name, weight = next(iter(state["model"].items()))
-    few = {key: value for key, value in state["model"].items() if key != name}
-    for text, model in {
-        "of another shape": {name: torch.zeros(3)}, "NaN": {name: weight * float("nan")},
-        "a list": {name: weight.tolist()}, "missing": {}, "more": {name: weight, "x": weight},
-        "of a billion": {name: torch.zeros(1).expand(10**9)},
-    }.items():  # fmt: skip
-        cases[f"a weight {text}"] = {**state, "model": {**few, **model}}, ALL
-    return cases
-
-
-def checkpoints(every: int = 1) -> list[Outcome]:
-    """Files that mean harm, and wrong states; of both each `every`-th."""
-    with temporary() as folder:
-        base = Base(folder)
-        elsewhere = folder / "elsewhere"  # a checkpoint does not decide where files are written
-        places = dict.fromkeys(("checkpoints", "figures", "data_dir"), str(elsewhere))
-        base.put({**base.state, "config": {**base.state["config"], **places}})
-        files = Count("hostile checkpoint files")
-        for name, read in base.readers.items():  # else a refusal would prove nothing
-            files.must_run(f"a good one by {name}", read)
-        files.add("other folders in the configuration", "written there" * elsewhere.exists())
-        for name, content in list(file_cases(base).items())[::every]:
-            files.add(name, base.judge(content, ALL))
-        states = Count("wrong checkpoint states")
-        for name, (state, readers) in list(state_cases(base).items())[::every]:
-            states.add(name, base.judge(state, readers))
-        return [files, states]
 
 
 # ----------------------------------------------------------------------------------------- images
@@ -398,17 +177,14 @@ def noise(height: int = 6, width: int = 8, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def png(*chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG file of these chunks."""
+def png(width: int, height: int, pixels: bytes, depth: int = 8) -> bytes:
+    """An RGB PNG file with these compressed rows, whatever its header says."""
+    header = struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0)
     parts = [b"\x89PNG\r\n\x1a\n"]
-    for kind, content in (*chunks, (b"IEND", b"")):
+    for kind, content in ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b"")):
         parts.append(struct.pack(">I", len(content)) + kind + content)
         parts.append(struct.pack(">I", zlib.crc32(kind + content)))
     return b"".join(parts)
-
-
-def png_header(width: int, height: int, depth: int = 8, kind: int = 2) -> tuple[bytes, bytes]:
-    return b"IHDR", struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
 
 
 def encoded(image: Image.Image | np.ndarray, kind: str = "png", **options: Any) -> bytes:
@@ -425,10 +201,7 @@ def on_white(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 
 
 Good = dict[str, tuple[bytes, np.ndarray, int]]  # name -> (content, its pixels, largest error)
-ODD_NAMES = (
-    "two  spaces .png", "new\nline.png", "emoji 🦎.png", "\udcff\udcfe.png", "-rf.png",
-    "'quote\".png", "$(touch x).png", "\x1b[31m.png", "z" * 251 + ".png",
-)  # fmt: skip
+ODD_NAMES = ("two  spaces .png", "new\nline.png", "emoji 🦎.png", "\udcff\udcfe.png", "-rf.png")
 
 
 def good_images() -> Good:
@@ -440,7 +213,6 @@ def good_images() -> Good:
     files: Good = {
         "a 1x1 image.png": (encoded(x[:1, :1]), x[:1, :1], 0),
         "60,000 x 1.png": (encoded(long), long, 0),
-        "1 x 60,000.png": (encoded(long.swapaxes(0, 1)), long.swapaxes(0, 1), 0),
         "one bit.png": (encoded(Image.new("1", (3, 2), 1)), np.full((2, 3, 3), 255), 0),
         "JPEG named.png": (jpeg, as_jpeg, 0),
         "PNG named.JPEG": (encoded(x), x, 0),
@@ -469,7 +241,7 @@ def colours_and_alpha(x: np.ndarray) -> Good:
     random = np.random.default_rng(1)
     deep = random.integers(0, 65536, x.shape, dtype=np.uint16)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep)
-    deep_png = png(png_header(*x.shape[1::-1], depth=16), (b"IDAT", zlib.compress(rows)))
+    deep_png = png(*x.shape[1::-1], zlib.compress(rows), depth=16)
     shallow = np.round(deep / 257).astype(np.uint8)
     alpha = random.integers(0, 256, x.shape[:2], dtype=np.uint8)
     grey, shallow_grey = (a[..., :1].repeat(3, 2) for a in (x, shallow))
@@ -496,41 +268,23 @@ def colours_and_alpha(x: np.ndarray) -> Good:
 
 def bad_images() -> dict[str, bytes]:
     """File name -> content that is not an image."""
-    image = noise(40, 40)
+    image, pixels = noise(40, 40), zlib.compress(bytes(1000))
     jpeg, whole = encoded(image, "jpeg"), encoded(image)
-    pixels = (b"IDAT", zlib.compress(bytes(1000)))
-    text = (b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8), 9))
     return {
         "nothing.jpg": b"", "text.jpg": b"This is no photograph.\n" * 50, "zeros.png": bytes(5000),
         "cut.jpg": jpeg[: len(jpeg) // 2], "cut.png": whole[: len(whole) // 2],
-        "header alone.png": png(png_header(20, 20)), "one byte.png": b"\x89",
         "cut.gif": encoded(image, "gif")[:200], "cut.webp": encoded(image, "webp")[:300],
-        "cut.tif": encoded(image, "tiff")[:2000], "cut.bmp": encoded(image, "bmp")[:2000],
-        "of no pixels.png": png(png_header(0, 0), (b"IDAT", zlib.compress(b""))),
-        "wrong sum.png": whole[:20] + b"\xff" + whole[21:],
+        "cut.tif": encoded(image, "tiff")[:2000], "wrong sum.png": whole[:20] + b"?" + whole[21:],
         # 10,000 megapixels, and 100: beyond both of PIL's limits, and beyond the lower one
-        "bomb.png": png(png_header(100_000, 100_000), pixels),
-        "small bomb.png": png(png_header(10_000, 10_000), pixels),
-        "bomb.gif": b"GIF89a" + struct.pack("<HH", 65535, 65535) + b"\0\0\0;",
-        "text bomb.png": png(png_header(4, 4), text, pixels),
+        "bomb.png": png(100_000, 100_000, pixels), "small bomb.png": png(10_000, 10_000, pixels),
     }  # fmt: skip
 
 
-def write_bytes(folder: Path, name: str, content: bytes) -> Path:
+def write_bytes(path: Path, content: bytes) -> Path:
     """A file of a name that need not be text."""
-    path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     return path
-
-
-def strange_places(folder: Path) -> dict[str, Path]:
-    """What has the name of an image and cannot be read as a file."""
-    os.mkfifo(folder / "pipe.jpg")
-    os.symlink(folder / "nowhere", folder / "dangling.png")
-    (folder / "folder.jpg").mkdir()
-    names = ("pipe.jpg", "dangling.png", "folder.jpg", "gone.png")
-    return {name: folder / name for name in names}
 
 
 def judge_good(path: Path, pixels: np.ndarray, tolerance: int) -> str:
@@ -567,39 +321,31 @@ def embed() -> None:
     load_simCLR.main(["photos_resnet10", "--embed", "photos", "--checkpoints", "c"])
 
 
-def whole_runs(folder: Path, count: Count) -> None:
-    """`simclr.py --dataset folder` and `load_simCLR.py --embed` on such files."""
-    photos = folder / "photos"
-    for name, (content, *_) in good_images().items():
-        write_bytes(photos, name, content)
-    count.must_run("a run on all the strange ones", train)
-    count.must_run("their embedding", embed)
-    other = functools.partial(train, "--run", "other", "--batch-size", "512")  # no image left out
-    for name in ("cut.jpg", "text.jpg", "bomb.png", "small bomb.png"):
-        file = write_bytes(photos, name, bad_images()[name])
-        count.must_be_refused(f"a run with {name}", other, name)
-        shutil.rmtree(folder / "c" / "other")
-        file.unlink()
-    os.mkfifo(photos / "pipe.jpg")
-    count.must_be_refused("a run with a pipe", other, "pipe.jpg")
-    count.must_run("an embedding with a pipe", embed)
-    (photos / "pipe.jpg").unlink()
-
-
 def images(every: int = 1) -> list[Outcome]:
     """Odd image files: each gives exactly its pixels, or an error that names it."""
+    count, good, bad = Outcome("odd images"), good_images(), bad_images()
     with temporary() as folder:
-        count = Count("odd images")
-        for name, (content, pixels, tolerance) in list(good_images().items())[::every]:
-            path = write_bytes(folder, name, content)
+        for name, (content, pixels, tolerance) in list(good.items())[::every]:
+            path = write_bytes(folder / name, content)
             count.add(repr(name)[:60], judge_good(path, pixels.astype(int), tolerance))
-        for name, content in bad_images().items():
-            count.add(name, judge_bad(write_bytes(folder, name, content)))
-        for name, path in strange_places(folder).items():
-            count.add(name, judge_bad(path))
-    with temporary() as folder:
-        whole_runs(folder, count)
-        return [count]
+        for name, content in bad.items():
+            count.add(name, judge_bad(write_bytes(folder / name, content)))
+        os.symlink(folder / "nowhere", folder / "dangling.png")
+        (folder / "folder.jpg").mkdir()
+        for name in ("dangling.png", "folder.jpg", "gone.png"):
+            count.add(name, judge_bad(folder / name))
+    with temporary() as folder:  # whole runs
+        for name, (content, *_) in good.items():
+            write_bytes(folder / "photos" / name, content)
+        count.must_run("a run on all the strange ones", train)
+        count.must_run("their embedding", embed)
+        other = functools.partial(train, "--run", "other", "--batch-size", "512")  # all of them
+        for name in ("cut.jpg", "text.jpg", "bomb.png"):
+            file = write_bytes(folder / "photos" / name, bad[name])
+            count.must_be_refused(f"a run with {name}", other, name)
+            shutil.rmtree(folder / "c" / "other")
+            file.unlink()
+    return [count]
 
 
 # -------------------------------------------------------------------------------------- data sets
@@ -612,39 +358,36 @@ def lay(*classes: tuple[str, int]) -> None:
     for name, images in classes:
         (Path("photos") / name).mkdir(parents=True)
         for i in range(images):
-            write_bytes(Path("photos") / name, f"{i}.png", encoded(noise(16, 16, i)))
+            write_bytes(Path("photos") / name / f"{i}.png", encoded(noise(16, 16, i)))
 
 
 def data_sets() -> list[Outcome]:
     """Folders of images with strange classes: whole runs."""
-    with temporary():
-        return [odd_folders(Count("strange data sets"))]
-
-
-def odd_folders(count: Count) -> Count:
+    count = Outcome("strange data sets")
     flags = words("photos_resnet10 --tasks knn linear --checkpoints c --figures f")
-    for name, classes in {
-        "one class": [("a", 4)], "a class of one image": [("a", 8), ("b", 1)],
-        "classes of one image": [("a", 1), ("b", 1), ("c", 1)],
-        "an empty class": [("a", 6), ("b", 6), ("c", 0)],
-        "a test class that is empty": [
-            ("train/a", 4), ("train/b", 4), ("test/a", 2), ("test/b", 0),
-        ],
-        "a class of one in the test": [("train/a", 1), ("train/b", 4), ("test/a", 1)],
-    }.items():  # fmt: skip
-        lay(*classes)
-        count.must_run(f"a folder of {name}", train)
-        trial = attempt(lambda: load_simCLR.main(flags))
-        unlabelled = trial.how == "refused" and "no labelled test images" in trial.text
-        fine = trial.how == "run" or unlabelled
-        count.add(f"its evaluation ({name})", "" if fine else trial.text)
-    lay(("a", 4), ("b", 0))
-    for i in range(3):
-        write_bytes(Path("photos/b"), f"{i}.png", b"broken")
-    count.must_be_refused("a class of broken images", train, "photos/b/")
-    lay(("a", 0))
-    count.must_be_refused("no images at all", train, "no images")
-    return count
+    with temporary():
+        for name, classes in {
+            "one class": [("a", 4)], "a class of one image": [("a", 8), ("b", 1)],
+            "classes of one image": [("a", 1), ("b", 1), ("c", 1)],
+            "an empty class": [("a", 6), ("b", 6), ("c", 0)],
+            "a test class that is empty": [
+                ("train/a", 4), ("train/b", 4), ("test/a", 2), ("test/b", 0),
+            ],
+            "a class of one in the test": [("train/a", 1), ("train/b", 4), ("test/a", 1)],
+        }.items():  # fmt: skip
+            lay(*classes)
+            count.must_run(f"a folder of {name}", train)
+            trial = attempt(lambda: load_simCLR.main(flags))
+            unlabelled = trial.how == "refused" and "no labelled test images" in trial.text
+            fine = trial.how == "run" or unlabelled
+            count.add(f"its evaluation ({name})", "" if fine else trial.text)
+        lay(("a", 4), ("b", 0))
+        for i in range(3):
+            write_bytes(Path(f"photos/b/{i}.png"), b"broken")
+        count.must_be_refused("a class of broken images", train, "photos/b/")
+        lay(("a", 0))
+        count.must_be_refused("no images at all", train, "no images")
+    return [count]
 
 
 # ---------------------------------------------------------------------------------- command lines
@@ -668,7 +411,7 @@ SCRIPTS = {
     "simclr.py": (simclr.main, (simclr.Config,)),
     "load_simCLR.py": (load_simCLR.main, (load_simCLR.Options,)),
     "tSNE.py": (tSNE.main, (tSNE.Options,)),
-    "ablation_SimCLR.py": (ablation_SimCLR.main, (ablation_SimCLR.Options, simclr.Config)),
+    "ablation_SimCLR.py": (ablation_SimCLR.main, (simclr.Config,)),
 }
 LARGE = 64, 2_000_000  # px of images and number of weights: such runs end where training begins
 
@@ -694,7 +437,7 @@ def few_splits(dataset: str, splits: tuple[str, ...], *arguments: Any, **options
     counts = [20 if split == "test" else 40 for split in splits]
     pixels = [torch.arange(n * 192).mul(37).remainder(256).to(torch.uint8) for n in counts]
     return [
-        ImageSet(x.view(-1, 3, 8, 8), torch.arange(n) % 10, tuple("0123456789"))
+        Images(x.view(-1, 3, 8, 8), torch.arange(n) % 10, tuple("0123456789"))
         for x, n in zip(pixels, counts, strict=True)
     ]
 
@@ -724,7 +467,7 @@ def little_work(all_of_it: bool = False) -> Iterator[None]:
             (simclr, "make_model", small_model), (simclr, "epoch_row", two_epochs),
             (simclr, "redraw", mock.Mock()), (simclr, "evaluate", enough),
             (load_simCLR, "evaluate", enough), (tSNE, "draw_panels", enough),
-            (ablation_SimCLR, "run_job", enough), (ablation_SimCLR, "seconds_per_view", enough),
+            (ablation_SimCLR, "run_job", enough), (ablation_SimCLR, "list_studies", enough),
         ]  # fmt: skip
     with contextlib.ExitStack() as stack:
         for where, name, new in patches:
@@ -754,52 +497,64 @@ def random_flag(field: dataclasses.Field, random: Random) -> list[str]:
     return random.choice([[f"{name}={value}"], [name, value], [name]])
 
 
-def commands(tries: int = 2000, seed: int = 0) -> list[Outcome]:
-    """Random command lines of all scripts, and some that are run to their end."""
-    with temporary() as folder:
-        work = folder / "work"  # a line may write to "../up"
-        Base(work)
-        os.chdir(work)
-        for i in range(8):
-            write_bytes(work / "photos" / "ab"[i % 2], f"{i}.png", encoded(noise(8 + i % 2, 8, i)))
-        random, outcomes = Random(seed), []
-        for script, (main, _) in SCRIPTS.items():
-            count, ran = Count(f"command lines of {script}"), 0
-            with little_work():
-                for _ in range(max(1, tries // len(SCRIPTS))):
-                    argv = random_line(script, random)
-                    trial = attempt(functools.partial(main, argv))
-                    broken = trial.how == "broken" or len(trial.text) > utils.LONGEST_MESSAGE + 50
-                    ran += trial.how == "run"
-                    count.add(" ".join(word[:60] for word in argv), trial.text if broken else "")
-            count.note = f"{ran} ran, the others were refused"
-            outcomes.append(count)
-        whole = Count("command lines run to their end")
-        with little_work(all_of_it=True):
-            for line in WHOLE_LINES[:: 1 if tries >= 1000 else 10]:
-                script, *argv = line.split()
-                trial = attempt(functools.partial(SCRIPTS[script][0], [*NEEDED[script], *argv]))
-                whole.add(line, trial.text if trial.how == "broken" else "")
-        return [*outcomes, whole]
-
-
 WHOLE_LINES = [
-    "simclr.py", "simclr.py --batch-size 1000000000", "simclr.py --image-size 256",
-    "simclr.py --arch resnet152 --width 16", "simclr.py --head-dim 65536",
-    "simclr.py --head-hidden 65536 --head-dim 65536 --width 4", "simclr.py --temperature 1e-30",
-    "simclr.py --temperature 1e30", "simclr.py --lr 1e30", "simclr.py --color-strength 1e30",
-    "simclr.py --seed 9223372036854775807", "simclr.py --weight-decay 1e30",
-    "simclr.py --crop-min 1e-30", "simclr.py --batch-size 2", "simclr.py --projection none",
+    "simclr.py --batch-size 1000000000", "simclr.py --image-size 256", "simclr.py --batch-size 2",
+    "simclr.py --arch resnet152 --width 16", "simclr.py --temperature 1e-30",
+    "simclr.py --head-hidden 65536 --head-dim 65536 --width 4", "simclr.py --temperature 1e30",
+    "simclr.py --lr 1e30", "simclr.py --color-strength 1e30", "simclr.py --weight-decay 1e30",
+    "simclr.py --crop-min 1e-30", "simclr.py --projection none --seed 9223372036854775807",
     "simclr.py --dataset folder --data-dir photos --workers 10000 --image-size 8",
-    "simclr.py --dataset folder --data-dir photos --workers 0 --image-size 300",
     "simclr.py --precision bfloat16 --blur-p 1 --flip 1 --keep-every 1 --optimizer lars",
     "simclr.py --show-views views.png --image-size 4096", "load_simCLR.py --tasks knn linear",
     "load_simCLR.py --embed photos --workers 10000 --image-size 2000",
     "load_simCLR.py --export x.pt --image-size 9",
     "load_simCLR.py --classify photos --out x.csv", "tSNE.py --thumbnails --images 2",
     "tSNE.py --method tsne --perplexity 1 --images 4", "tSNE.py --panels pixels --format svg",
-    "ablation_SimCLR.py --epochs 1 --batch-size 8 --dry-run",
 ]  # fmt: skip
+
+
+def small_run(folder: Path) -> tuple[simclr.Config, simclr.Data]:
+    """Make a run of eight images with one epoch. Returns its settings for two more, and data."""
+    random = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8, generator=random)
+    part = Images(pixels, torch.arange(8) % 2, ("a", "b"))
+    config = simclr.make_config(
+        dataset="digits", arch="resnet10", width=0.0625, epochs=3, batch_size=4, device="cpu",
+        image_size=8, stem="small", precision="float32", head_dim=8, knn_every=0, run="r",
+        checkpoints=str(folder / "c"), figures=str(folder / "f"),
+    )  # fmt: skip
+    data = simclr.Data(part, part, part)
+    with contextlib.redirect_stdout(io.StringIO()):
+        simclr.train(dataclasses.replace(config, epochs=1), data, CPU)
+    return config, data
+
+
+def commands(tries: int = 2000) -> list[Outcome]:
+    """Random command lines of all scripts, and some that are run to their end."""
+    count, whole = Outcome("random command lines"), Outcome("command lines run to their end")
+    with temporary() as folder:
+        work = folder / "work"  # a line may write to "../up"
+        small_run(work)
+        os.chdir(work)
+        for i in range(8):
+            write_bytes(work / "photos" / "ab"[i % 2] / f"{i}.png", encoded(noise(8 + i % 2, 8, i)))
+        random, ran = Random(0), 0
+        with little_work():
+            for script in [name for name in SCRIPTS for _ in range(tries // len(SCRIPTS))]:
+                argv = random_line(script, random)
+                trial = attempt(functools.partial(SCRIPTS[script][0], argv))
+                broken = trial.how == "broken" or len(trial.text) > utils.LONGEST_MESSAGE + 50
+                ran += trial.how == "run"
+                line = " ".join(word[:60] for word in (script, *argv))
+                count.add(line, trial.text if broken else "")
+        count.note = f"{ran:,} ran, the others were refused in one line"
+        with little_work(all_of_it=True):
+            for line in WHOLE_LINES[:: 1 if tries >= 1000 else 10]:
+                script, *argv = line.split()
+                trial = attempt(functools.partial(SCRIPTS[script][0], [*NEEDED[script], *argv]))
+                whole.add(line, trial.text if trial.how == "broken" else "")
+    return [count, whole]
+
 
 # ---------------------------------------------------------------------------------------- numbers
 
@@ -822,8 +577,9 @@ def embeddings() -> dict[str, torch.Tensor]:
     }  # fmt: skip
 
 
-def losses(count: Count) -> Count:
+def losses() -> Outcome:
     """Value and gradient of each loss are finite, and the value is float64's."""
+    count = Outcome("losses at extremes")
     for name in ablation_SimCLR.LOSSES:
         loss = ablation_SimCLR.Variant(loss_function=name, margin=0.5).loss(simclr.Config())
         for (kind, z), tau in itertools.product(embeddings().items(), TEMPERATURES):
@@ -843,44 +599,51 @@ def losses(count: Count) -> Count:
     return count
 
 
-def collapsed(count: Count) -> Count:
+def collapsed() -> Outcome:
     """A run whose views are all alike says so, once, and in its log; another does not."""
+    count = Outcome("collapse, named in the log")
     with temporary() as folder:
-        base = Base(folder)
-        for name, images, alike in (
-            ("black images", torch.zeros_like(base.data.train.images), True),
-            ("images", base.data.train.images, False),
-        ):
-            shutil.rmtree(base.config.folder)
-            part, printed = dataclasses.replace(base.data.train, images=images), io.StringIO()
+        config, data = small_run(folder)
+        pixels = data.train.images
+        for name, factor, alike in (("black", 0, True), ("noise", 1, False)):
+            shutil.rmtree(config.folder)
+            part, printed = dataclasses.replace(data.train, images=factor * pixels), io.StringIO()
             with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(io.StringIO()):
-                simclr.train(base.config, simclr.Data(part, part, part), CPU)
-            log = utils.read_jsonl(base.config.folder / utils.LOG)
+                simclr.train(config, simclr.Data(part, part, part), CPU)
+            log = utils.read_jsonl(config.folder / utils.LOG)
             marked, text = [row.get("collapsed", False) for row in log], printed.getvalue()
             right = marked == [alike] * 3 and text.count("\n") == text.count("collapsed") == alike
-            count.add(f"collapse of {name}", "" if right else f"{marked}, {text!r}")
+            count.add(f"images of {name}", "" if right else f"{marked}, {text!r}")
     return count
 
 
 def numbers() -> list[Outcome]:
-    return [losses(Count("losses at extremes")), collapsed(Count("collapse, named in the log"))]
+    return [losses(), collapsed()]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--tries", type=int, default=2000, help="random command lines")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("parts", nargs="*", help="checkpoints images data_sets commands numbers")
-    options = parser.parse_args()
-    parts = {
-        "checkpoints": checkpoints, "images": images, "data_sets": data_sets,
-        "commands": lambda: commands(options.tries, options.seed), "numbers": numbers,
-    }  # fmt: skip
-    for name in options.parts or parts:
-        for row in parts[name]():
-            print(f"{row.name:60}{row.survived:6}/{row.tried:<6}{row.seconds:8.1f} s", flush=True)
-            print(*(f"    {utils.one_line(text, 400)}" for text in row.failures[:40]), sep="\n")
+# -------------------------------------------------------------------------------------- the table
+
+Groups = dict[str, Callable[[], list[Outcome]]]
+GROUPS: Groups = {
+    "images": images, "data_sets": data_sets, "commands": commands, "numbers": numbers,
+}  # fmt: skip
+
+
+def report(groups: Groups) -> NoReturn:
+    """Do all faults, and print what failed and a table. Exit code 1 if something failed."""
+    table, failed = ["| fault | group | tried | survived | lost |", "| --- |" + 4 * " --- |"], False
+    for group, do in groups.items():
+        print(f"{group} …", file=sys.stderr, flush=True)
+        for o in do():
+            for text in o.failures:
+                print(utils.one_line(text), file=sys.stderr, flush=True)
+            note = "see above" if o.failures else o.note or "nothing"
+            survived = o.tried - len(o.failures)
+            table.append(f"| {o.name} | {group} | {o.tried:,} | {survived:,} | {note} |")
+            failed |= bool(o.failures)
+    print(*table, sep="\n")
+    raise SystemExit(failed)
 
 
 if __name__ == "__main__":
-    main()
+    report(GROUPS)

@@ -24,8 +24,9 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,10 @@ class Options:
 class Clock:
     """How much of a race is over, in [0, 1], by time or by steps, and how good it was then."""
 
-    def __init__(
-        self, options: Options, accuracy: Callable[[], float], wait: Callable[[], None]
-    ) -> None:
-        self.options, self.accuracy, self.wait = options, accuracy, wait
+    def __init__(self, options: Options, *arguments: Any) -> None:
+        """arguments: of simclr.knn_accuracy(), with the device at the end."""
+        self.options, self.accuracy = options, partial(simclr.knn_accuracy, *arguments)
+        self.wait = benchmark.Stopwatch(arguments[-1], 0).wait
         self.steps, self.part = 0, 0  # part: how many measurements were due so far
         self.started, self.stopped = time.perf_counter(), 0.0
         self.curve: list[tuple[float, float]] = []  # progress and kNN accuracy, both in [0, 1]
@@ -104,82 +105,65 @@ def rate(config: simclr.Config, progress: float) -> float:
     return simclr.learning_rate(parts, step, config.batch_size, steps=1)
 
 
-@dataclass
-class Race:
-    """A training of a network. Both loops begin with the same weights."""
+def ours(
+    config: simclr.Config, data: simclr.Data, device: torch.device, options: Options
+) -> tuple[Clock, nn.Module]:
+    """Train in epochs as in a run of simclr.py. Returns the clock and the encoder."""
+    model = utils.on_device(simclr.make_model(config), device)
+    optimizer = simclr.make_optimizer(config, model)
+    clock = Clock(options, model.encoder, data, config, device)  # compiling counts
+    size, steps = simclr.batch_count(config, len(data.pretrain))
+    now = simclr.TrainState(steps, torch.zeros(3, device=device))
+    network = simclr.compiled(model, config, size, now)
+    contrast = simclr.LOSSES[config.loss]
+    for epoch in itertools.count():
+        network.train()
+        sized = config.at_epoch(int(clock.progress * config.epochs))  # views may grow
+        augment = simclr.make_augment(sized)
+        for views in simclr.view_batches(config, data.pretrain, device, epoch, 0, augment):
+            simclr.set_rate(optimizer, rate(config, clock.progress))
+            loss, z = simclr.training_step(network, views, contrast, config)
+            optimizer.step()
+            optimizer.zero_grad()
+            accuracy = simclr.contrastive_accuracy(*z.chunk(config.views))
+            now.add(loss, accuracy, simclr.mean_cosine(z))
+            if clock.after_step():
+                break
+        if clock.part >= options.points:
+            if config.view_sizes:  # not timed: a few seconds
+                simclr.estimate_statistics(model, data.pretrain, config, device)
+                clock.curve[-1] = clock.curve[-1][0], clock.accuracy()
+            return clock, model.encoder
 
-    config: simclr.Config
-    data: simclr.Data
-    device: torch.device
-    options: Options
 
-    def run(self) -> tuple[Clock, nn.Module]:
-        """Train to the end. Returns the clock and the encoder."""
-        torch.manual_seed(self.config.seed)  # of the usual loop's views
-        return self.ours() if self.options.loop == "ours" else self.usual()
-
-    def clock(self, encoder: nn.Module) -> Clock:
-        """Starts it."""
-        return Clock(
-            self.options,
-            lambda: simclr.knn_accuracy(encoder, self.data, self.config, self.device),
-            benchmark.Stopwatch(self.device, 0).wait,
-        )
-
-    def ours(self) -> tuple[Clock, nn.Module]:
-        """Epochs as in a run of simclr.py."""
-        config, data, device = self.config, self.data, self.device
-        model = utils.on_device(simclr.make_model(config), device)
-        optimizer = simclr.make_optimizer(config, model)
-        clock = self.clock(model.encoder)  # compiling counts
-        size, steps = simclr.batch_count(config, len(data.pretrain))
-        now = simclr.TrainState(steps, torch.zeros(3, device=device))
-        network = simclr.compiled(model, config, size, now)
-        contrast = simclr.LOSSES[config.loss]
-        for epoch in itertools.count():
-            network.train()
-            sized = config.at_epoch(int(clock.progress * config.epochs))  # views may grow
-            augment = simclr.make_augment(sized)
-            for views in simclr.view_batches(config, data.pretrain, device, epoch, 0, augment):
-                simclr.set_rate(optimizer, rate(config, clock.progress))
-                loss, z = simclr.training_step(network, views, contrast, config)
-                optimizer.step()
-                optimizer.zero_grad()
-                accuracy = simclr.contrastive_accuracy(*z.chunk(config.views))
-                now.add(loss, accuracy, simclr.mean_cosine(z))
-                if clock.after_step():
-                    break
-            if clock.part >= self.options.points:
-                if config.view_sizes:  # not timed: a few seconds
-                    simclr.estimate_statistics(model, data.pretrain, config, device)
-                    clock.curve[-1] = clock.curve[-1][0], clock.accuracy()
+def usual(
+    config: simclr.Config, data: simclr.Data, device: torch.device, options: Options
+) -> tuple[Clock, nn.Module]:
+    """Train as public single-file implementations do. Returns the clock and the encoder."""
+    if config.blur_p or config.rotation or config.views > 2:
+        raise InputError("the usual loop has two views, no blur and no rotation here")
+    torch.manual_seed(config.seed)  # of its views
+    model = simclr.make_model(config).to(device)
+    optimizer = simclr.make_optimizer(config, model)
+    augment = partial(benchmark.twice, benchmark.pil_pipeline(config))
+    images = data.pretrain.images
+    loader = DataLoader(
+        benchmark.Views(images, augment, len(images)), config.batch_size, shuffle=True,
+        drop_last=True, num_workers=utils.cpu_cores(), pin_memory=device.type == "cuda",
+        persistent_workers=True,
+    )  # fmt: skip
+    clock = Clock(options, model.encoder, data, config, device)
+    while True:
+        for views in loader:
+            model.train()
+            z1, z2 = (model(x.to(device, non_blocking=True))[1] for x in views)
+            loss = benchmark.plain_nt_xent(z1, z2, config.temperature)
+            simclr.set_rate(optimizer, rate(config, clock.progress))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if clock.after_step():
                 return clock, model.encoder
-
-    def usual(self) -> tuple[Clock, nn.Module]:
-        """As public single-file implementations train."""
-        config, device, images = self.config, self.device, self.data.pretrain
-        if config.blur_p or config.rotation or config.views > 2:
-            raise InputError("the usual loop has two views, no blur and no rotation here")
-        model = simclr.make_model(config).to(device)
-        optimizer = simclr.make_optimizer(config, model)
-        augment = benchmark.Twice(benchmark.pil_pipeline(config))
-        loader = DataLoader(
-            benchmark.Views(images.images, augment, len(images)), config.batch_size, shuffle=True,
-            drop_last=True, num_workers=utils.cpu_cores(), pin_memory=device.type == "cuda",
-            persistent_workers=True,
-        )  # fmt: skip
-        clock = self.clock(model.encoder)
-        while True:
-            for views in loader:
-                model.train()
-                z1, z2 = (model(x.to(device, non_blocking=True))[1] for x in views)
-                loss = benchmark.plain_nt_xent(z1, z2, config.temperature)
-                simclr.set_rate(optimizer, rate(config, clock.progress))
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                if clock.after_step():
-                    return clock, model.encoder
 
 
 def linear_accuracy(
@@ -197,12 +181,12 @@ def hold(options: Options, given: dict[str, Any]) -> dict[str, Any]:
     config = simclr.make_config(**given)
     device = utils.choose_device(config.device)
     data = simclr.load_data(config, device)
-    if not (data.labelled and isinstance(data.pretrain, utils.ImageSet)):
+    if not data.labelled or data.pretrain.images is None:
         raise InputError("a race needs labelled images that are held in memory")
     config = simclr.resolve(config, data.pretrain, device)
     if options.loop == "usual":
         config = dataclasses.replace(config, precision="float32")
-    clock, encoder = Race(config, data, device, options).run()
+    clock, encoder = (ours if options.loop == "ours" else usual)(config, data, device, options)
     seconds = clock.seconds
     settings = {k: v for k, v in given.items() if k not in ("data_dir", "device", "seed", "recipe")}
     return {

@@ -1,4 +1,4 @@
-"""kNN and logistic regression against scikit-learn; embedding leaves the encoder as it was."""
+"""kNN, logistic regression and standardisation against scikit-learn's; raw pixels."""
 
 import numpy as np
 import pytest
@@ -71,18 +71,6 @@ def test_standardize_equals_scikit_learn(clusters):
     assert np.allclose(ours_test[:, alive], scaler.transform(x_test)[:, alive], atol=1e-5)
     assert (ours[:, 3] == 0).all()
     assert (ours_test[:, 3] == 0).all()
-
-
-def test_batches_of_an_embedding_have_one_size():
-    data, sizes = utils.ImageSet(torch.randint(0, 256, (20, 3, 4, 4), dtype=torch.uint8)), []
-
-    def encoder(images):
-        sizes.append(len(images))
-        return images.flatten(1)
-
-    pixels = utils.embed(encoder, data, 4, torch.device("cpu"), batch_size=8)
-    assert sizes == [7, 7, 7]  # and not 8, 8, 4
-    assert torch.equal(pixels, data.images.flatten(1) / 255)
 
 
 def test_raw_pixels_are_averaged_down_to_32_px():

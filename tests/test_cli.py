@@ -1,7 +1,6 @@
 """The command line: what is printed, and that bad input is one line and exit code 2."""
 
 import dataclasses
-import json
 import shlex
 import signal
 import subprocess
@@ -26,40 +25,32 @@ def fails(capsys, tmp_path, *argv):
     return error
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        ("--dataset imagenette", "invalid choice: 'imagenette'"),
-        ("--recipe best", "unknown recipe 'best'"),
-        ("--arch vgg", "invalid choice: 'vgg'"),
-        ("--batch-size 1", "--batch-size must be at least 2"),
-        ("--batch-size many", "invalid int value: 'many'"),
-        ("--temperature 0", "--temperature must be at least 1e-06, got 0"),
-        ("--range 5 1", "--range must be two numbers, the smaller one first, got (5.0, 1.0)"),
-        ("--range 0 255", "--range is for folders of pictures, not for digits"),
-        ("--lr inf", "--lr must be 1e-12 to 1e+30, got inf"),
-        ("--epochs 0", "--epochs must be at least 1"),
-        ("--image-size 7", "images of 7 px and views of 7 px: both need at least 8"),
-        ("--view-size 5000", "--view-size must be 0 to 4096, got 5000"),
-        ("--width 0", "--width must be 0.015625 to 16"),
-        ("--crop-min 0", "--crop-min must be 1e-06 to 1"),
-        ("--hue 0.9 --color-strength 1", "--hue 0.9 times s must be at most 0.5 turns"),
-        ("--momentum 1", "--momentum must be 0 to 0.9999"),
-        ("--warmup-epochs 100", "--warmup-epochs 100.0 exceeds --epochs 90"),
-        ("--head-dim 100000000000", "--head-dim must be 1 to 65536"),
-        ("--seed -1", "--seed must be at least 0"),
-        ("--workers -2", "--workers must be at least -1"),
-        ("--run ../../etc", "must be a plain name"),
-        ("--stop-at-knn 90", "--stop-at-knn must be 0 to 1"),
-        ("--stop-at-knn 0.9 --knn-every 0", "--knn-every must be at least 1"),
-        ("--micro-batch 7", "--micro-batch 7 does not divide the batch of 256 images"),
-        ("--epoch 3", "unrecognized arguments: --epoch 3"),
-        ("--device warp", "--device warp is not available here"),
-        ("--device cuda", "--device cuda is not available here"),
-        ("--device meta", "--device meta: expected auto"),
-        ("--dataset folder --data-dir nowhere", "--data-dir nowhere is not a folder"),
-    ],
-)
+@pytest.mark.parametrize(("argv", "message"), [
+    ("--dataset imagenette", "invalid choice: 'imagenette'"),
+    ("--recipe best", "unknown recipe 'best'"),
+    ("--batch-size 1", "--batch-size must be at least 2"),
+    ("--batch-size many", "invalid int value: 'many'"),
+    ("--temperature 0", "--temperature must be at least 1e-06, got 0"),
+    ("--range 5 1", "--range must be two numbers, the smaller one first, got (5.0, 1.0)"),
+    ("--range 0 255", "--range is for folders of pictures, not for digits"),
+    ("--lr inf", "--lr must be 1e-12 to 1e+30, got inf"),
+    ("--image-size 7", "images of 7 px and views of 7 px: both need at least 8"),
+    ("--view-size 5000", "--view-size must be 0 to 4096, got 5000"),
+    ("--width 0", "--width must be 0.015625 to 16"),
+    ("--hue 0.9 --color-strength 1", "--hue 0.9 times s must be at most 0.5 turns"),
+    ("--warmup-epochs 100", "--warmup-epochs 100.0 exceeds --epochs 90"),
+    ("--seed -1", "--seed must be at least 0"),
+    ("--run ../../etc", "must be a plain name"),
+    ("--stop-at-knn 0.9 --knn-every 0", "--knn-every must be at least 1"),
+    ("--micro-batch 7", "--micro-batch 7 does not divide the batch of 256 images"),
+    ("--epoch 3", "unrecognized arguments: --epoch 3"),
+    ("--device warp", "--device warp is not available here"),
+    ("--device cuda", "--device cuda is not available here"),
+    ("--device meta", "--device meta: expected auto"),
+    ("--dataset folder --data-dir nowhere", "--data-dir nowhere is not a folder"),
+    ("--data-dir mine", "for images of your own add --dataset folder"),
+    ("--labels-from x", "--labels-from x goes with --dataset folder"),
+])  # fmt: skip
 def test_bad_input_is_one_line(capsys, tmp_path, argv, message):
     assert message in fails(capsys, tmp_path, *argv.split())
 
@@ -103,20 +94,7 @@ def test_output_that_cannot_be_written(capsys, tmp_path, monkeypatch, blocked, h
     assert content(tmp_path) == before
 
 
-def test_ctrl_c_outside_training_does_not_claim_a_checkpoint(capsys, monkeypatch):
-    def load_data(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(simclr, "load_data", load_data)
-    with pytest.raises(SystemExit) as left:
-        simclr.main([])
-    assert left.value.code == 130
-    err = capsys.readouterr().err
-    assert "stopped" in err
-    assert "checkpoint" not in err
-
-
-def test_help_teaches_every_flag_and_recipe(capsys):
+def test_help_teaches_every_flag_and_recipe_and_the_recipes_are_valid(capsys):
     with pytest.raises(SystemExit) as left:
         simclr.main(["--help"])
     assert left.value.code == 0
@@ -125,20 +103,20 @@ def test_help_teaches_every_flag_and_recipe(capsys):
         assert simclr.flag(field.name) in text
     for recipe in simclr.RECIPES:
         assert f"  {recipe}:" in text
+        config = simclr.make_config(recipe=recipe, dataset="cifar10")
+        assert config.recipe == recipe
+        simclr.make_augment(simclr.dataclasses.replace(config, image_size=32))
     assert "at most 10% of it" in text
 
 
 def test_flags_override_the_recipe_and_the_recipe_the_defaults():
-    config, overwrite, _ = simclr.parse_command_line(
-        ["--dataset", "cifar100", "--temperature", "0.9", "--overwrite", "--no-decay-all"]
-    )
+    argv = "--dataset cifar100 --temperature 0.9 --overwrite --no-decay-all".split()
+    config, overwrite, _ = simclr.parse_command_line(argv)
     assert overwrite
-    assert config.recipe == "cifar10"
-    assert config.arch == "resnet18"  # from the recipe
+    assert (config.temperature, config.decay_all) == (0.9, False)
     assert config.jitter_p == 0.8  # from the defaults
-    assert config.temperature == 0.9
-    assert config.decay_all is False
-    assert config.run == "cifar100_resnet18"
+    names = (config.recipe, config.arch, config.run)  # the second is the recipe's
+    assert names == ("cifar10", "resnet18", "cifar100_resnet18")
 
 
 def test_a_shorter_run_gets_a_shorter_warm_up_unless_it_is_given():
@@ -146,17 +124,8 @@ def test_a_shorter_run_gets_a_shorter_warm_up_unless_it_is_given():
     assert simclr.make_config(recipe="cifar10-paper", epochs=5).warmup_epochs == 0.5
     config = simclr.make_config(recipe="cifar10-paper", epochs=5, warmup_epochs=3.0)
     assert config.warmup_epochs == 3
-    given, computed = (
-        simclr.make_config(epochs=3, **warmup) for warmup in ({"warmup_epochs": 0.3}, {})
-    )
+    given, computed = (simclr.make_config(epochs=3, **w) for w in ({"warmup_epochs": 0.3}, {}))
     assert utils.differences(dataclasses.asdict(given), computed) == []  # 0.1 · 3 > 0.3
-
-
-@pytest.mark.parametrize("name", list(simclr.RECIPES))
-def test_every_recipe_is_valid(name):
-    config = simclr.make_config(recipe=name, dataset="cifar10")
-    assert config.recipe == name
-    simclr.make_augment(simclr.dataclasses.replace(config, image_size=32))
 
 
 def command(tmp_path, *argv):
@@ -166,9 +135,7 @@ def command(tmp_path, *argv):
 
 def test_the_command_runs_from_anywhere(finished):
     assert "raw pixels" in finished.said
-    assert "recipe digits: resnet10, 300 images a step, 4 epochs of 4 steps; each" in finished.said
-    summary = json.loads((finished.folder / "summary.json").read_text())
-    assert summary["knn"]["simclr"] > 0.5
+    assert "resnet10, 300 images a step, 2 views of each (16 px), 4 epochs" in finished.said
     assert not list(finished.where.iterdir())
 
 

@@ -4,10 +4,7 @@ A GPU adds in another order each time, so numbers are compared within tolerances
 states.
 """
 
-import itertools
 import json
-import os
-import signal
 
 import numpy as np
 import pytest
@@ -19,6 +16,7 @@ import load_simCLR
 import simclr
 import tSNE
 import utils
+from conftest import interrupt, position
 
 pytestmark = pytest.mark.cuda
 DEVICE = "cuda"
@@ -37,63 +35,35 @@ def gpu_config(small_config):
     return lambda **fields: small_config(device=DEVICE, precision="float32", **fields)
 
 
-def log(config):
-    return utils.read_jsonl(config.folder / utils.LOG)
+def column(config, name):
+    return [row[name] for row in utils.read_jsonl(config.folder / utils.LOG) if name in row]
 
 
-def losses(config):
-    return [row["loss"] for row in log(config)]
-
-
-def test_an_interrupted_run_ends_as_one_that_was_not(gpu_config, monkeypatch):
+def test_an_interrupted_run_ends_as_one_that_was_not(gpu_config):
     """Losses to 2 %, kNN accuracy to a tenth: 4 of the 40 images."""
     whole, pieces = gpu_config(run="whole"), gpu_config(run="pieces")
     simclr.run(whole)
-    advance, count = utils.Progress.update, itertools.count(1)
-
-    def stop_after_six(bar):
-        advance(bar)
-        if next(count) == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(utils.Progress, "update", stop_after_six)
-    with pytest.raises(simclr.Interrupted):
-        simclr.run(pieces)
-    position = utils.load_checkpoint(pieces.folder / utils.CHECKPOINT)["position"]
-    assert (position["epoch"], position["step"]) == (1, 2)
+    interrupt(lambda: simclr.run(pieces), 6)
+    assert position(pieces) == (1, 2)
     summary = simclr.run(pieces)
-    assert losses(pieces) == pytest.approx(losses(whole), rel=0.02)
+    assert column(pieces, "loss") == pytest.approx(column(whole, "loss"), rel=0.02)
     expected = json.loads((whole.folder / utils.SUMMARY).read_bytes())
     for score in ("knn", "linear_10", "linear_all"):
         assert summary[score] == pytest.approx(expected[score], abs=0.1)
 
 
-def six_steps(config, data):
-    """Losses of six steps, and the running statistics afterwards."""
-    model = utils.on_device(simclr.make_model(config), torch.device(DEVICE))
-    optimizer = simclr.make_optimizer(config, model)
-    now, values = simclr.TrainState(6, torch.zeros(3, device=DEVICE)), []
-    network = simclr.compiled(model, config, config.batch_size, now).train()
-    assert (network is model) == (config.compile == "off")
-    for views in simclr.view_batches(config, data, torch.device(DEVICE), 0, 0):
-        values.append(simclr.training_step(network, views, simclr.nt_xent, config)[0].item())
-        optimizer.step()
-        optimizer.zero_grad()
-    return values, {k: v for k, v in model.state_dict().items() if "running" in k}
-
-
-def test_a_compiled_network_learns_what_a_plain_one_learns(gpu_config):
-    """Losses to 0.1 %, running statistics to 1 % of the largest of a layer."""
-    config = gpu_config(batch_size=35, optimizer="sgd", lr=0.01, lr_scaling="none", compile="off")
-    data = utils.load_splits(config.dataset, ["pretrain"])[0].to(torch.device(DEVICE))
-    config = simclr.resolve(config, data, torch.device(DEVICE))
-    plain, statistics = six_steps(config, data)
-    config.compile = "on"
-    compiled, compiled_statistics = six_steps(config, data)
-    assert len(plain) == 6
-    assert compiled == pytest.approx(plain, rel=1e-3)
-    for name, value in statistics.items():
-        assert (compiled_statistics[name] - value).abs().max() <= 0.01 * value.abs().max(), name
+def test_a_compiled_network_learns_what_a_plain_one_learns(gpu_config, unjudged, capsys):
+    """Six steps. Losses to 0.1 %, running statistics to 1 % of the largest of a layer."""
+    settings = dict(batch_size=35, epochs=1, optimizer="sgd", lr=0.01, lr_scaling="none")
+    plain, compiled = (gpu_config(run=x, compile=x, **settings) for x in ("off", "on"))
+    simclr.run(plain)
+    simclr.run(compiled)
+    assert capsys.readouterr().out.count("compiled in") == 1
+    assert column(compiled, "loss") == pytest.approx(column(plain, "loss"), rel=1e-3)
+    one, other = (utils.load_checkpoint(c.folder / "last.pt")["model"] for c in (plain, compiled))
+    for name, value in one.items():
+        if "running" in name:
+            assert (other[name] - value).abs().max() <= 0.01 * value.abs().max(), name
 
 
 def test_a_streamed_run_is_that_of_the_cpu(gpu_config, tmp_path, write_image):
@@ -109,8 +79,8 @@ def test_a_streamed_run_is_that_of_the_cpu(gpu_config, tmp_path, write_image):
     there.device = "cpu"
     simclr.run(here)
     simclr.run(there)
-    assert losses(here) == pytest.approx(losses(there), rel=0.02)
-    assert all("knn" in row for row in log(here)[1:])
+    assert column(here, "loss") == pytest.approx(column(there, "loss"), rel=0.02)
+    assert len(column(here, "knn")) == 1
 
 
 def test_what_follows_a_run(gpu_config, tmp_path):

@@ -1,4 +1,4 @@
-"""NT-Xent (Eq. 1) against a double loop, closed forms and its symmetries."""
+"""NT-Xent (Eq. 1) against a double loop and a closed form."""
 
 import math
 
@@ -45,20 +45,6 @@ def test_equals_the_double_loop(z1, z2, tau):
 def test_equal_rows_give_ln_of_2n_minus_1(n, device):
     z = torch.ones(n, 4, device=device)
     assert nt_xent(z, z, 0.5).item() == pytest.approx(math.log(2 * n - 1), rel=1e-6)
-
-
-def test_orthogonal_pairs_have_a_closed_form(device):
-    z = torch.eye(8, device=device)
-    expected = -math.log(math.exp(2) / (math.exp(2) + 14))  # cos 1 at the partner, 0 elsewhere
-    assert nt_xent(z, z, 0.5).item() == pytest.approx(expected, rel=1e-6)
-
-
-def test_views_may_be_swapped_and_pairs_permuted(z1, z2):
-    loss = nt_xent(z1, z2, 0.3)
-    order = torch.tensor([3, 1, 6, 0, 2, 5, 4], device=z1.device)
-    assert torch.isclose(nt_xent(z2, z1, 0.3), loss)
-    assert torch.isclose(nt_xent(z1[order], z2[order], 0.3), loss)
-    assert not torch.isclose(nt_xent(z1[order], z2, 0.3), loss)  # pairs torn apart
 
 
 def test_gradient_by_finite_differences():

@@ -7,7 +7,7 @@ from torch import nn
 
 import simclr
 from simclr import ARCHITECTURES, Encoder, SimCLR, make_config
-from utils import ImageSet
+from utils import Images
 
 
 @pytest.mark.parametrize("arch", ["resnet34", "resnet101", "resnet152"])
@@ -54,7 +54,7 @@ def test_width_multiplies_every_channel_count(arch, width):
 
 
 def test_imagenet_stem_is_chosen_above_64_px():
-    data = ImageSet(torch.zeros(2, 3, 96, 96, dtype=torch.uint8))
+    data = Images(torch.zeros(2, 3, 96, 96, dtype=torch.uint8))
     for size, stem, kernel in ((64, "auto", 3), (65, "auto", 7), (96, "small", 3)):
         config = make_config(dataset="digits", image_size=size, stem=stem)
         encoder = SimCLR(simclr.resolve(config, data, torch.device("cpu"))).encoder

@@ -29,14 +29,11 @@ def test_lars_two_steps_by_hand(device):
 
 
 def test_lars_without_adaptation_is_sgd_with_momentum():
-    a, b = (torch.randn(5, generator=torch.Generator().manual_seed(0)) for _ in range(2))
-    a.requires_grad_()
-    b.requires_grad_()
+    a, b = (torch.zeros(5, requires_grad=True) for _ in range(2))
     ours = LARS([{"params": [a], "adapt": False}], lr=0.1, momentum=0.9)
     theirs = torch.optim.SGD([b], lr=0.1, momentum=0.9)
     for step in range(5):
-        a.grad = torch.full((5,), step - 2.0)
-        b.grad = a.grad.clone()
+        a.grad, b.grad = torch.full((2, 5), step - 2.0)
         ours.step()
         theirs.step()
     assert torch.allclose(a, b, atol=1e-6)
@@ -49,22 +46,6 @@ def test_lars_takes_a_plain_step_where_a_norm_is_zero():
     LARS([zero_weight, zero_gradient], lr=0.1).step()
     assert torch.allclose(zero_weight, torch.full((3,), -0.1))
     assert torch.equal(zero_gradient, torch.ones(3))
-
-
-def test_lars_continues_from_its_state_dict():
-    def solve(reload_at):
-        w = torch.tensor([[1.0, -2.0]], requires_grad=True)
-        solver = LARS([w], lr=0.3, weight_decay=0.01)
-        for step in range(6):
-            if step == reload_at:
-                state = solver.state_dict()
-                solver = LARS([w], lr=0.3, weight_decay=0.01)
-                solver.load_state_dict(state)
-            w.grad = torch.tensor([[0.1 * step, 1.0]])
-            solver.step()
-        return w.detach()
-
-    assert torch.equal(solve(None), solve(3))
 
 
 @pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
@@ -90,11 +71,9 @@ def test_biases_and_batchnorm_are_not_decayed(optimizer, decay_all):
 def test_schedule_at_its_corners():
     config = make_config(epochs=10, warmup_epochs=1, lr=2.0, lr_scaling="none")
     rates = [learning_rate(config, step, 256, steps=10) for step in range(100)]
-    assert rates[0] == pytest.approx(0.2)  # a tenth: not zero, the first step counts
-    assert rates[9] == pytest.approx(2.0)
-    assert rates[10] == pytest.approx(2.0)
-    assert rates[55] == pytest.approx(1.0)  # half way down the cosine
-    assert rates[99] == pytest.approx(1 + math.cos(math.pi * 89 / 90))
+    # a tenth of the peak, not zero: the first step counts; at 55 half way down the cosine
+    corners = {0: 0.2, 9: 2.0, 10: 2.0, 55: 1.0, 99: 1 + math.cos(math.pi * 89 / 90)}
+    assert {step: rates[step] for step in corners} == pytest.approx(corners)
     assert max(rates) == pytest.approx(2.0)
     assert all(a > b for a, b in itertools.pairwise(rates[10:]))
 

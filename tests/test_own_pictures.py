@@ -1,10 +1,8 @@
 """From one's own pictures to one's own tool: layouts, weights to start from, classifiers."""
 
-import csv
 import dataclasses
 import importlib.util
 import re
-import shlex
 import shutil
 from functools import partial
 from pathlib import Path
@@ -15,15 +13,14 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from matplotlib.figure import Figure
 from PIL import Image
 
 import load_simCLR
 import simclr
 import utils
-from conftest import load_images, load_run
+from conftest import CPU, error_of, load_images, load_run, random_statistics, rows_of
 from utils import InputError
-
-CPU = torch.device("cpu")
 
 
 def load(root, **settings):
@@ -32,9 +29,15 @@ def load(root, **settings):
     return data, utils.describe_data(data)
 
 
-def put(write_image, root, names, **options):
-    for i, name in enumerate(names):
-        write_image(root / name, seed=i, **options)
+@pytest.fixture
+def put(write_image, tmp_path):
+    """Writes images of these names."""
+
+    def write(*names, size=(12, 12)):
+        for i, name in enumerate(names):
+            write_image(tmp_path / name, size, seed=i)
+
+    return write
 
 
 CLASSES = ("größe 2", "rot")
@@ -61,15 +64,9 @@ def pets(tmp_path_factory):
     settings = dict(dataset="folder", recipe="digits", data_dir=str(root / "pets"), epochs=2)
     config = simclr.make_config(**settings, **places, width=0.125, batch_size=8, device="cpu")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(simclr, "draw_training", lambda *_, **__: simclr_figure())
+        patch.setattr(simclr, "draw_training", lambda *_, **__: Figure(figsize=(1, 1)))
         simclr.run(config)
     return SimpleNamespace(root=root, config=config, settings=settings)
-
-
-def simclr_figure():
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(1, 1))
 
 
 @pytest.fixture
@@ -88,15 +85,6 @@ def evaluate(*words):
     load_simCLR.main([*map(str, words), "--workers", "0", "--device", "cpu"])
 
 
-def error_of(call, capsys):
-    """The line that a command ends with."""
-    with pytest.raises(SystemExit) as stop:
-        call()
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
-
-
 # ------------------------------------------------------------ few labels, many unlabelled pictures
 
 FEW = ["train/cat/1.png", "train/größe 2/2.png", "test/cat/3.png", "test/größe 2/4.png"]
@@ -106,8 +94,8 @@ FEW = ["train/cat/1.png", "train/größe 2/2.png", "test/cat/3.png", "test/grö�
     "place", ["unlabelled/a b/5.png", "Unlabeled/ü.png", "train/unlabelled/5.png"]
 )
 @pytest.mark.parametrize("size", [(12, 12), (200, 200)])  # in memory, on disk
-def test_unlabelled_pictures_are_learned_from(tmp_path, write_image, place, size):
-    put(write_image, tmp_path, [*FEW, place], size=size)
+def test_unlabelled_pictures_are_learned_from(tmp_path, put, place, size):
+    put(*FEW, place, size=size)
     data, said = load(tmp_path)
     assert [len(x) for x in (data.pretrain, data.train, data.test)] == [3, 2, 2]
     assert utils.image_names(data.pretrain) == ["train/cat/1.png", "train/größe 2/2.png", place]
@@ -121,24 +109,16 @@ def test_unlabelled_pictures_are_learned_from(tmp_path, write_image, place, size
     assert "none held out: that needs 160 unlabelled images" in text
 
 
-def test_unlabelled_pictures_beside_classes(tmp_path, write_image):
-    put(
-        write_image,
-        tmp_path,
-        [f"{c}/{i}.png" for c in "ab" for i in range(5)] + ["unlabelled/x.png"],
-    )
+def test_unlabelled_pictures_beside_classes(tmp_path, put):
+    put(*(f"{c}/{i}.png" for c in "ab" for i in range(5)), "unlabelled/x.png")
     data, _ = load(tmp_path)
     assert [len(x) for x in (data.pretrain, data.train, data.test)] == [9, 8, 2]
     alone, _ = load(tmp_path / "unlabelled" / "..", labels_from=str(tmp_path))
     assert [len(x) for x in (alone.pretrain, alone.train, alone.test)] == [11, 8, 2]
 
 
-def test_what_is_not_used_is_counted_and_named(tmp_path, write_image, capsys):
-    put(
-        write_image,
-        tmp_path,
-        [*FEW, "val/cat/5.png", "mehr Bilder/6.png", "mehr Bilder/7.png", "8.png"],
-    )
+def test_what_is_not_used_is_counted_and_named(tmp_path, put, capsys):
+    put(*FEW, "val/cat/5.png", "mehr Bilder/6.png", "mehr Bilder/7.png", "8.png")
     (tmp_path / "labels.csv").write_text("")
     utils.log_warning.cache_clear()
     load(tmp_path)
@@ -149,19 +129,18 @@ def test_what_is_not_used_is_counted_and_named(tmp_path, write_image, capsys):
     )
 
 
-def test_a_class_without_test_images_is_named(tmp_path, write_image):
-    put(write_image, tmp_path, [*FEW, "train/eel/5.png"])
+def test_a_class_without_test_images_is_named(tmp_path, put):
+    put(*FEW, "train/eel/5.png")
     data, said = load(tmp_path)
     assert data.train is data.pretrain  # without unlabelled pictures
     assert said.endswith("; no test images of eel")
-    one = [f"single/{c}/{i}.png" for c, n in (("a", 1), ("b", 5)) for i in range(n)]
-    put(write_image, tmp_path, one)
+    put(*(f"single/{c}/{i}.png" for c, n in (("a", 1), ("b", 5)) for i in range(n)))
     assert load(tmp_path / "single")[1].endswith("; no test images of a")
 
 
-def test_labels_from_another_folder(tmp_path, write_image):
-    put(write_image, tmp_path, [f"all/2024/{i}.png" for i in range(4)] + ["all/5.png"])
-    put(write_image, tmp_path / "labelled", FEW)
+def test_labels_from_another_folder(tmp_path, put):
+    put(*(f"all/2024/{i}.png" for i in range(4)), "all/5.png")
+    put(*(f"labelled/{name}" for name in FEW))
     data, said = load(tmp_path / "all", labels_from=str(tmp_path / "labelled"))
     assert [len(x) for x in (data.pretrain, data.train, data.test)] == [5, 2, 2]
     assert data.labelled
@@ -170,31 +149,18 @@ def test_labels_from_another_folder(tmp_path, write_image):
         load(tmp_path / "all", labels_from=str(tmp_path / "all"))
     with pytest.raises(InputError, match=r"^cannot read .*/nowhere \(FileNotFoundError: "):
         load(tmp_path / "all", labels_from=str(tmp_path / "nowhere"))
-    with pytest.raises(InputError, match="--labels-from x goes with --dataset folder"):
-        simclr.make_config(labels_from="x")
-    put(write_image, tmp_path / "labelled", ["test/zebra/1.png"])
+    put("labelled/test/zebra/1.png")
     with pytest.raises(InputError, match=r"classes that are not among those to learn from.*zebra"):
         load(tmp_path / "all", labels_from=str(tmp_path / "labelled"))
 
 
-def test_a_folder_that_is_not_used_is_an_error():
-    with pytest.raises(InputError, match=r"--data-dir mine is not used.* add --dataset folder"):
-        simclr.make_config(data_dir="mine")
-
-
 def test_two_folders_have_two_run_names():
-    names = [
-        simclr.make_config(dataset="folder", data_dir=x).run for x in ("a/pets", "größe 2", "/")
-    ]
+    folders = ("a/pets", "größe 2", "/")
+    names = [simclr.make_config(dataset="folder", data_dir=folder).run for folder in folders]
     assert names == ["pets_resnet18", "größe 2_resnet18", "folder_resnet18"]
 
 
 # ------------------------------------------------------------------------------------- classifiers
-
-
-def rows_of(file):
-    with open(file, newline="", encoding="utf-8") as text:
-        return list(csv.DictReader(text))
 
 
 def test_a_fine_tuned_classifier_is_kept_and_used(pets, run, tmp_path, capsys):
@@ -207,8 +173,7 @@ def test_a_fine_tuned_classifier_is_kept_and_used(pets, run, tmp_path, capsys):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
     classifier = load_simCLR.load_classifier(run)
-    assert classifier.classes == CLASSES
-    assert classifier.image_size == 16
+    assert (classifier.classes, classifier.image_size) == (CLASSES, 16)
     assert not classifier.training
     test = load_images("folder", "test", pets.root / "pets")
     logits = classifier(test.images.float() / 255)
@@ -217,10 +182,8 @@ def test_a_fine_tuned_classifier_is_kept_and_used(pets, run, tmp_path, capsys):
     assert f"{100 * right:.1f}" in said
 
     evaluate(run, "--classify", pets.root / "pets/test", "--out", tmp_path / "x.csv")
-    assert (
-        "classifier: fine-tuned on 6 labelled images, 2 classes, right for "
-        in capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert "classifier: fine-tuned on 6 labelled images, 2 classes, right for " in said
     rows = rows_of(tmp_path / "x.csv")
     assert [row["image"] for row in rows] == utils.image_names(test)
     assert [row["predicted"] for row in rows] == [CLASSES[i] for i in logits.argmax(1)]
@@ -234,55 +197,47 @@ def test_a_fine_tuned_classifier_is_kept_and_used(pets, run, tmp_path, capsys):
         np.testing.assert_allclose(arrays["h"], h, rtol=1e-4, atol=1e-5)
 
 
-def test_a_linear_classifier_is_kept(pets, run, tmp_path, capsys):
-    evaluate(run, "--classify", pets.root / "pets/test", "--out", tmp_path / "x.csv")
-    assert (
-        "classifier: linear classifier on 12 labelled images, 2 classes" in capsys.readouterr().out
-    )
+def test_a_linear_classifier_is_kept(pets, run, capsys):
+    evaluate(run, "--classify", pets.root / "pets/test")
+    said = capsys.readouterr().out
+    assert "classifier: linear classifier on 12 labelled images, 2 classes" in said
+    assert str(run / "classified.csv") in said
     classifier = load_simCLR.load_classifier(run / "linear_classifier.pt")
-    test = load_images("folder", "test", pets.root / "pets")
+    test, rows = load_images("folder", "test", pets.root / "pets"), rows_of(run / "classified.csv")
     predicted = classifier(test.images.float() / 255).argmax(1).tolist()
-    assert [row["predicted"] for row in rows_of(tmp_path / "x.csv")] == [
-        CLASSES[i] for i in predicted
-    ]
+    assert list(rows[0]) == ["image", "predicted", "confidence"]
+    assert [row["predicted"] for row in rows] == [CLASSES[i] for i in predicted]
 
 
-def test_the_runs_own_folder_may_be_written_in_another_way(pets, run):
-    evaluate(run, "--tasks", "knn", "--data-dir", f"{pets.root}/pets/.")
+def test_the_runs_own_folder_may_be_written_in_another_way(pets, run, tmp_path):
+    folder = f"{pets.root}/pets/."
+    evaluate(run, "--tasks", "knn", "--data-dir", folder, "--figures", tmp_path / "f")
     assert (run / "evaluation.json").exists()
 
 
-def test_a_classifier_of_an_earlier_checkpoint_is_not_used(pets, run, tmp_path, capsys):
+def test_a_classifier_of_another_checkpoint_or_version_is_not_used(pets, run, tmp_path, capsys):
     evaluate(run, "--fine-tune", "--epochs", "1")
-    state = utils.load_checkpoint(run / "last.pt")
-    utils.save_checkpoint(run / "last.pt", state | {"log": []})
+    file = run / "classifier.pt"
+    good = utils.load_checkpoint(file)
+    for change, text in (
+        ({"classifier_format": 2}, "is a classifier of format 2; this version reads format 1"),
+        ({"network": {"arch": "resnet18"}}, "is not a checkpoint"),
+        ({"linear": {"weight": torch.zeros(3, 64), "bias": torch.zeros(3)}}, "does not fit"),
+        ({"encoder": {}}, "does not fit"),
+    ):
+        utils.save_checkpoint(file, good | change)
+        with pytest.raises(InputError, match=text):
+            load_simCLR.load_classifier(file)
+    utils.save_checkpoint(file, good)
+    utils.save_checkpoint(run / "last.pt", utils.load_checkpoint(run / "last.pt") | {"log": []})
     evaluate(run, "--classify", pets.root / "pets/test", "--out", tmp_path / "x.csv")
     said = capsys.readouterr()
     assert "classifier: linear classifier" in said.out
     assert "classifier.pt is of an earlier checkpoint, and is not used" in said.err
 
 
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        ({"classifier_format": 2}, "is a classifier of format 2; this version reads format 1"),
-        ({"network": {"arch": "resnet18"}}, "is not a checkpoint"),
-        ({"linear": {"weight": torch.zeros(3, 64), "bias": torch.zeros(3)}}, "does not fit"),
-        ({"encoder": {}}, "does not fit"),
-    ],
-)
-def test_a_classifier_that_this_version_cannot_read(pets, run, change, text):
-    file = run / "classifier.pt"
-    evaluate(run, "--fine-tune", "--epochs", "1") if not file.exists() else None
-    utils.save_checkpoint(file, utils.load_checkpoint(file) | change)
-    with pytest.raises(InputError, match=text):
-        load_simCLR.load_classifier(file)
-
-
-def test_wrong_calls_of_the_classifier(run, pets, capsys):
-    with pytest.raises(
-        InputError, match=r"last.pt is no classifier; --fine-tune makes one|no check"
-    ):
+def test_wrong_calls_of_the_classifier(run, capsys):
+    with pytest.raises(InputError, match=r"no checkpoint at .*classifier\.pt"):
         load_simCLR.load_classifier(run)
     for words, text in {
         "--fine-tune --labels 1 2": "--fine-tune takes one label set, got 1 2",
@@ -291,18 +246,10 @@ def test_wrong_calls_of_the_classifier(run, pets, capsys):
         "--fine-tune --classify . --out x.pt": "give one of --classify, --fine-tune",
         "--classify nowhere": "--classify nowhere is not a folder or an image",
     }.items():
-        assert text in error_of(lambda words=words: evaluate(run, *words.split()), capsys)
+        assert text in error_of(capsys, lambda argv: evaluate(*argv), run, *words.split())
 
 
 # ------------------------------------------------------------------ weights to start from
-
-
-def random_statistics(network):
-    """BatchNorm statistics as if trained, so that a wrong normalisation shows."""
-    for value in network.state_dict().values():
-        if value.ndim == 1:
-            value.copy_(0.5 + torch.rand(value.shape, generator=torch.Generator().manual_seed(0)))
-    return network.eval()
 
 
 @pytest.fixture(scope="module")
@@ -329,25 +276,15 @@ def test_the_model_starts_from_torchvisions_weights(imagenet):
 
 def test_wrong_weights_to_start_from(imagenet, tmp_path, capsys):
     file = imagenet[1]
-    state = torch.load(file)
-    cases = {
-        "fewer": {k: v for k, v in state.items() if k != "layer3.1.conv2.weight"},
-        "deeper": state | {k.replace("layer4.1", "layer4.2"): v for k, v in state.items()},
-        "no resnet": {"weight": torch.ones(2)},
-    }
-    for name, content in cases.items():
-        torch.save(content, tmp_path / name)
+    torch.save({"weight": torch.ones(2)}, tmp_path / "x.pt")
     for words, text in {
         f"--init {file} --arch resnet50": f"--arch is resnet50, but --init {file} has resnet18",
         f"--init {file} --width 2": f"--width is 2.0, but --init {file} has 1.0",
-        f"--init {tmp_path}/fewer": 'does not fit: Missing key(s) in state_dict: "layer3.1.conv2',
-        f"--init {tmp_path}/deeper": "has an unknown network: basic blocks (2, 2, 2, 3)",
-        f"--init {tmp_path}/no\\ resnet": "has no encoder that is a plain ResNet",
+        f"--init {tmp_path}/x.pt": "has no encoder that is a plain ResNet",
         f"--init {file} --init-sha256 abc": "--init-sha256 is abc, but --init",
         "--init nowhere": "nowhere is neither a checkpoint nor a run",
     }.items():
-        said = error_of(lambda words=words: simclr.main(shlex.split(words)), capsys)
-        assert text in said
+        assert text in error_of(capsys, simclr.main, *words.split())
 
 
 def test_a_run_that_starts_from_another_run(pets, tmp_path, no_figure, capsys):
@@ -357,9 +294,8 @@ def test_a_run_that_starts_from_another_run(pets, tmp_path, no_figure, capsys):
     state["model"]["encoder.conv1.weight"] += 0.1
     utils.save_checkpoint(second, state)
     places = dict(checkpoints=str(tmp_path / "c"), figures=str(tmp_path / "f"), device="cpu")
-    config = simclr.make_config(
-        **{**pets.settings, **places, "init": str(first), "epochs": 1, "normalize": "imagenet"}
-    )
+    settings = {**pets.settings, **places, "epochs": 1, "normalize": "imagenet"}
+    config = simclr.make_config(**settings, init=str(first))
     assert config.width == 0.125
     simclr.run(config)
     said = capsys.readouterr().out
@@ -375,9 +311,8 @@ def test_a_run_that_starts_from_another_run(pets, tmp_path, no_figure, capsys):
     start = utils.without_normalization(source.untrained(source.config)).state_dict()
     weights = utils.load_checkpoint(pets.config.folder / "last.pt")["model"]
     assert all(torch.equal(start[k], weights[f"encoder.{k}"]) for k in start)
-    evaluate(
-        config.folder, "--tasks", "semi", "--labels", "2", "--seeds", "1", "--figures", tmp_path
-    )
+    flags = ("--labels", "2", "--seeds", "1", "--figures", tmp_path)
+    evaluate(config.folder, "--tasks", "semi", *flags)
     said = capsys.readouterr().out
     assert "before pre-training" in said
     assert "fine-tuning the weights before it" in said
@@ -388,9 +323,9 @@ def test_a_run_that_starts_from_another_run(pets, tmp_path, no_figure, capsys):
 
 @pytest.mark.parametrize(("n", "held_out"), [(150, 0), (200, 20), (700, 64), (4000, 80)])
 def test_how_many_images_are_held_out(n, held_out):
-    images = utils.ImageSet(torch.zeros(n + 10, 3, 1, 1, dtype=torch.uint8))
+    images = utils.Images(torch.zeros(n + 10, 3, 1, 1, dtype=torch.uint8))
     images.images[:, 0, 0, 0] = torch.arange(n + 10) % 256
-    labelled = utils.ImageSet(images.images[:10], torch.zeros(10).long(), ("a",))
+    labelled = utils.Images(images.images[:10], torch.zeros(10).long(), ("a",))
     config = simclr.make_config(dataset="folder")
     learned, rest = simclr.split_held_out(config, images, labelled)
     assert (len(rest) if rest else 0) == held_out
@@ -412,29 +347,25 @@ def test_effective_rank():
     assert simclr.effective_rank(two) == pytest.approx(4 / 3**0.75, abs=1e-3)
 
 
-def test_an_unlabelled_run_logs_what_its_held_out_images_show(tmp_path, no_figure, capsys):
+def test_an_unlabelled_run_logs_what_its_held_out_images_show(
+    tiny_config, tmp_path, no_figure, monkeypatch, capsys
+):
+    monkeypatch.setattr(simclr, "HELD_OUT_BATCH", 10)
     for i in range(170):
         paint(tmp_path / "all" / f"{i}.png", i % 2, i)
-    places = dict(checkpoints=str(tmp_path / "c"), figures=str(tmp_path / "f"), device="cpu")
-    shape = dict(arch="resnet10", width=0.125, epochs=2, knn_every=1, batch_size=50)
-    config = simclr.make_config(dataset="folder", data_dir=str(tmp_path / "all"), **places, **shape)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(simclr, "HELD_OUT_BATCH", 10)
-        simclr.run(config)
+    shape = dict(arch="resnet10", epochs=2, knn_every=1, batch_size=50)
+    config = tiny_config(dataset="folder", data_dir=str(tmp_path / "all"), **shape)
+    simclr.run(config)
     assert "153 images to learn from" in (said := capsys.readouterr().out)
     assert "(17 more are held out, see --hold-out)" in said
     assert said.count("rank of h") == 2  # after every monitored epoch
     assert f"load_simCLR.py {config.folder} --data-dir LABELLED_IMAGES --fine-tune\n" in said
     log = utils.read_jsonl(config.folder / "log.jsonl")
     assert [set(row) >= {"held_out_accuracy", "effective_rank"} for row in log] == [True, True]
-    data = simclr.load_data(config, CPU)
-    trained = load_run(config.folder / "last.pt")
-    model, config = trained.model, trained.config
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(simclr, "HELD_OUT_BATCH", 10)
-        values = simclr.measure_held_out(model, data.held_out, config, CPU)
+    data, trained = simclr.load_data(config, CPU), load_run(config.folder / "last.pt")
+    values = simclr.measure_held_out(trained.model, data.held_out, trained.config, CPU)
     assert values == {key: log[-1][key] for key in values}
-    h = model.encoder(data.held_out.images.float() / 255)
+    h = trained.model.encoder(data.held_out.images.float() / 255)
     assert 1 <= values["effective_rank"] <= min(h.shape)
 
 
@@ -450,7 +381,7 @@ def test_the_figure_shows_the_effective_rank():
     assert [x for x in one.get_xticks() if x % 1] == []  # no fractions of an epoch
 
 
-# ------------------------------------------------------------- from Python, where people look
+# -------------------------------------------------------- from Python, other devices, grey pictures
 
 
 def test_readmes_lines_from_python_run_as_they_stand(tmp_path, monkeypatch, no_figure):
@@ -484,15 +415,12 @@ def test_pre_training_tensors_from_python(tmp_path, no_figure):
         load_simCLR.load_encoder(tmp_path / "c" / "own")
     with pytest.raises(InputError, match=r"need uint8 \(N, 3, H, W\), got torch.float32 \(40, 3,"):
         simclr.pretrain(images.float(), **settings)
-    with pytest.raises(
-        ValueError, match=r"must map images \(B, 3, S, S\) to \(B, D\), not \(2, 3, 16"
-    ):
+    with pytest.raises(ValueError, match=r"must map images \(B, 3, S, S\) to \(B, D\), not \(2, 3"):
         simclr.pretrain(images, torch.nn.Identity(), **settings)
 
 
-def test_events_for_tensorboard(pets, tmp_path, monkeypatch, no_figure):
-    places = dict(checkpoints=str(tmp_path / "c"), figures=str(tmp_path / "f"), device="cpu")
-    config = simclr.make_config(**pets.settings, **places, width=0.125, tensorboard=True)
+def test_events_for_tensorboard(pets, tiny_config, monkeypatch, no_figure):
+    config = tiny_config(**pets.settings, tensorboard=True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(InputError, match="--tensorboard needs one more package: pip install"):
         simclr.run(config)
@@ -517,13 +445,10 @@ def test_auto_takes_mps_where_there_is_no_cuda(monkeypatch):
 
 def test_an_operation_that_mps_lacks_is_one_line(capsys):
     @utils.command("simclr.py")
-    def main():
+    def main(argv):
         raise NotImplementedError("set the environment variable `PYTORCH_ENABLE_MPS_FALLBACK=1`")
 
-    assert "simclr.py: error: MPS cannot compute a part of this; set" in error_of(main, capsys)
-
-
-# ------------------------------------------------------------------- grey pictures, uneven classes
+    assert "error: set the environment variable" in error_of(capsys, main)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
@@ -539,20 +464,3 @@ def test_grey_pictures_need_no_colour_in_the_augmentation(tmp_path, capsys, mode
     assert capsys.readouterr().err.splitlines() == [said]
     paint(tmp_path / "0.jpg", True, 0, size=40)
     assert simclr.resolve(config, simclr.load_data(config, CPU).pretrain, CPU).hue == 0.1
-
-
-def test_uneven_classes_show_more_than_accuracy(pets, run, tmp_path, capsys):
-    few = shutil.copytree(pets.root / "pets", tmp_path / "few")
-    for i in range(3):
-        (few / "train" / CLASSES[0] / f"{i}.png").unlink()
-    evaluate(run, "--tasks", "linear", "--data-dir", few, "--figures", tmp_path / "f")
-    said = capsys.readouterr().out
-    titles = [
-        "Mean accuracy of the classes:",
-        "Macro F1:",
-        "Area under the ROC curve:",
-        "Accuracy:",
-    ]
-    assert [line for line in said.splitlines() if line in titles] == titles
-    evaluate(run, "--tasks", "linear", "--figures", tmp_path / "f")
-    assert "Macro F1" not in capsys.readouterr().out

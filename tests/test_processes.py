@@ -97,33 +97,30 @@ def close(a, b, tolerance=1e-5):
 
 
 def three_steps(config, block_bytes):
-    """Losses, gradients of each step, and the model afterwards, in float64."""
+    """Losses and gradients of each step, the model afterwards, and what is logged, in float64."""
     simclr.BLOCK_BYTES = {"cpu": block_bytes, "gpu": block_bytes}
     with utils.process_group(CPU):
         data = simclr.load_data(config, CPU)
         model = utils.on_device(simclr.make_model(config), CPU).double()
         network, optimizer = utils.distributed(model), simclr.make_optimizer(config, model)
-        gradients, losses, sums = [], [], []
+        gradients, losses, logged = [], [], []
         network.train()
         batches = simclr.view_batches(config, data.pretrain, CPU, 0, 0)
         for views in itertools.islice(batches, 3):
             loss, z = simclr.training_step(network, views.double(), simclr.nt_xent, config)
             gradients.append([p.grad.clone() for p in model.parameters()])
             losses.append(loss)
-            sums += [simclr.contrastive_accuracy(*z.chunk(config.views)), simclr.mean_cosine(z)]
+            logged += [simclr.contrastive_accuracy(*z.chunk(config.views)), simclr.mean_cosine(z)]
             simclr.set_rate(optimizer, config.lr)
             optimizer.step()
             optimizer.zero_grad()
-        losses, sums = torch.stack(losses), torch.stack(sums)
-        return dict(losses=losses, gradients=gradients, model=model.state_dict(), sums=sums)
+        return losses, gradients, model.state_dict(), logged
 
 
 STEPS = dict(
     precision="float32", batch_size=24, optimizer="sgd", lr=0.1, lr_scaling="none", head_bn=True,
     warmup_epochs=0.0, stem="small", image_size=16,
 )  # fmt: skip
-
-
 PLAIN, BLOCKS = 2**22, 7 * 48 * 8  # bytes of the loss' matrix: the whole, or 7 of its 48 rows
 
 
@@ -138,11 +135,10 @@ def test_processes_equal_one(
     monkeypatch.setattr(simclr, "BLOCK_BYTES", simclr.BLOCK_BYTES)  # is put back
     arguments = tiny_config(**STEPS, micro_batch=micro_batch, views=views), block_bytes
     several = group(world, three_steps, *arguments)
-    expected = three_steps(*arguments)
-    for result in several.results():
-        for name in ("losses", "gradients", "model"):
-            close(result[name], expected[name], 1e-9)
-        close(result["sums"], expected["sums"])  # float32
+    *expected, expected_log = three_steps(*arguments)
+    for *result, logged in several.results():
+        close(result, expected, 1e-9)
+        close(logged, expected_log)  # float32
 
 
 def all_features(config, counts):
@@ -168,20 +164,17 @@ def test_embeddings_and_knn_of_processes(group, tiny_config):
 
 @pytest.fixture
 def folder_config(tiny_config, tmp_path, write_image):
-    """Makes the configuration of a streamed folder, of which some files are damaged."""
+    """Makes the configuration of a streamed folder; one file to learn from may be damaged."""
 
-    def make(train=(), test=(), count=24, **options):
-        for split, damaged in (("train", train), ("test", test)):
-            for i in range(count):
-                file = tmp_path / "images" / split / f"{i % 2}" / f"{i:02}.png"
-                write_image(file, (20 + i, 24), seed=i)
-                if i in damaged:
-                    file.write_bytes(b"no image")
+    def make(damaged=None, count=24, **options):
+        root = tmp_path / "images"
+        for i, split in itertools.product(range(count), ("train", "test")):
+            write_image(root / split / f"{i % 2}" / f"{i:02}.png", (20 + i, 24), seed=i)
+        if damaged is not None:
+            (root / "train" / f"{damaged % 2}" / f"{damaged:02}.png").write_bytes(b"no image")
+        folder = dict(dataset="folder", data_dir=str(root), recipe="digits", image_size=16)
         options = {**dict(batch_size=6, epochs=1, warmup_epochs=0.0, knn_every=1), **options}
-        return tiny_config(
-            dataset="folder", data_dir=str(tmp_path / "images"), recipe="digits", image_size=16,
-            workers=0, **options,
-        )  # fmt: skip
+        return tiny_config(**folder, workers=0, **options)
 
     return make
 
@@ -201,7 +194,7 @@ def streamed(config):
 
 
 def test_streamed_images_in_processes(group, folder_config):
-    config = folder_config([3], count=14, batch_size=12, precision="float32", max_bad=0.2)
+    config = folder_config(3, count=14, batch_size=12, precision="float32", max_bad=0.2)
     shared = group(2, streamed, config)
     views, missing, features, labels, missing_too = streamed(config)
     assert len(missing) == len(missing_too) == 1
@@ -217,21 +210,16 @@ def test_streamed_images_in_processes(group, folder_config):
     assert shared.said().count("warning: cannot read") == 1
 
 
-def run_to_the_end(config):
-    simclr.evaluate = lambda *_: {}
-    a_run(config)
-
-
 def test_too_many_bad_files_end_all_processes_after_saving(group, folder_config):
     """Only one of the processes meets the file."""
-    config = folder_config(train=[3], max_bad=0.01)
-    several = group(2, run_to_the_end, config)
+    config = folder_config(3, max_bad=0.01)
+    several = group(2, a_run, config)
     assert several.codes() == [2, 2]
     lines = {x for x in several.said().splitlines() if "error" in x}
     assert len(lines) == 1
     assert "cannot read the image" in lines.pop()
     assert position(config) == (1, 0)
-    group(2, run_to_the_end, dataclasses.replace(config, max_bad=0.5)).results()
+    group(2, a_run, dataclasses.replace(config, max_bad=0.5)).results()
     assert log_of(config)[0]["unreadable"] == 1
 
 
@@ -239,7 +227,7 @@ def test_what_rank_1_could_not_read_is_in_a_checkpoint_inside_an_epoch(group, fo
     random = utils.generator("cpu", folder_config().seed, simclr.SHUFFLE, 0)
     row = torch.randperm(24, generator=random)[1].item()  # the second image of the first step
     file = 2 * row if row < 12 else 2 * row - 23  # the list goes by classes
-    config = folder_config(train=[file], max_bad=0.5)
+    config = folder_config(file, max_bad=0.5)
     stopped = group(2, a_run, config, "signal")
     assert stopped.codes() == [128 + signal.SIGTERM] * 2
     state = utils.load_checkpoint(config.folder / utils.CHECKPOINT)
@@ -250,19 +238,21 @@ def test_what_rank_1_could_not_read_is_in_a_checkpoint_inside_an_epoch(group, fo
 # ------------------------------------------------------------------------------ gradient caching
 
 
-@pytest.mark.parametrize("parts", [2, 6])
-def test_cached_gradients_are_those_with_all_activations(parts, device, tiny_config):
+@pytest.mark.parametrize(("k", "parts"), [(2, 2), (2, 6), (3, 1), (3, 4)])  # views, micro-batches
+def test_cached_gradients_are_those_with_all_activations(k, parts, device, tiny_config):
     """BatchNorm's statistics are of each micro-batch, and its running ones move once for each."""
-    config = tiny_config(**STEPS, micro_batch=12 // parts)
+    config = tiny_config(**STEPS, views=k, micro_batch=24 // k // parts)
     cached, plain = (simclr.make_model(config).to(device).double().train() for _ in range(2))
     views = torch.rand(24, 3, 16, 16, device=device, dtype=torch.float64)
-    loss, _ = simclr.cached_gradients(cached, views, simclr.nt_xent, config)
+    loss, z = simclr.training_step(cached, views, simclr.nt_xent, config)
 
-    pieces = views.unflatten(0, (2, -1)).chunk(parts, dim=1)
-    z = torch.cat([plain(x.flatten(0, 1))[1].unflatten(0, (2, -1)) for x in pieces], 1)
-    expected = simclr.nt_xent(z[0], z[1], config.temperature)
+    pieces = views.unflatten(0, (k, -1)).chunk(parts, dim=1)
+    parted = [plain(x.flatten(0, 1))[1].unflatten(0, (k, -1)) for x in pieces]
+    z1, z2, *others = torch.cat(parted, 1)
+    expected = simclr.nt_xent(z1, z2, config.temperature, *others)
     expected.backward()
     close(loss, expected.detach(), 1e-9)
+    close(z, torch.cat([z1, z2, *others]).detach(), 1e-9)
     for a, b in zip(cached.parameters(), plain.parameters(), strict=True):
         close(a.grad, b.grad, 1e-9)
     close(cached.state_dict(), plain.state_dict())
@@ -274,27 +264,26 @@ def test_too_little_memory_suggests_micro_batches(tiny_config, monkeypatch, caps
 
     monkeypatch.setattr(simclr, "training_step", training_step)
     error = error_of(capsys, simclr.main, *flags_of(tiny_config()))
-    assert "too little memory (a step needs less with a smaller --micro-batch, which" in error
+    assert "too little memory (a --micro-batch, or a smaller --batch-size, --view-size" in error
 
 
 # ------------------------------------------------------------------------------ runs and their ends
 
 
-def a_run(config, fails=""):
+def a_run(config, fails="", *flags):
     """simclr.py's main() with the run's flags; `fails` makes the last process run into an error."""
-    if fails and os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
-        if fails == "killed":
-            simclr.epoch_row = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-        if fails == "error":
-            simclr.epoch_row = raise_an_error
-        if fails == "decoding":
-            simclr.augmented_batches = fail_after_two_batches
-        if fails == "signal":
-            advance = utils.Progress.update
-            utils.Progress.update = lambda bar: (
-                advance(bar), os.kill(os.getpid(), signal.SIGTERM)
-            )  # fmt: skip
-    simclr.main(flags_of(config))
+    simclr.evaluate = lambda *_: {}
+    last = os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
+    if last and fails == "killed":
+        simclr.epoch_row = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    if last and fails == "error":
+        simclr.epoch_row = raise_an_error
+    if last and fails == "decoding":
+        simclr.augmented_batches = fail_after_two_batches
+    if last and fails == "signal":
+        update = utils.Progress.update
+        utils.Progress.update = lambda bar: (update(bar), os.kill(os.getpid(), signal.SIGTERM))
+    simclr.main([*flags_of(config), *flags])
 
 
 def raise_an_error(*_):
@@ -309,7 +298,7 @@ def fail_after_two_batches(*arguments, batches=simclr.augmented_batches):
 RUN = dict(precision="float32", batch_size=300, epochs=3, knn_every=2, optimizer="sgd", lr=1e-4)
 
 
-def test_a_stop_in_one_process_stops_all_and_any_number_goes_on(group, tiny_config, monkeypatch):
+def test_a_stop_in_one_process_stops_all_and_any_number_goes_on(group, tiny_config, unjudged):
     config = tiny_config(**RUN, run="stopped")
     stopped = group(2, a_run, config, "signal")
     assert stopped.codes() == [128 + signal.SIGTERM] * 2
@@ -319,7 +308,6 @@ def test_a_stop_in_one_process_stops_all_and_any_number_goes_on(group, tiny_conf
     going_on = group(3, a_run, config, "signal")
     assert going_on.codes() == [128 + signal.SIGTERM] * 3
     assert "continuing" not in going_on.said()
-    monkeypatch.setattr(simclr, "evaluate", lambda *_: {})
     whole = tiny_config(**RUN, run="whole")
     simclr.run(config)
     simclr.run(whole)
@@ -333,34 +321,25 @@ def test_a_stop_in_one_process_stops_all_and_any_number_goes_on(group, tiny_conf
 def test_the_others_end_when_one_does(fails, group, tiny_config):
     config = tiny_config(**RUN, run="broken")
     several = group(3, a_run, config, fails)
-    codes = several.codes(60)
-    assert codes == [2, 2, -signal.SIGKILL if fails == "killed" else 2]
-    lines = [line for line in several.said().splitlines() if "error" in line]
+    assert several.codes(60) == [2, 2, -signal.SIGKILL if fails == "killed" else 2]
+    said = several.said()
+    lines = [line for line in said.splitlines() if "error" in line]
     assert sum("the cat sat" in line for line in lines) == (fails != "killed")
     assert sum("lost the connection to another rank" in line for line in lines) == 2
     assert len(lines) == (2 if fails == "killed" else 3)
-    said = several.said()
     assert "is saved" not in said
     assert ("continues from the last checkpoint" in said) == (fails == "decoding")
-    assert "Traceback" not in several.said()
+    assert "Traceback" not in said
 
 
-def overwriting(config, killed):
-    """As torchrun starts a run again after a kill."""
-    if killed:
-        simclr.epoch_row = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-    simclr.evaluate = lambda *_: {}
-    simclr.main([*flags_of(config), "--overwrite", "--checkpoint-minutes", "1e-9"])
-
-
-def test_a_run_that_is_overwritten_is_overwritten_once(group, tiny_config, monkeypatch):
+def test_a_run_that_is_overwritten_is_overwritten_once(group, tiny_config, unjudged):
     """The command that torchrun starts again has --overwrite, and goes on with the new run."""
-    monkeypatch.setattr(simclr, "evaluate", lambda *_: {})
     config = tiny_config(**{**RUN, "epochs": 2, "knn_every": 0})
     simclr.run(config)
-    first = group(2, overwriting, config, True)
-    assert first.codes()[0] == -signal.SIGKILL
-    again = group(2, overwriting, config, False, store=first.store, restarts=1)
+    flags = "--overwrite", "--checkpoint-minutes", "1e-9"
+    first = group(2, a_run, config, "killed", *flags)
+    assert first.codes()[1] == -signal.SIGKILL
+    again = group(2, a_run, config, "", *flags, store=first.store, restarts=1)
     again.results()
     assert "continuing" in again.said("out")
     assert "is finished" not in again.said("out")
@@ -380,29 +359,28 @@ def test_more_processes_than_gpus(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(InputError, match="3 processes, but this machine has 2 GPUs"):
+    with pytest.raises(InputError, match=r"3 processes need .* but this machine has 2"):
         utils.choose_device("auto")
 
 
-def load(arguments):
+def evaluate(arguments):
     load_simCLR.main(arguments)
 
 
-def test_evaluation_by_processes_is_that_of_one(group, tiny_config, monkeypatch):
+def test_evaluation_by_processes_is_that_of_one(group, tiny_config, unjudged):
     config = tiny_config(precision="float32", epochs=1, knn_every=0)
-    monkeypatch.setattr(simclr, "evaluate", lambda *_: {})
     simclr.run(config)
-    where = [str(config.folder), "--device", "cpu", "--figures", config.figures]
-    refused = group(2, load, [*where, "--tasks", "knn", "semi"])
+    where = [str(config.folder), "--device", "cpu", "--figures", config.figures, "--tasks", "knn"]
+    refused = group(2, evaluate, [*where, "semi"])
     assert refused.codes() == [2, 2]
     assert "semi: they train in one process" in refused.said()
 
-    shared = group(2, load, [*where, "--tasks", "knn"])
+    shared = group(2, evaluate, where)
     shared.results()
     file = config.folder / "evaluation.json"
     columns = json.loads(file.read_text())["columns"]
     file.unlink()
-    load([*where, "--tasks", "knn"])
+    evaluate(where)
     expected = json.loads(file.read_text())["columns"]
     assert len(columns) == len(expected) == 2
     for column, other in zip(columns, expected, strict=True):

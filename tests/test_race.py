@@ -1,21 +1,16 @@
 """The race works: a tiny form of it, whose figures mean nothing."""
 
-import json
-
 import pytest
 
 import race
+import utils
 from conftest import error_of
 
 FLAGS = "--dataset digits --width 0.125 --batch-size 100 --view-size 12 --device cpu --points 2"
 
 
-def rows_of(file):
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
 @pytest.mark.filterwarnings("ignore")  # of worker processes
-def test_both_loops_race_and_are_drawn(tmp_path, few_digits, monkeypatch):
+def test_both_loops_race_and_are_drawn(tmp_path, few_digits):
     results, figure = tmp_path / "sub" / "race.jsonl", tmp_path / "race.png"
     common = [*FLAGS.split(), "--rotation", "0", "--results", str(results)]
     race.main([*common, "--steps", "3"])
@@ -23,7 +18,7 @@ def test_both_loops_race_and_are_drawn(tmp_path, few_digits, monkeypatch):
     race.main([*common, "--minutes", "0.002", "--seed", "1", "--view-size", "16"])
     race.main([*common, "--steps", "3", "--loop", "usual"])
     race.main([*common, "--steps", "1", "--points", "9"])  # a step may make several due
-    ours, again, clock, usual, short = rows_of(results)
+    ours, again, clock, usual, short = utils.read_jsonl(results)
     assert (short["steps"], [point[0] for point in short["curve"]]) == (1, [1.0])
     assert ours["curve"] == again["curve"]
     for row in (ours, usual):
@@ -39,13 +34,6 @@ def test_both_loops_race_and_are_drawn(tmp_path, few_digits, monkeypatch):
     assert figure.stat().st_size > 10_000
     lines = race.draw([ours, again, clock, usual]).legends[0].get_texts()
     assert len(lines) == 3  # two of them are one race by two seeds
-
-
-def test_a_line_that_is_no_race_is_refused(tmp_path, capsys):
-    file = tmp_path / "race.jsonl"
-    file.write_text('{"loop": "ours"}\n')
-    error = error_of(capsys, race.main, "--draw", tmp_path / "x.png", "--results", file)
-    assert "has a line that is no race" in error
 
 
 def test_the_rate_follows_the_race():
@@ -64,7 +52,10 @@ def test_the_rate_follows_the_race():
         ("--loop best", "invalid choice: 'best'"),
         ("--loop usual --steps 1", "no blur and no rotation"),  # the digits' recipe rotates
         ("--draw x.png --results nowhere.jsonl", "no race in nowhere.jsonl yet"),
+        ("--draw x.png --results {}", "has a line that is no race"),
     ],
 )
-def test_bad_input_is_one_line(flags, message, capsys):
-    assert message in error_of(capsys, race.main, *flags.split(), "--device", "cpu")
+def test_bad_input_is_one_line(flags, message, capsys, tmp_path):
+    (tmp_path / "race.jsonl").write_text('{"loop": "ours"}\n')
+    flags = flags.format(tmp_path / "race.jsonl").split()
+    assert message in error_of(capsys, race.main, *flags, "--device", "cpu")

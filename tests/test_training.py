@@ -16,20 +16,7 @@ import simclr
 import utils
 from conftest import CPU, interrupt, load_images, load_run, log_of, position
 from simclr import SimCLR, run
-from utils import ImageFiles, ImageSet, InputError
-
-
-def steps_of(model, config, batches, rates, loss=simclr.nt_xent):
-    """Algorithm 1 on given batches and rates, by the steps of train(). Returns the losses."""
-    optimizer, losses = simclr.make_optimizer(config, model), []
-    model.train()
-    for views, rate in zip(batches, rates, strict=True):
-        simclr.set_rate(optimizer, rate)
-        value, _ = simclr.training_step(model, views, loss, config)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(value.item())
-    return losses
+from utils import Images, InputError
 
 
 def train(config, **options):
@@ -66,24 +53,23 @@ def kill(config, function, call):
 def test_an_epoch_equals_algorithm_1_by_hand(tiny_config, device):
     """Three steps; that both views share one pass of BatchNorm shows in its statistics."""
     config = tiny_config(
-        image_size=16, optimizer="sgd", lr=0.1, lr_scaling="none", weight_decay=0.01,
-        precision="float32", batch_size=8, temperature=0.5,
+        image_size=16, optimizer="sgd", weight_decay=0.01, precision="float32", batch_size=8,
+        temperature=0.5,
     )  # fmt: skip
     random = torch.Generator().manual_seed(0)
     batches = [torch.rand(16, 3, 16, 16, generator=random).to(device) for _ in range(3)]
-    rates = [0.1, 0.2, 0.05]
-
-    ours = simclr.make_model(config).to(device)
-    our_losses = steps_of(ours, config, batches, rates)
-
-    theirs = simclr.make_model(config).to(device).train()
+    ours, theirs = (simclr.make_model(config).to(device).train() for _ in range(2))
+    optimizer, our_losses, losses = simclr.make_optimizer(config, ours), [], []
     decayed = [p for p in theirs.parameters() if p.ndim > 1]
     others = [p for p in theirs.parameters() if p.ndim <= 1]
-    solver = torch.optim.SGD(
-        [{"params": decayed, "weight_decay": 0.01}, {"params": others}], lr=0, momentum=0.9
-    )
-    losses = []
-    for views, rate in zip(batches, rates, strict=True):
+    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others}]
+    solver = torch.optim.SGD(groups, lr=0, momentum=0.9)
+    for views, rate in zip(batches, [0.1, 0.2, 0.05], strict=True):
+        simclr.set_rate(optimizer, rate)
+        our_losses.append(simclr.training_step(ours, views, simclr.nt_xent, config)[0].item())
+        optimizer.step()
+        optimizer.zero_grad()
+
         for group in solver.param_groups:
             group["lr"] = rate
         z = F.normalize(theirs.projector(theirs.encoder(views)), dim=1)
@@ -104,14 +90,10 @@ def test_an_epoch_equals_algorithm_1_by_hand(tiny_config, device):
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 def test_precision_is_that_of_the_forward_pass(tiny_config, precision):
     config = tiny_config(image_size=16, precision=precision)
-    model, seen = simclr.make_model(config), []
-
-    def loss(z1, z2, temperature):
-        seen.append(z1.dtype)
-        return simclr.nt_xent(z1, z2, temperature)
-
-    steps_of(model, config, [torch.rand(8, 3, 16, 16)], [0.0], loss)
-    assert seen == [getattr(torch, precision)]
+    _, z = simclr.training_step(
+        simclr.make_model(config), torch.rand(8, 3, 16, 16), simclr.nt_xent, config
+    )
+    assert z.dtype == getattr(torch, precision)
 
 
 # ---------------------------------------------------------------------------------------- batches
@@ -120,7 +102,7 @@ def test_precision_is_that_of_the_forward_pass(tiny_config, precision):
 def numbered(n):
     """Images whose brightness tells their index."""
     grey = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1)
-    return ImageSet(grey.expand(n, 3, 16, 16).contiguous())
+    return Images(grey.expand(n, 3, 16, 16).contiguous())
 
 
 def plain_augment(config):
@@ -169,7 +151,7 @@ def test_streamed_views_equal_views_from_memory(photo_config, tmp_path):
     config = photo_config(4, (20, 20), view_size=12, batch_size=4, rotation=0.0)
     memory = load_images("folder", "pretrain", config.data_dir)
     names = np.array([f"{i}.png".encode() for i in range(4)])
-    streamed = ImageFiles(tmp_path / "photos", names)
+    streamed = Images(None, paths=names, root=tmp_path / "photos")
     augment = plain_augment(config)
     (a,), (b,) = (
         simclr.view_batches(config, data, CPU, 0, 0, augment) for data in (memory, streamed)
@@ -265,7 +247,7 @@ def test_the_logged_rates_are_the_schedules(small_config, unjudged, batch_size, 
 @pytest.mark.parametrize(
     ("n", "batch", "said"),
     [(2, 256, "2 images a step (all of them)"), (3, 256, "3 images a step (all of them)"),
-     (5, 2, "2 images a step, 2 epochs of 2 steps; each epoch leaves out 1 at random")],
+     (5, 2, " 2 epochs of 2 steps; each epoch leaves out 1 at random")],
 )  # fmt: skip
 def test_very_small_data_sets(photo_config, no_figure, capsys, n, batch, said):
     config = photo_config(n, (12, 12), image_size=0, batch_size=batch)
@@ -309,26 +291,16 @@ def test_resuming_from_an_older_checkpoint_is_bit_identical(small_config, monkey
 
 
 def test_a_long_measurement_of_knn_loses_no_epoch(small_config, unjudged, monkeypatch):
-    """A run that is killed in it goes on with it, and ends as one that was not."""
-    whole, killed = (small_config(run=name, knn_every=1) for name in ("whole", "killed"))
+    """A run that is killed in it goes on with it, and logs what one logs that was not."""
+    monkeypatch.setattr(simclr, "mean_cosine", lambda z: torch.ones(()))
+    whole, killed = (small_config(run=name, epochs=2, knn_every=1) for name in ("whole", "killed"))
     run(whole)
     monkeypatch.setattr(simclr, "SLOW_KNN_S", 0.0)
     kill(killed, "knn_accuracy", 2)
     assert position(killed) == (1, 4)
     run(killed)
     assert_equal_training(whole, killed)
-
-
-def test_a_run_that_is_killed_at_the_end_of_an_epoch_logs_its_collapse(
-    small_config, monkeypatch, unjudged
-):
-    monkeypatch.setattr(simclr, "mean_cosine", lambda z: torch.ones(()))
-    monkeypatch.setattr(simclr, "SLOW_KNN_S", 0.0)
-    config = small_config(epochs=2, knn_every=1)
-    kill(config, "knn_accuracy", 2)
-    assert position(config) == (1, 4)
-    run(config)
-    assert [row.get("collapsed") for row in log_of(config)] == [True, True]
+    assert [row.get("collapsed") for row in log_of(killed)] == [True, True]
 
 
 def test_a_finished_run_is_left_alone_and_overwrite_starts_anew(small_config, monkeypatch, capsys):
@@ -378,28 +350,22 @@ def test_the_log_is_rebuilt_from_the_checkpoint(small_config, unjudged):
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_another_configuration_of_the_same_name_is_refused(small_config, unjudged, finished):
-    config = small_config(epochs=1)
-    run(config)
-    if not finished:
-        (config.folder / "summary.json").unlink()
+def test_another_configuration_or_other_images_are_another_run(
+    photo_config, no_figure, tmp_path, finished
+):
+    config = photo_config(6, (12, 12), epochs=1)
+    run(config) if finished else interrupt(lambda: run(config), 2)
     before = (config.folder / "last.pt").read_bytes()
     with pytest.raises(InputError, match=r"--temperature \(0\.3 there, 0\.7 now\)"):
-        run(small_config(epochs=1, temperature=0.7))
-    longer = r"--epochs \(1 there, 2 now\); more epochs are another run"
-    with pytest.raises(InputError, match=longer):
-        run(small_config(epochs=2))
-    assert (config.folder / "last.pt").read_bytes() == before
-    run(small_config(epochs=1, workers=0))  # not part of what the run is
-
-
-@pytest.mark.parametrize("finished", [True, False])
-def test_a_run_on_other_images_is_refused(photo_config, no_figure, tmp_path, finished):
-    config = photo_config(6, (12, 12))
-    run(config) if finished else interrupt(lambda: run(config), 2)
+        run(photo_config(6, (12, 12), epochs=1, temperature=0.7))
+    with pytest.raises(InputError, match=r"--epochs \(1 there, 2 now\); more epochs are another"):
+        run(photo_config(6, (12, 12), epochs=2))
     (tmp_path / "photos" / "5.png").rename(tmp_path / "photos" / "other.png")
     with pytest.raises(InputError, match=r"images \(6 there, 6 now\)"):
         run(config)
+    assert (config.folder / "last.pt").read_bytes() == before
+    (tmp_path / "photos" / "other.png").rename(tmp_path / "photos" / "5.png")
+    run(photo_config(6, (12, 12), epochs=1, workers=1))  # not part of what the run is
 
 
 # ------------------------------------------------------------------------------------ what can fail
@@ -455,10 +421,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
 @pytest.mark.parametrize("knn_every", [0, 1])
 def test_weights_that_are_finite_and_useless_are_not_kept(small_config, knn_every):
     """One step at such a rate: the loss before it was fine, and so was the last checkpoint."""
-    config = small_config(
-        epochs=2, batch_size=210, optimizer="sgd", lr=1e30, lr_scaling="none", warmup_epochs=0.0,
-        knn_every=knn_every,
-    )  # fmt: skip
+    fast = dict(optimizer="sgd", lr=1e30, lr_scaling="none", warmup_epochs=0.0)
+    config = small_config(epochs=2, batch_size=210, knn_every=knn_every, **fast)
     with pytest.raises(InputError, match=r"not finite in epoch 1 .* lower --lr"):
         run(config)
     assert position(config) == (0, 0)
@@ -516,41 +480,30 @@ def test_the_monitor_can_do_without_test_images(small_config, unjudged, monkeypa
     (row,) = log_of(config)
     data, encoder = simclr.load_data(config, CPU), load_run(config.folder / "last.pt").model
     x, y = utils.embed(encoder.encoder, data.train, 16, CPU).numpy(), data.train.labels.numpy()
-    fit, held_out = utils.stratified_split(y)
+    fit, held_out = (rows.numpy() for rows in utils.stratified_split(data.train.labels))
     knn = KNeighborsClassifier(10, metric="cosine").fit(x[fit], y[fit])
     assert row["knn"] == pytest.approx(knn.score(x[held_out], y[held_out]), abs=1e-6)
     assert row["knn_images"] == len(held_out)
     assert f"kNN {utils.accuracy_text(row['knn'], len(held_out))}  " in capsys.readouterr().out
 
 
-def test_few_test_images_show_their_sampling_error():
+def test_few_test_images_show_their_sampling_error_and_uneven_classes_their_share():
     """So that a difference of one picture is not read as a gain."""
-    scores = dict.fromkeys(simclr.SCORES, dict.fromkeys(simclr.FINAL_TABLE, 0.9))
-    scores["linear_10_std"] = dict.fromkeys(simclr.FINAL_TABLE, 0.01)
+    rows = ("pixels", "untrained", "simclr")
+    scores = dict.fromkeys(simclr.SCORES, dict.fromkeys(rows, 0.9))
+    scores["linear_10_std"] = dict.fromkeys(rows, 0.01)
 
-    def table(n):
-        smallest = torch.tensor([n // 200])
-        data = SimpleNamespace(test=range(n), class_sizes=smallest, uneven=False)
-        return simclr.results_table(scores, simclr.Config(), data)
+    def table(n, *labels):
+        train = SimpleNamespace(labels=torch.tensor(labels), classes="ab")
+        test = Images(torch.zeros(n, 1), torch.arange(n) % 4 // 3)  # 3 of 4 are of class 0
+        return simclr.results_table(scores, simclr.Config(), utils.Data(train, train, test))
 
-    few, many = table(400), table(2000)
+    few, many = table(400, *[0] * 4, *[1] * 2), table(2000, *[0] * 10, *[1] * 10)
     assert few.count("90.0 ± 1.5 %") == 6
     assert few.count("90.0 ± 1.8 %") == 3  # of the five draws too
     assert "sampling error of 400 images" in few
     assert many.count("±") == many.count("90.0 ± 1.0 %") == 3
     assert "≤ 10 labels a class" in few  # there are 2
     assert "≤" not in many
-
-
-def test_uneven_classes_are_said(tiny_config, tmp_path, write_image, capsys):
-    for i in range(20):
-        write_image(tmp_path / "a" / ("ill" if i < 4 else "healthy") / f"{i}.png", seed=i)
-    config = tiny_config(
-        dataset="folder", data_dir=str(tmp_path / "a"), recipe="digits", epochs=1, stem="small"
-    )
-    data = simclr.load_data(config, CPU)
-    scores = {score: dict.fromkeys(simclr.FINAL_TABLE, 0.8) for score in simclr.SCORES}
-    simclr.print_summary({**scores, "epochs": 1, "views_per_second": 1}, config, data)
-    said = capsys.readouterr().out
-    assert "the largest class: 75.0% of the test images" in said  # 3 of 4
-    assert "≤ 10 labels a class" in said
+    assert "the largest class: 75.0% of the test images" in few
+    assert "largest class" not in many

@@ -28,7 +28,7 @@ import load_simCLR
 import simclr
 import tSNE
 import utils
-from conftest import CPU, error_of, load_run
+from conftest import CPU, error_of, load_run, module_digest
 
 IMAGES, PERPLEXITY = 120, 8
 FLAGS = ["--device", "cpu", "--images", str(IMAGES), "--perplexity", str(PERPLEXITY)]
@@ -41,12 +41,11 @@ def run(finished, tmp_path_factory):
     config: resolved; folder: of its checkpoints; places: flags.
     """
     root = tmp_path_factory.mktemp("run")
-    shutil.copytree(finished.folder, root / "c" / finished.config.run)
+    folder = shutil.copytree(finished.folder, root / "c" / finished.config.run)
     places = dict(checkpoints=str(root / "c"), figures=str(root / "f"))
-    trained = load_run(finished.folder / "last.pt").config
-    config = simclr.dataclasses.replace(trained, **places)
+    config = simclr.dataclasses.replace(load_run(folder / "last.pt").config, **places)
     flags = [word for name, place in places.items() for word in (f"--{name}", place)]
-    return SimpleNamespace(config=config, folder=config.folder, places=flags)
+    return SimpleNamespace(config=config, folder=folder, places=flags)
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +71,8 @@ def shown(run, drawn):
     """What the command has drawn: scene, labels int64 (N,), panels, and features of h."""
     chosen = embedding(run)
     panels, features = chosen.panels()
-    scene = chosen.scene
-    return SimpleNamespace(scene=scene, labels=scene.labels, panels=panels, features=features)
+    labels = chosen.scene.labels
+    return SimpleNamespace(scene=chosen.scene, labels=labels, panels=panels, features=features)
 
 
 @pytest.fixture
@@ -108,9 +107,9 @@ def test_accuracies_in_the_titles_are_those_of_simclr(run, shown):
     for panel in shown.panels:
         expected = simclr.knn_accuracy(encoders[panel.name], data, trained.config, CPU)
         assert panel.knn == expected
-        assert panel.note == f"kNN {utils.accuracy_text(expected, IMAGES)}"
+        assert str(panel) == f"{panel.title} · kNN {utils.accuracy_text(expected, IMAGES)}"
     assert [p.name for p in shown.panels] == list(simclr.REPRESENTATIONS)
-    assert len({p.note for p in shown.panels}) > 1
+    assert len({p.knn for p in shown.panels}) > 1
 
 
 def test_epochs_begin_with_the_untrained_encoder_and_lie_on_each_other(run, drawn):
@@ -120,6 +119,10 @@ def test_epochs_begin_with_the_untrained_encoder_and_lie_on_each_other(run, draw
         # no turn or reflection fits the panel before better
         best, _ = scipy.linalg.orthogonal_procrustes(panel.xy, before.xy - before.xy.mean(0))
         np.testing.assert_allclose(best, np.eye(2), atol=1e-3)
+    kept = [*utils.kept_checkpoints(run.folder), run.folder / "last.pt"]
+    weights = [module_digest(load_run(file).model) for file in kept]
+    assert weights[3] == weights[4]
+    assert len(set(weights)) == 4  # each epoch has its own
 
 
 def test_formats_and_panels(run, drawn, tmp_path):
@@ -140,7 +143,7 @@ def test_another_projects_encoder_and_an_exported_one_are_drawn(run, quick, tmp_
     for name in ("ours.pt", "theirs.pth"):
         tSNE.main([str(tmp_path / name), *flags])
         page = (tmp_path / "f" / name.split(".")[0] / "tsne.html").read_text(encoding="utf-8")
-        assert '"pre-trained encoder"' in page
+        assert '"pre-trained encoder' in page
         assert "SimCLR z" not in page
     with pytest.raises(SystemExit, match="2"):
         tSNE.main([str(tmp_path / "ours.pt"), *flags[:-2]])
@@ -152,14 +155,9 @@ def test_another_projects_encoder_and_an_exported_one_are_drawn(run, quick, tmp_
 
 @pytest.fixture
 def work(monkeypatch):
-    """Counts what is computed rather than taken from the cache."""
-    done = Counter()
-
-    def counted(name, function):
-        return lambda *arguments: done.update([name]) or function(*arguments)
-
-    for name in ("features_of", "tsne"):
-        monkeypatch.setattr(tSNE, name, counted(name, getattr(tSNE, name)))
+    """Counts the maps that are computed rather than taken from the cache."""
+    done, real = Counter(), tSNE.tsne
+    monkeypatch.setattr(tSNE, "tsne", lambda *arguments: done.update(["tsne"]) or real(*arguments))
     return done
 
 
@@ -172,35 +170,28 @@ def test_what_took_long_is_kept_until_something_changes(run, drawn, work):
     embedding(run, "--perplexity", "9").panels()
     assert work == Counter(tsne=4)
     embedding(run, "--images", "100", "--panels", "pixels").panels()
-    assert work == Counter(features_of=2, tsne=5)  # pixels, and h for its neighbours
+    assert work == Counter(tsne=5)
 
     for file in first.cache.glob("tsne-pixels-*.npz"):
         file.write_bytes(file.read_bytes()[:200])  # damaged: computed again, and the same
     again, _ = embedding(run).panels()
-    assert work == Counter(features_of=2, tsne=6)
+    assert work == Counter(tsne=6)
     for old, new in zip(panels, again, strict=True):
         np.testing.assert_array_equal(old.xy, new.xy)
 
 
-def test_another_checkpoint_or_other_images_are_not_mistaken(run, drawn, work, tmp_path):
+def test_another_checkpoint_is_not_mistaken(run, drawn, work, tmp_path):
     other = tmp_path / "other.pt"
     state = utils.load_checkpoint(run.folder / "last.pt")
     state["model"]["encoder.conv1.weight"] += 0.01
     utils.save_checkpoint(other, state)
-    embedding(run, str(other), "--method", "pca").panels()
-    assert work == Counter(features_of=4)
-
-    scene = embedding(run).scene
-    assert embedding(run).scene.digest == scene.digest
-    assert embedding(run, "--seed", "1").scene.digest != scene.digest
-    images = scene.shown.images.clone()
-    images[3, 0, 5, 5] ^= 1
-    shown = simclr.dataclasses.replace(scene.shown, images=images)
-    assert simclr.dataclasses.replace(scene, shown=shown).digest != scene.digest
+    shutil.copytree(run.folder / "tsne", tmp_path / "tsne")
+    embedding(run, str(other)).panels()
+    assert work == Counter(tsne=2)  # h and z
 
 
 def test_a_run_in_a_folder_that_cannot_be_written_is_drawn(run, quick, tmp_path, capsys):
-    argv = [*FLAGS, "--method", "pca", "--panels", "pixels", "--figures", str(tmp_path / "f")]
+    argv = [*FLAGS, "--panels", "pixels", "--figures", str(tmp_path / "f")]
     shutil.copy(run.folder / "last.pt", tmp_path)
     (tmp_path / "tsne").write_text("a file where the cache should be")
     tSNE.main([str(tmp_path / "last.pt"), *argv])
@@ -213,25 +204,14 @@ def test_a_run_in_a_folder_that_cannot_be_written_is_drawn(run, quick, tmp_path,
 # --------------------------------------------------------------------------------------- the maths
 
 
-@pytest.fixture(scope="module")
-def points():
-    """float32 (150, 64): digits."""
-    return load_digits().data[:150].astype(np.float32)
-
-
-def test_components_keep_the_variance_and_are_two_at_least(points):
-    for shape in ((150, 64), (12, 64), (150, 1)):
-        x = points[: shape[0], 10 : 10 + shape[1]]
-        components = tSNE.principal_components(x)
-        assert components.shape == (shape[0], max(2, min(50, *x.shape)))
-        assert components.var(0).sum() == pytest.approx(x.var(0).sum(), rel=0.01)
-
-
-def test_tsne_keeps_neighbours_and_the_arrangement_that_it_is_given(points):
+def test_components_keep_the_variance_and_tsne_neighbours_and_a_given_arrangement():
+    points, labels = load_digits().data[:150].astype(np.float32), load_digits().target[:150]
     x = tSNE.principal_components(points)
+    assert x.shape == (150, 50)
+    assert x.var(0).sum() == pytest.approx(points.var(0).sum(), rel=0.01)
+    assert tSNE.principal_components(points[:, 10:11]).shape == (150, 2)  # at least two
     xy = tSNE.tsne(x, 8, seed=0)
     np.testing.assert_array_equal(xy, tSNE.tsne(x, 8, seed=0))
-    labels = load_digits().target[:150]
     near = scipy.spatial.KDTree(xy).query(xy, 2)[1][:, 1]
     assert (labels[near] == labels).mean() > 0.85
 
@@ -243,12 +223,6 @@ def test_tsne_keeps_neighbours_and_the_arrangement_that_it_is_given(points):
         moved[start is None] = change / np.square(xy - xy.mean(0)).sum()
     assert moved[False] < 0.2
     assert moved[True] > 0.5
-
-
-def test_alignment_undoes_a_turn_a_reflection_and_a_shift():
-    target = np.random.default_rng(0).normal(size=(40, 2)) * [3.0, 1.0] + 5
-    turned = target @ np.array([[0.6, 0.8], [0.8, -0.6]]) - 7
-    np.testing.assert_allclose(tSNE.aligned(turned, target), target - target.mean(0), atol=1e-5)
 
 
 @pytest.mark.parametrize(("count", "side"), [(60, 9), (81, 9), (1, 1), (3, 40)])
@@ -293,7 +267,7 @@ def test_an_image_is_never_its_own_neighbour_even_among_equal_ones():
     assert torch.equal(similarity[5], torch.zeros(3))
 
 
-# -------------------------------------------------------------------------------------- appearance
+# ---------------------------------------------------------- appearance, one's own images, bad input
 
 
 @pytest.mark.parametrize("classes", [1, 10, 50, 151])
@@ -336,11 +310,11 @@ def odd_scene(classes=HARMLESS, count=40):
     random = torch.Generator().manual_seed(0)
     images = torch.randint(256, (count, 3, 8, 8), generator=random, dtype=torch.uint8)
     labels = torch.arange(count) % len(classes) if classes else None
-    data = utils.ImageSet(images, labels, tuple(classes))
+    data = utils.Images(images, labels, tuple(classes))
     scene = tSNE.Scene(data, torch.arange(count), "test", data, "odd")
     config = simclr.make_config(image_size=8)
     source = simclr.Source(Path("x.pt"), None, None, "none", "", config)
-    network = tSNE.Network(source, config, {"simclr": utils.flat_pixels}, "")
+    network = tSNE.Network(source, config, {"simclr": utils.flat_pixels})
     features = tSNE.features_of(network, "simclr", scene, CPU)
     return scene, features, tSNE.Panel("simclr", "SimCLR h", features["components"][:, :2], 0.5)
 
@@ -351,7 +325,7 @@ def draw_all(scene, features, panel, folder):
         warnings.simplefilter("error")
         figures = [
             tSNE.draw_panels([panel], scene, "caption"),
-            tSNE.draw_thumbnails(panel, scene, "caption", CPU, 0),
+            tSNE.draw_thumbnails(panel, scene, "caption", 0),
             tSNE.draw_neighbours(scene, features, 8, 0),
         ]
         for i, figure in enumerate(figures):
@@ -385,78 +359,48 @@ def test_names_that_the_font_lacks_are_drawn_by_another_or_numbered(tmp_path, mo
     manager._findfont_cached.cache_clear()
 
 
-# --------------------------------------------------------------------------------- one's own images
-
-
-@pytest.fixture
-def photos(photo_config, unjudged, capsys):
-    """Trains a run of a second on n streamed images; returns flags for tSNE.py, and figures."""
-
-    def train(n):
-        config = photo_config(n, width=0.125, epochs=1, batch_size=8, max_bad=0.1, run="photos")
-        simclr.run(config)
-        capsys.readouterr()
-        places = ["--checkpoints", config.checkpoints, "--figures", config.figures]
-        return [*places, "--device", "cpu"], config.figure_folder
-
-    return train
-
-
-def test_unlabelled_images_are_drawn_without_colours_and_unreadable_ones_left_out(photos, capsys):
-    flags, figures = photos(17)
-    (figures.parents[1] / "photos" / "7.png").write_bytes(b"no image")
-    tSNE.main([*flags, "--perplexity", "4"])
+def test_unlabelled_images_are_drawn_without_colours_and_others_beside_them(
+    photo_config, unjudged, quick, tmp_path, write_image, capsys
+):
+    config = photo_config(17, width=0.125, epochs=1, batch_size=8, max_bad=0.1, run="photos")
+    simclr.run(config)
+    (tmp_path / "photos" / "7.png").write_bytes(b"no image")  # it is left out
+    flags = ["--checkpoints", config.checkpoints, "--figures", config.figures, "--device", "cpu"]
+    capsys.readouterr()
+    tSNE.main(flags)  # of so few images the perplexity is 5
     printed, err = capsys.readouterr()
-    assert "drawing 16 unlabelled training images of photos" in printed
-    assert "without colours and accuracies: the images have no labels" in printed
+    assert "drawing 16 unlabelled training images of photos, without accuracies" in printed
     assert "kNN" not in printed
     assert "7.png" in err
-    page = (figures / "tsne.html").read_text(encoding="utf-8")
+    page = (config.figure_folder / "tsne.html").read_text(encoding="utf-8")
     assert '"labels": null' in page
     assert '"8.png"' in page
     assert '"7.png"' not in page
-    assert (figures / "tsne.png").exists()
-    assert (figures / "neighbours.png").exists()
 
-
-def test_figures_of_other_images_do_not_replace_the_runs_own(photos, quick, tmp_path, write_image):
-    flags, figures = photos(8)
-    flags += ["--method", "pca"]
+    before = {file: file.read_bytes() for file in config.figure_folder.iterdir()}
+    assert {"tsne.png", "neighbours.png"} <= {file.name for file in before}
     for i in range(8):
         write_image(tmp_path / "others" / f"{i}.png", seed=100 + i)
-    tSNE.main(flags)
-    before = {file: file.read_bytes() for file in figures.iterdir()}
-    tSNE.main([*flags, "--data-dir", str(tmp_path / "others")])
+    tSNE.main([*flags, "--method", "pca", "--data-dir", str(tmp_path / "others")])
     assert all(file.read_bytes() == content for file, content in before.items())
     names = {"tsne-others.png", "neighbours-others.png", "tsne-others.html"}
-    assert {file.name for file in figures.iterdir()} - {file.name for file in before} == names
+    assert {file.name for file in config.figure_folder.iterdir() if file not in before} == names
 
 
-# -------------------------------------------------------------------------------------- bad input
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        ("--panels", "expected at least one argument"),
-        ("--images 1", "--images must be at least 2, got 1"),
-        ("--perplexity 0.5", "--perplexity must be at least 1, got 0.5"),
-        ("--perplexity 50", "120 images are too few for a perplexity of 50"),
-        ("--perplexity 50", "use --perplexity 39 at most, or --method pca"),
-        ("--method umap", "invalid choice: 'umap'"),
-        ("--device warp", "--device warp is not available here"),
-        ("somebody", "somebody is neither a checkpoint nor a run under"),
-    ],
-)
+@pytest.mark.parametrize(("argv", "message"), [
+    ("--panels", "expected at least one argument"),
+    ("--images 1", "--images must be at least 2, got 1"),
+    ("--perplexity 0.5", "--perplexity must be at least 1, got 0.5"),
+    ("--method umap", "invalid choice: 'umap'"),
+    ("--checkpoints nowhere", "no run under"),
+])  # fmt: skip
 def test_bad_input_is_one_line(run, capsys, argv, message):
     assert message in error_of(capsys, tSNE.main, *run.places, *FLAGS, *argv.split())
 
 
-def test_no_run_and_no_epochs(run, capsys, tmp_path):
-    assert "no run under" in error_of(capsys, tSNE.main, "--checkpoints", str(tmp_path))
-    lonely = tmp_path / "lonely.pt"
-    lonely.write_bytes((run.folder / "last.pt").read_bytes())
-    argv = [str(lonely), "--epochs", "--figures", str(tmp_path / "f"), *FLAGS]
+def test_a_run_without_kept_epochs_says_how_to_keep_them(run, capsys, tmp_path):
+    lonely = shutil.copy(run.folder / "last.pt", tmp_path / "lonely.pt")
+    argv = (lonely, "--epochs", "--figures", tmp_path / "f", *FLAGS)
     assert "has none: train with simclr.py --keep-every K" in error_of(capsys, tSNE.main, *argv)
 
 
@@ -464,24 +408,19 @@ def test_files_that_cannot_be_written_or_read(run, drawn, quick, capsys, tmp_pat
     blocked = tmp_path / "file"
     blocked.write_text("a file where the folder should be")
     argv = (*run.places[:2], *FLAGS, "--figures")
-    assert "cannot write" in error_of(capsys, tSNE.main, *argv, str(blocked))
+    assert "cannot write" in error_of(capsys, tSNE.main, *argv, blocked)
     (tmp_path / "f" / run.config.run / "tsne.png").mkdir(parents=True)
-    assert "cannot write" in error_of(capsys, tSNE.main, *argv, str(tmp_path / "f"))
+    assert "cannot write" in error_of(capsys, tSNE.main, *argv, tmp_path / "f")
     monkeypatch.setattr(tSNE, "TEMPLATE", tmp_path / "explorer.html")
-    assert "explorer.html, a part of tSNE.py" in error_of(
-        capsys, tSNE.main, *argv, str(tmp_path / "g")
-    )
+    error = error_of(capsys, tSNE.main, *argv, tmp_path / "g")
+    assert "explorer.html, a part of tSNE.py" in error
 
 
 def test_images_that_are_all_alike(run):
     chosen = embedding(run)
     chosen.scene.shown.images[:] = 0
-    chosen.scene.digest = "black"
     with pytest.raises(utils.InputError, match="all images have the same features"):
         chosen.panels()
-
-
-# --------------------------------------------------------------------- augmentation and kept epochs
 
 
 def test_the_sheet_of_views_shows_images_and_their_augmentation(tmp_path, capsys):
@@ -498,16 +437,6 @@ def test_the_sheet_of_views_shows_images_and_their_augmentation(tmp_path, capsys
     assert file.read_bytes() != first
     error = error_of(capsys, simclr.main, *flags, tmp_path / "views.txt")
     assert "the file's ending must be one of" in error
-
-
-def test_kept_epochs_are_checkpoints(run):
-    files = utils.kept_checkpoints(run.folder)
-    assert [file.name for file in files] == [f"epoch000{i}.pt" for i in range(1, 5)]
-    runs = [load_run(file) for file in [*files, run.folder / "last.pt"]]
-    assert [r.epoch for r in runs] == [1, 2, 3, 4, 4]
-    weights = [utils.module_digest(r.model) for r in runs]
-    assert len(set(weights)) == 4
-    assert weights[3] == weights[4]
 
 
 # -------------------------------------------------------------------------------- in a real browser
@@ -597,14 +526,14 @@ def test_switching_the_panel_moves_the_points(drawn, shown):
         # without the scale: the size of the map may still have changed in between
         at = (at - (at.max(0) + at.min(0)) / 2) / np.ptp(at, axis=0).max()
         np.testing.assert_allclose(at, xy / np.ptp(xy, axis=0).max(), atol=1e-3)
-    assert shown.panels[0].note in text[0]
+    assert text[0] == str(shown.panels[0]).replace(" · ", "")
     assert len(text) == 9  # with those of the epochs
 
 
 @needs_browser
 def test_names_of_classes_are_text_wherever_they_stand(tmp_path):
     scene, features, panel = odd_scene()
-    tiles = tSNE.small_images(scene.shown, 8, CPU)
+    tiles = tSNE.small_images(scene.shown, 8)
     page = tSNE.build_page([panel], scene, features, HARMLESS[0], "<b>", tiles)
     (tmp_path / "odd.html").write_text(page, encoding="utf-8")
     script = """

@@ -58,48 +58,36 @@ def test_contrastive_accuracy_counts_any_other_view():
     assert simclr.contrastive_accuracy(*views).item() == pytest.approx(5 / 6)  # c is alone
 
 
-def test_a_batch_has_k_views_of_each_image(small_config):
-    config = small_config(views=3, batch_size=20)
-    images = simclr.load_data(config, CPU).pretrain
-    whole = simclr.Augment(16, [ablation.Step(lambda x, u: x)])
-    first, second, third = next(simclr.view_batches(config, images, CPU, 0, 0, whole)).chunk(3)
-    assert len(first) == 20
-    assert torch.equal(first, second)
-    assert torch.equal(second, third)
-
-
-@pytest.mark.parametrize("micro_batch", [0, 5])
-def test_micro_batches_of_k_views(tiny_config, micro_batch):
-    torch.manual_seed(0)
-    network = simclr.make_model(tiny_config()).eval()  # BatchNorm would see other batches
-    views = torch.rand(30, 3, 16, 16)
-    config = tiny_config(views=3, batch_size=10, precision="float32", micro_batch=micro_batch)
-    value, z = simclr.training_step(network, views, simclr.nt_xent, config)
-    gradient = network.encoder.conv1.weight.grad.clone()
-    network.zero_grad()
-    expected = network(views)[1]
-    z1, z2, z3 = expected.chunk(3)
-    loss = simclr.nt_xent(z1, z2, config.temperature, z3)
-    loss.backward()
-    assert torch.allclose(z, expected, atol=1e-5)
-    assert torch.allclose(value, loss)
-    assert torch.allclose(gradient, network.encoder.conv1.weight.grad, rtol=1e-4, atol=1e-6)
-
-
-def test_streamed_images_are_decoded_once_for_k_views(photo_config):
-    config = photo_config(4, batch_size=4, views=3)
+@pytest.mark.parametrize("side", [24, 200])  # in memory, from disk
+def test_a_batch_has_k_views_of_each_image(photo_config, side):
+    config = photo_config(4, (side, side), batch_size=4, views=3)
     data = simclr.load_data(config, CPU).pretrain
     (views,) = simclr.view_batches(config, data, CPU, 0, 0)
     assert views.shape == (12, 3, 16, 16)
+    assert len({view.numpy().tobytes() for view in views}) == 12
+    whole = simclr.Augment(16, [simclr.RandomResizedCrop(16, (1.0, 1.0))])
+    (views,) = simclr.view_batches(config, data, CPU, 0, 0, whole)
     first, second, third = views.chunk(3)
-    assert not torch.equal(first, second)
-    assert not torch.equal(second, third)
+    assert torch.allclose(first, second, atol=1e-6)
+    assert torch.allclose(second, third, atol=1e-6)
 
 
 def test_sizes_grow_in_equal_parts_of_the_epochs(small_config):
     config = small_config(view_sizes=(8, 8, 12, 12, 16), epochs=10)
     assert [config.at_epoch(e).view_side for e in range(10)] == [8] * 4 + [12] * 4 + [16] * 2
     assert small_config().at_epoch(3).view_size == 0
+
+
+def test_sizes_up_to_1_are_shares_of_the_images_side(photo_config):
+    folder = photo_config(4, (24, 24)).data_dir
+    given = dict(dataset="folder", data_dir=folder)
+    for config, sizes in (
+        (simclr.make_config(**given, view_sizes=(0.25, 0.5, 1, 20)), (8, 12, 24, 20)),
+        (simclr.make_config(**given), (12, 12, 18, 18, 24)),  # the recipe's
+        (simclr.make_config(**given, view_size=16), ()),
+    ):
+        data = simclr.load_data(config, CPU).pretrain
+        assert simclr.resolve(config, data, CPU).view_sizes == sizes
 
 
 def test_a_growing_run_resumes_bit_for_bit_and_ends_with_new_statistics(
@@ -129,16 +117,13 @@ def test_a_growing_run_resumes_bit_for_bit_and_ends_with_new_statistics(
     assert model.encoder.bn1.momentum == 0.1
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--views 1", "--views must be 2 to 64, got 1"),
-        ("--view-sizes 4 8", "--view-sizes must be 8 to 4096, got (4, 8)"),
-        ("--loss triplet", "invalid choice: 'triplet'"),
-    ],
-)
-def test_bad_values_are_one_line(capsys, flags, message):
-    assert message in error_of(capsys, simclr.main, *flags.split())
+def test_bad_values_are_one_line(capsys):
+    error = error_of(capsys, simclr.main, "--views", 1)
+    assert "--views must be 2 to 64, got 1" in error
+    error = error_of(capsys, simclr.main, "--view-sizes", 0, 8)
+    assert "--view-sizes must be 0.01 to 4096, got (0.0, 8.0)" in error
+    error = error_of(capsys, simclr.main, "--view-sizes", 4, 16)
+    assert "views of 4 px: both need at least 8" in error
 
 
 def test_studies_of_two_views_refuse_more():
