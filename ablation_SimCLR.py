@@ -29,6 +29,7 @@ import hashlib
 import itertools
 import json
 import math
+import operator
 import statistics
 import sys
 import time
@@ -204,8 +205,10 @@ class Variant:
 
     def loss(self, config: Config) -> simclr.Loss:
         """z1, z2 (N, D), temperature -> scalar."""
-        margin = {"margin": self.margin} if self.loss_function.startswith("margin") else {}
-        return functools.partial(LOSSES[self.loss_function or config.loss], **margin)
+        loss = LOSSES[self.loss_function or config.loss]
+        if self.loss_function.startswith("margin"):
+            loss = functools.partial(loss, margin=self.margin)
+        return loss
 
     def batches(
         self, config: Config, data: Images, device: torch.device, epoch: int, start: int
@@ -337,7 +340,7 @@ def contrastive_task(model: simclr.SimCLR, run: Run) -> dict[str, float]:
 def supervised(run: Run) -> dict[str, float]:
     """Test accuracy of the same network trained on all labels with the same augmentation."""
     encoder = simclr.make_model(run.config).encoder.to(run.device)
-    augment = simclr.make_augment(dataclasses.replace(run.config, view_size=0))  # as in the test
+    augment = simclr.make_augment(dataclasses.replace(run.config, view_size=0))  # as test images
     schedule = LabelTraining(run.config.epochs, **SUPERVISED)
     rows = torch.arange(len(run.data.train))
     return {"linear": run.fine_tuned_accuracy(encoder, rows, augment, schedule)}
@@ -737,7 +740,7 @@ STUDIES: dict[str, Study] = {
             Setting("smaller", dict(view_sizes=(0.75,)), title="¾ of it"),
             Setting("growing", dict(view_sizes=simclr.GROWING), title="½, then ¾, then all of it"),
         ],
-        metrics=("knn", "linear"),
+        metrics=("knn", "linear"), fixed=("view_size",),
     ),
 }  # fmt: skip
 
@@ -782,9 +785,12 @@ def make_base(given: dict[str, Any]) -> Config:
     epochs = SHORT.get(given.get("dataset", Config.dataset), DEFAULT_EPOCHS)
     given = {"epochs": epochs, "knn_every": 0, "view_sizes": (), **given}
     base = simclr.make_config(**given)
-    pairs = base.views // 2
-    two = dict(views=2, batch_size=pairs * base.batch_size, lr=base.lr / pairs)
-    return base if "views" in given or pairs == 1 else simclr.make_config(**{**two, **given})
+    if "views" in given or base.views == 2:
+        return base
+    size = base.batch_size * base.views // 2
+    peaks = (simclr.peak_learning_rate(base, n) for n in (base.batch_size, size))
+    lr = base.lr * operator.truediv(*peaks)  # so that the peak stays
+    return simclr.make_config(**{"views": 2, "batch_size": size, "lr": lr, **given})
 
 
 def make_jobs(study_name: str, given: dict[str, Any], seeds: int) -> list[Job]:
@@ -852,10 +858,11 @@ class Results:
 
     def values(self, pattern: str, metric: str) -> dict[int, float]:
         """Seed -> value in the metric's unit, the mean over the settings that match `pattern`."""
+        names = fnmatch.filter([s.name for s in self.settings], pattern)
         factor = 100 if METRICS[metric].endswith("%") else 1
         by_seed: dict[int, list[float]] = {}
         for row in self.rows:
-            if fnmatch.fnmatchcase(row["setting"], pattern) and metric in row:
+            if row["setting"] in names and metric in row:
                 by_seed.setdefault(row["seed"], []).append(factor * row[metric])
         return {seed: statistics.fmean(values) for seed, values in sorted(by_seed.items())}
 
@@ -1185,7 +1192,7 @@ def list_studies(given: dict[str, Any], seeds: int, data: Data, device: torch.de
         left = tqdm.format_interval(seconds) if seconds else "done"
         print(f"{name:16}{len(jobs):4} runs {left:>8}  {study.question}")
     left = tqdm.format_interval(seconds_left(every, len(data.pretrain), per_view))
-    print(f"\n{'all':16}{len(every):4} runs {left:>8}  (estimated from a few training steps)")
+    print(f"\n{'all':16}{len(every):4} runs {left:>8}  (mm:ss or h:mm:ss, estimated)")
     command = utils.python_command(utils.from_here(__file__), min(times, key=times.__getitem__))
     print(f"\nrun the shortest:  {command}")
 

@@ -163,7 +163,8 @@ LABELS = ("1%", "10%", "100%")  # of 'semi'
 ON_CROPS = LabelTraining(epochs=90, batch_size=256, min_steps=0)  # the paper's epochs
 MANY_LABELS, MANY_EPOCHS, FEW_EPOCHS = 0.1, 30, 60  # Appendix B.5: from 10 % on, and below
 
-# title, key of REPRESENTATIONS; of the test images logits (M, K), classes (M,), or None if unknown
+# title of the column; key of REPRESENTATIONS; logits (M, K) or classes (M,) of the test images, or
+# None where there are too few training images
 Outputs = tuple[str, str, Tensor | None]
 
 
@@ -208,7 +209,7 @@ class Evaluation:
         return self._features[name]
 
     def knn(self) -> Iterator[Outputs]:
-        """For each k, but not if there are k training images or fewer."""
+        """For each k; None where there are at most k training images."""
         labels = self.data.train.labels
         for name in self.encoders:
             similarity, rows = utils.nearest_neighbours(*self.features(name), KNN[-1][0])
@@ -441,8 +442,9 @@ def text_of(results: dict, names: dict[str, str]) -> str:
             gain = statistics.fmean(scores["simclr"]) - statistics.fmean(scores["untrained"])
             begun = names["untrained"] != simclr.REPRESENTATIONS["untrained"]  # with --init
             other = "fine-tuning the weights before it" if begun else "training from scratch"
-            by = f"{abs(100 * gain):.1f} points {'better' if gain > 0 else 'worse'} than {other}"
-            parts += [f"{title}: pre-training is {by}{ONE_SEED * (len(scores['simclr']) == 1)}"]
+            by = f"{abs(100 * gain):.1f} points {'better' if gain > 0 else 'worse'} than"
+            parts += [f"{title}: pre-training is {by if gain else 'as good as'} {other}"
+                      f"{ONE_SEED * (len(scores['simclr']) == 1)}"]  # fmt: skip
     return "\n".join(parts)
 
 
@@ -1421,9 +1423,10 @@ def box_entries(
     found: Sequence[dict[str, Tensor]], images: Sequence, classes: Sequence, key: str,
     suffix: str = "",
 ) -> list[dict]:  # fmt: skip
-    """Objects as COCO writes them, with the names of images and classes, or (suffix "_id") the ids.
+    """Detected or true objects, a dict each, in COCO's form.
 
-    key: the name of what each has beside its box and class.
+    images, classes: their names, or with suffix "_id" their ids. key: the name of the third value
+    of each object, score or iscrowd.
     """
     return [
         {f"image{suffix}": name, f"category{suffix}": classes[label - 1],

@@ -86,8 +86,8 @@ class Config:
                                "measure kNN on; data_dir is trained on", identity=False)
     image_size: int = setting(0, "side in px that the encoder sees; 0: the images' own, or 224 if "
                               "their sizes vary", low=0, high=MAX_SIZE)
-    view_size: int = setting(0, "side in px of the views in pre-training; 0: image_size. Smaller "
-                             "views are faster (arXiv 1906.06423)", low=0, high=MAX_SIZE)
+    view_size: int = setting(0, "side in px of all views in pre-training, instead of a recipe's "
+        "view_sizes; 0: image_size. Smaller is faster (arXiv 1906.06423)", low=0, high=MAX_SIZE)
     view_sizes: tuple[float, ...] = setting((), "several sides, each for an equal part of the "
         "epochs: views that grow. Up to 1 they are shares of image_size, others are in px",
         low=0.01, high=MAX_SIZE)
@@ -675,7 +675,7 @@ def make_optimizer(config: Config, model: nn.Module) -> Optimizer:
     weights, others = [p for p in params if p.ndim > 1], [p for p in params if p.ndim <= 1]
     groups = [
         {"params": weights, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": config.weight_decay * config.decay_all},
+        {"params": others, "weight_decay": config.weight_decay if config.decay_all else 0.0},
     ]
     if config.optimizer == "lars":
         groups[1]["adapt"] = False
@@ -889,7 +889,7 @@ def train(
                 optimizer.zero_grad()
                 now.add(value, contrastive_accuracy(*z.chunk(config.views)), mean_cosine(z))
                 progress.update()
-                signal, save_due = utils.all_reduce_max(max(stop, default=0), run.save_due())
+                signal, save_due = utils.all_reduce_max(stop[0] if stop else 0, run.save_due())
                 if signal or save_due:  # in all ranks after the same step
                     break  # to save; `while` then continues the epoch
             check_finite(model, now, config)  # waits for the device
@@ -897,17 +897,15 @@ def train(
             error = errors[0] if errors else utils.unreadable_error(data.pretrain)
             if now.step == steps:
                 row = epoch_row(config, data, now, size)
-                if config.view_sizes and now.epoch + 1 == config.epochs:
+                measured = measured_after(now.epoch + 1, config, data)
+                if config.view_sizes and (measured or now.epoch + 1 == config.epochs):
                     estimate_statistics(model, data.pretrain, config, device)
-                if measured_after(now.epoch + 1, config, data) and not error:
-                    slow = any(x.get("knn_seconds", 0) > SLOW_KNN_S for x in now.log)
-                    run.save(snapshot(config, data, model, optimizer, now), due=slow)
-                    now.clock.lap("saving")
+                if measured and not error:
                     row |= measure(model, data, config, device, now)
                 now.next_epoch(row)
                 write_events(config, row)
                 progress.show(*describe(row, config))
-                (signal,) = utils.all_reduce_max(max(stop, default=0))
+                (signal,) = utils.all_reduce_max(stop[0] if stop else 0)
             must = signal or error or complete(config, now)
             due = save_due or now.clock.within("saving", SAVE_SHARE)
             run.save(snapshot(config, data, model, optimizer, now), must=must, due=due)
@@ -930,7 +928,6 @@ FIGURE = "loss_plot.png"
 TIMED = ("training", "monitoring", "saving", "drawing", "evaluation", "other")
 STATISTICS_IMAGES = 8192
 HELD_OUT_BATCH = 128  # images, whose 256 views are computed together
-SLOW_KNN_S = 10.0  # saved before slower ones: torchrun and SLURM kill half a minute after SIGTERM
 COLLAPSED = 0.9999  # mean cosine
 COMPILE = {"mode": "reduce-overhead"}  # of torch.compile: on CUDA with CUDA graphs
 COMPILE_PAYS_S = 600.0  # of training: compiling takes about a minute, and saves a tenth or more
@@ -1012,21 +1009,24 @@ def compiled(model: SimCLR, config: Config, size: int, now: TrainState) -> nn.Mo
     """The network to train: the model, its DistributedDataParallel, or its compiled form.
 
     With --compile auto it is compiled where that can pay, and only used if it is faster. Where
-    torch.compile fails, as without a C compiler, a line says so and the model is not compiled.
+    torch.compile fails, as without a C compiler, a line says so and the model is not compiled. If
+    views grow, a GPU computes the largest ones now: too little memory shows before the training.
     size: N. The model's weights and statistics stay as they are.
     """
-    if config.compile == "off" or complete(config, now):
+    tried = config.compile != "off" or (config.view_sizes and now.sums.is_cuda)
+    if not tried or complete(config, now):
         return utils.distributed(model)
     torch.compiler.reset()  # else torch compiles only eight networks in a process
     weights, started = copy.deepcopy(model.state_dict()), time.perf_counter()
-    count, side = config.views * (config.micro_batch or size), config.at_epoch(now.epoch).view_side
+    count = config.views * (config.micro_batch or size) // utils.world_size()
+    side = max(config.view_sizes or (config.view_side,))
     views = torch.zeros((count, 3, side, side), device=now.sums.device)
-    wanted = config.compile == "on"
     network, usual = model.train(), seconds_a_pass(model, views, config)
-    if wanted or usual * (config.epochs * now.steps - now.done) > COMPILE_PAYS_S:
+    left, wanted = usual * (config.epochs * now.steps - now.done), config.compile == "on"
+    if wanted or (config.compile == "auto" and left > COMPILE_PAYS_S):
         try:
             # CUDA graphs would overwrite the z of one micro-batch with those of the next
-            fast = torch.compile(model, **({} if config.micro_batch else COMPILE))
+            fast = torch.compile(model, dynamic=False, **({} if config.micro_batch else COMPILE))
             seconds = seconds_a_pass(fast, views, config)
             network = fast if wanted or seconds < usual else model
             print(
@@ -1038,7 +1038,7 @@ def compiled(model: SimCLR, config: Config, size: int, now: TrainState) -> nn.Mo
             utils.log_warning(f"torch.compile failed, so the network is not compiled ({reason})")
     model.zero_grad()
     model.load_state_dict(weights)  # BatchNorm's statistics have moved
-    return network
+    return utils.distributed(network)
 
 
 def seconds_a_pass(network: nn.Module, views: Tensor, config: Config) -> float:
@@ -1189,7 +1189,8 @@ def describe(row: dict, config: Config) -> tuple[dict[str, str], str]:
         more |= {"held out": f"{row['held_out_accuracy']:.1%}",
                  "rank of h": f"{row['effective_rank']:.1f}"}  # fmt: skip
     line += "".join(f"  {name} {value}" for name, value in more.items())
-    left = (config.epochs - row["epoch"]) * row["seconds"]
+    pixels = [config.at_epoch(epoch).view_side ** 2 for epoch in range(config.epochs)]
+    left = row["seconds"] * sum(pixels[row["epoch"] :]) / pixels[row["epoch"] - 1]
     line += f"  {row['views_per_second']:,.0f} views/s  {left:.0f} s left"
     return values | more, line
 
@@ -1320,7 +1321,7 @@ def make_config(**overrides: Any) -> Config:
     start = init_settings(**overrides) if overrides.get("init") else {}
     config = Config(**{**RECIPES[recipe], **overrides, **start, "recipe": recipe})
     config.range, config.view_sizes = tuple(config.range), tuple(config.view_sizes)
-    if config.view_size and "view_sizes" not in overrides:
+    if "view_size" in overrides and "view_sizes" not in overrides:
         config.view_sizes = ()
     if "warmup_epochs" not in overrides:
         config.warmup_epochs = min(config.warmup_epochs, SHORT_WARMUP * config.epochs)
@@ -1876,7 +1877,8 @@ def describe_recipes() -> str:
         f"a run shorter, its warm-up is at most {SHORT_WARMUP:.0%} of it):"
     ]
     for name, recipe in RECIPES.items():
-        words = [flag(key) + f" {value}" * (value is not True) for key, value in recipe.items()]
+        texts = {k: " ".join(map(str, v)) if k == "view_sizes" else v for k, v in recipe.items()}
+        words = [flag(key) + f" {value}" * (value is not True) for key, value in texts.items()]
         text = textwrap.fill(" ".join(words), 90, break_on_hyphens=False)
         paragraphs.append(f"  {name}:\n{textwrap.indent(text, '      ')}")
     return "\n".join(paragraphs)
@@ -1979,8 +1981,8 @@ def pretrain(
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise InputError(f"need uint8 (N, 3, H, W), got {images.dtype} {(*images.shape,)}")
-    # view_sizes: a module may need images of one size
-    defaults = dict(recipe="folder", run="tensors", view_sizes=(), knn_every=0)
+    defaults = dict(recipe="folder", run="tensors", knn_every=0)
+    defaults |= dict(view_size=0, views=2, batch_size=256, lr=0.06)  # a module may need one size
     config = make_config(**{**defaults, **settings})
     device = utils.choose_device(config.device)
     learned = Images(images).to(device)

@@ -300,12 +300,20 @@ class Embedding:
         with stage(f"features, {simclr.row_names(network.source.config)[name]}{epoch}"):
             return features_of(network, name, self.scene, self.device)
 
-    def positions(self, features: Arrays, name: str, start: np.ndarray | None = None) -> np.ndarray:
+    def positions(
+        self, network: Network, features: Arrays, name: str, start: np.ndarray | None = None
+    ) -> np.ndarray:
         """float32 (N, 2), not aligned. start: an arrangement (N, 2) for t-SNE to begin with."""
-        if self.options.method == "pca":
+        options, config, shown = self.options, network.config, self.scene.shown
+        if options.method == "pca":
             return features["components"][:, :2]
-        arguments = (features["components"], self.options.perplexity, self.options.seed, start)
-        file = self.cache / f"tsne-{name}-{joblib.hash(arguments)}.npz"
+        arguments = (features["components"], options.perplexity, options.seed, start)
+        # not of the features: a GPU may compute them with other last bits
+        key = [utils.file_digest(network.source.file), options.normalize, options.prefix]
+        key += [config.precision, config.image_size, config.range, arguments[1:]]
+        images = shown.paths if shown.images is None else shown.images.cpu().numpy()
+        key += [images, self.scene.rows.numpy()]
+        file = self.cache / f"tsne-{name}-{joblib.hash(key)}.npz"
         # a missing or damaged file raises many types: of zipfile, zlib, numpy and the system
         with contextlib.suppress(Exception), np.load(file, allow_pickle=False) as arrays:
             return arrays["xy"]
@@ -324,7 +332,8 @@ class Embedding:
         features = {name: self.features(self.network, name) for name in names | {"simclr": None}}
         # t-SNE releases Python's lock. Ctrl-C ends this pool at once: its threads are daemons
         with ThreadPool(utils.cpu_cores()) as pool:
-            maps = pool.starmap(self.positions, [(features[name], name) for name in names])
+            wanted = [(self.network, features[name], name) for name in names]
+            maps = pool.starmap(self.positions, wanted)
         positions = dict(zip(names, maps, strict=True))
         target = positions.get("simclr", next(iter(positions.values())))
         panels, titles = [], simclr.row_names(self.network.source.config)
@@ -344,13 +353,13 @@ class Embedding:
         if networks[-1].source.epoch < self.network.source.epoch:
             networks.append(self.network)
         features = self.features(self.network, "untrained")
-        xy = self.positions(features, "untrained")
+        xy = self.positions(self.network, features, "untrained")
         panels = [Panel("epoch0", "untrained", aligned(xy, xy), float(features["knn"]))]
         for network in networks:
             epoch = network.source.epoch
             name, before = f"epoch{epoch}", panels[-1].xy
             features = self.features(network, "simclr")
-            xy = aligned(self.positions(features, name, before), before)
+            xy = aligned(self.positions(network, features, name, before), before)
             panels.append(Panel(name, f"epoch {epoch}", xy, float(features["knn"])))
         return panels
 
@@ -641,7 +650,7 @@ def draw(embedding: Embedding, folder: Path, suffix: str) -> list[Path]:
     panels, features = embedding.panels()
     strip = embedding.epochs() if options.epochs else []
     size, seed = network.config.image_size, options.seed
-    method = f"t-SNE, perplexity {options.perplexity:.3g}" if options.method == "tsne" else "PCA"
+    method = f"t-SNE, perplexity {options.perplexity:.4g}" if options.method == "tsne" else "PCA"
     caption = f"{scene} · {method}"
     if scene.judged:
         caption += f" · kNN accuracy on the features (k = {simclr.KNN_NEIGHBOURS}, cosine)"
@@ -683,7 +692,10 @@ def run(where: str, options: Options) -> list[Path]:
     if not config.image_size:
         config.image_size = simclr.side_of(scene.shown)
     simclr.check_size(source, config.image_size)
-    options.perplexity = min(options.perplexity, (len(scene.rows) - 1) / 3)
+    most = (len(scene.rows) - 1) / 3  # t-SNE needs three times as many neighbours
+    if options.method == "tsne" and options.perplexity > most:
+        print(f"perplexity {most:.4g} instead of {options.perplexity:g}, for so few images")
+        options.perplexity = most
     why = "" if scene.judged else ", without accuracies: there are no labelled test images"
     print(f"drawing {scene}{why}")
     # figures of other images do not replace those of the run's own

@@ -395,9 +395,10 @@ def load_checkpoint(path: Path) -> dict:
                 return load_file(path)
             if zipfile.is_zipfile(path):
                 with zipfile.ZipFile(path) as archive:
-                    folder = any(part.external_attr & 16 for part in archive.infolist())
-                    if folder or archive.testzip():  # torch.load compares no checksums
-                        raise ValueError("it is damaged")  # it reads nothing of a folder
+                    # torch.load compares no checksums, and reads nothing of what is marked a folder
+                    marked = any(part.external_attr & 16 for part in archive.infolist())
+                    if marked or archive.testzip():
+                        raise ValueError("it is damaged")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # about files that are then refused
                 state = torch.load(path, map_location="cpu", weights_only=True)
@@ -1871,16 +1872,19 @@ def start_pool(workers: int) -> tuple[ProcessPoolExecutor, Tensor]:
 def _decode(
     requests: Iterator[DecodeRequest], workers: int
 ) -> Iterator[tuple[Tensor, dict[int, str]]]:
-    """The views of each request and what it returns, in order, by workers; by this process if 0.
+    """Yields the views of each request and its unreadable files, in order.
 
-    workers: at most one a core; -1: one a core. They wait for the next call, but end if requests
-    are left under way. Views are overwritten when the next are asked for. Raises InputError if a
-    worker has died, or does not answer when the run is to stop.
+    workers: processes that decode, at most one a core; -1: one a core; 0: this process decodes.
+    They wait for the next call, but end if requests are left under way. Views are overwritten when
+    the next are asked for. Raises InputError if a worker has died, or does not answer when the run
+    is to stop.
     """
     cores = max(1, cpu_cores() // rank_info().local_size)  # ranks on one machine share its cores
     workers = cores if workers < 0 else min(workers, cores)
     if not workers:
-        yield from ((request.views_in(_slots[0]), request()) for request in requests)
+        for request in requests:
+            bad = request()  # fills slot 0, which the next request overwrites
+            yield request.views_in(_slots[0]), bad
         return
     with errors_as_input_error(
         f"cannot start {workers} processes that decode images; --workers 0 needs none, and in a "

@@ -1,5 +1,6 @@
 """Small things that several tests need. No test downloads anything."""
 
+import csv
 import dataclasses
 import hashlib
 import itertools
@@ -218,11 +219,7 @@ def finished(tmp_path_factory):
     root, where = tmp_path_factory.mktemp("finished"), tmp_path_factory.mktemp("elsewhere")
     places = dict(checkpoints=str(root / "c"), figures=str(root / "f"))
     config = simclr.make_config(**TINY, **places, keep_every=1)
-    command = [
-        sys.executable, str(ROOT / "simclr.py"), "--width", "0.125", "--epochs", "4",
-        "--batch-size", "300", "--warmup-epochs", "1", "--knn-every", "2", "--device", "cpu",
-        "--keep-every", "1", "--checkpoints", str(root / "c"), "--figures", str(root / "f"),
-    ]  # fmt: skip
+    command = [sys.executable, str(ROOT / "simclr.py"), *flags_of(config)]
     threads = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: tests compare numbers exactly
     done = subprocess.run(
         command, cwd=where, env=threads, capture_output=True, text=True, check=False
@@ -248,8 +245,6 @@ def write_image():
 
 def rows_of(file):
     """The rows of a CSV file."""
-    import csv
-
     with open(file, newline="", encoding="utf-8") as text:
         return list(csv.DictReader(text))
 

@@ -484,7 +484,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = ["kills", "signals", "storage", *hostile.GROUPS]
-    parser.add_argument("--quick", action="store_true", help="a few of each, in a few minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer kills, signals, full disks")
     parser.add_argument("--times", type=int, default=1, metavar="N", help="N times as many")
     parser.add_argument("--only", nargs="+", default=names, choices=names, help="these groups")
     options = parser.parse_args()

@@ -321,11 +321,11 @@ def embed() -> None:
     load_simCLR.main(["photos_resnet10", "--embed", "photos", "--checkpoints", "c"])
 
 
-def images(every: int = 1) -> list[Outcome]:
+def images() -> list[Outcome]:
     """Odd image files: each gives exactly its pixels, or an error that names it."""
     count, good, bad = Outcome("odd images"), good_images(), bad_images()
     with temporary() as folder:
-        for name, (content, pixels, tolerance) in list(good.items())[::every]:
+        for name, (content, pixels, tolerance) in good.items():
             path = write_bytes(folder / name, content)
             count.add(repr(name)[:60], judge_good(path, pixels.astype(int), tolerance))
         for name, content in bad.items():

@@ -261,9 +261,7 @@ def main(argv: list[str] | None = None) -> None:
             rows = utils.read_jsonl(file)
             if not rows:
                 raise InputError(f"no race in {file} yet")
-            with utils.errors_as_input_error(f"{file} has a line that is no race"):
-                figure = draw(rows)
-            utils.save_figure(figure, Path(options.draw))
+            utils.save_figure(draw(rows), Path(options.draw))
             print(f"{len(rows)} races: {options.draw}")
             return
         file.parent.mkdir(parents=True, exist_ok=True)

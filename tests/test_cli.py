@@ -1,6 +1,7 @@
 """The command line: what is printed, and that bad input is one line and exit code 2."""
 
 import dataclasses
+import re
 import shlex
 import signal
 import subprocess
@@ -36,6 +37,9 @@ def fails(capsys, tmp_path, *argv):
     ("--lr inf", "--lr must be 1e-12 to 1e+30, got inf"),
     ("--image-size 7", "images of 7 px and views of 7 px: both need at least 8"),
     ("--view-size 5000", "--view-size must be 0 to 4096, got 5000"),
+    ("--view-sizes 0 8", "--view-sizes must be 0.01 to 4096, got (0.0, 8.0)"),
+    ("--view-sizes 4 16", "views of 4 px: both need at least 8"),
+    ("--views 1", "--views must be 2 to 64, got 1"),
     ("--width 0", "--width must be 0.015625 to 16"),
     ("--hue 0.9 --color-strength 1", "--hue 0.9 times s must be at most 0.5 turns"),
     ("--warmup-epochs 100", "--warmup-epochs 100.0 exceeds --epochs 90"),
@@ -173,3 +177,10 @@ def test_importing_does_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     assert not done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_links_of_the_documents_lead_to_files_of_the_project():
+    for page in (ROOT / "README.md", ROOT / "figures/README.md", ROOT / "tests/README.md"):
+        links = re.findall(r"\]\(([^)#:]+)[)#]", page.read_text(encoding="utf-8"))
+        assert links
+        assert [link for link in links if not (page.parent / link).exists()] == []

@@ -53,8 +53,8 @@ def test_an_interrupted_run_ends_as_one_that_was_not(gpu_config):
 
 
 def test_a_compiled_network_learns_what_a_plain_one_learns(gpu_config, unjudged, capsys):
-    """Six steps. Losses to 0.1 %, running statistics to 1 % of the largest of a layer."""
-    settings = dict(batch_size=35, epochs=1, optimizer="sgd", lr=0.01, lr_scaling="none")
+    """Six epochs of a step. Losses to 0.1 %, statistics to 1 % of the largest of a layer."""
+    settings = dict(batch_size=210, epochs=6, optimizer="sgd", lr=0.01, lr_scaling="none")
     plain, compiled = (gpu_config(run=x, compile=x, **settings) for x in ("off", "on"))
     simclr.run(plain)
     simclr.run(compiled)

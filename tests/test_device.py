@@ -1,4 +1,4 @@
-"""Training never waits for the device; what is said of devices. This needs no GPU.
+"""Training never waits for the device; what is refused or out of memory. This needs no GPU.
 
 Tensors on torch's device "meta" have shapes but no numbers. What would wait for a GPU until it has
 computed some, such as .item(), a mask as an index or `if tensor:`, is an error there.
@@ -80,18 +80,6 @@ def test_a_step_on_streamed_images_does_not_wait_for_the_device(tmp_path, write_
         write_image(tmp_path / name, size=(20, 16))
     files = Images(None, paths=np.array(names, "S"), root=tmp_path)
     assert train(settings("folder", workers=0), files) == STEPS
-
-
-@pytest.mark.parametrize(
-    ("fast", "device", "precision", "expected"),
-    [(True, "cuda", "bfloat16", "bfloat16"),
-     (True, "cuda", "float32", "float32 (convolutions in TF32)"),
-     (False, "cuda", "float32", "float32 (this GPU has no bfloat16)"),  # T4, V100, RTX 20
-     (False, "cpu", "float32", "float32")],
-)  # fmt: skip
-def test_precision_is_named_by_what_it_is(fast, device, precision, expected, monkeypatch):
-    monkeypatch.setattr(utils, "has_fast_bfloat16", lambda _: fast)
-    assert utils.describe_precision(precision, torch.device(device)) == expected
 
 
 def test_a_gpu_for_which_torch_has_no_kernels_is_refused(monkeypatch):

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,10 +19,8 @@ import faults
 import load_simCLR
 import simclr
 import utils
-from conftest import flags_of, load_run, position
+from conftest import ROOT, flags_of, load_run, position
 from utils import InputError
-
-HERE = Path(__file__).parent
 
 
 @pytest.fixture
@@ -88,7 +85,7 @@ def record_saves(monkeypatch, step_seconds, save_seconds=0.0):
 def test_real_runs_survive_a_few_of_each_fault():
     """Kills, signals and failing writes: see faults.py."""
     done = subprocess.run(
-        [sys.executable, str(HERE / "faults.py"), "--quick", "--only", "kills", "signals",
+        [sys.executable, str(ROOT / "tests/faults.py"), "--quick", "--only", "kills", "signals",
          "storage"],
         capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -130,9 +127,11 @@ def test_the_second_ctrl_c_ends_at_once():
                 os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])  # SIGINT: see test_cli.py
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_outside_training_gives_its_code(run_folder, monkeypatch, capsys, number):
     def stopped(*_, **__):
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt  # as Python does; a job of "&" ignores the signal
         os.kill(os.getpid(), number)
         time.sleep(1)
 
@@ -143,13 +142,9 @@ def test_a_signal_outside_training_gives_its_code(run_folder, monkeypatch, capsy
     assert "stopped; what had been saved before is kept" in capsys.readouterr().err
 
 
-def test_an_error_of_the_locked_work_is_not_the_locks(tmp_path):
-    """A reader that ends, as in `simclr.py | head -1`, says nothing about the lock's file."""
-    with pytest.raises(BrokenPipeError), utils.run_lock(tmp_path):
-        raise BrokenPipeError
-
-
 def test_a_lock_is_exclusive_and_dies_with_its_holder(tmp_path):
+    with pytest.raises(BrokenPipeError), utils.run_lock(tmp_path):
+        raise BrokenPipeError  # as in `simclr.py | head -1`: it is not the lock's error
     with utils.run_lock(tmp_path):
         with pytest.raises(InputError, match="another process is working on"):
             utils.run_lock(tmp_path).__enter__()

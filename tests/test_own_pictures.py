@@ -209,12 +209,6 @@ def test_a_linear_classifier_is_kept(pets, run, capsys):
     assert [row["predicted"] for row in rows] == [CLASSES[i] for i in predicted]
 
 
-def test_the_runs_own_folder_may_be_written_in_another_way(pets, run, tmp_path):
-    folder = f"{pets.root}/pets/."
-    evaluate(run, "--tasks", "knn", "--data-dir", folder, "--figures", tmp_path / "f")
-    assert (run / "evaluation.json").exists()
-
-
 def test_a_classifier_of_another_checkpoint_or_version_is_not_used(pets, run, tmp_path, capsys):
     evaluate(run, "--fine-tune", "--epochs", "1")
     file = run / "classifier.pt"
@@ -239,6 +233,10 @@ def test_a_classifier_of_another_checkpoint_or_version_is_not_used(pets, run, tm
 def test_wrong_calls_of_the_classifier(run, capsys):
     with pytest.raises(InputError, match=r"no checkpoint at .*classifier\.pt"):
         load_simCLR.load_classifier(run)
+    shutil.copy(run / "last.pt", run / "classifier.pt")
+    with pytest.raises(InputError, match=r"classifier\.pt is no classifier; --fine-tune makes one"):
+        load_simCLR.load_classifier(run)
+    (run / "classifier.pt").unlink()
     for words, text in {
         "--fine-tune --labels 1 2": "--fine-tune takes one label set, got 1 2",
         "--fine-tune --labels 7": "class 'größe 2' has only 6 training images",
@@ -311,11 +309,13 @@ def test_a_run_that_starts_from_another_run(pets, tmp_path, no_figure, capsys):
     start = utils.without_normalization(source.untrained(source.config)).state_dict()
     weights = utils.load_checkpoint(pets.config.folder / "last.pt")["model"]
     assert all(torch.equal(start[k], weights[f"encoder.{k}"]) for k in start)
-    flags = ("--labels", "2", "--seeds", "1", "--figures", tmp_path)
+    own = f"{pets.root}/pets/."  # the folder that the run learned from, in other words
+    flags = ("--labels", "2", "--seeds", "1", "--figures", tmp_path, "--data-dir", own)
     evaluate(config.folder, "--tasks", "semi", *flags)
     said = capsys.readouterr().out
     assert "before pre-training" in said
     assert "fine-tuning the weights before it" in said
+    assert (config.folder / "evaluation.json").exists()
 
 
 # ------------------------------------------------------------ is it learning, without labels?

@@ -9,7 +9,7 @@ import torch
 import ablation_SimCLR as ablation
 import simclr
 import utils
-from conftest import CPU, error_of, interrupt, load_run
+from conftest import CPU, interrupt, load_run
 from utils import InputError
 
 LOSSES = [(simclr.nt_xent, True), (simclr.LOSSES["dcl"], False)]  # whether the pair is in it
@@ -115,15 +115,6 @@ def test_a_growing_run_resumes_bit_for_bit_and_ends_with_new_statistics(
         inputs = model.encoder.conv1(next(data.pretrain.batches(16, 1000, CPU)))
     assert torch.allclose(model.encoder.bn1.running_mean, inputs.mean((0, 2, 3)), atol=0.02)
     assert model.encoder.bn1.momentum == 0.1
-
-
-def test_bad_values_are_one_line(capsys):
-    error = error_of(capsys, simclr.main, "--views", 1)
-    assert "--views must be 2 to 64, got 1" in error
-    error = error_of(capsys, simclr.main, "--view-sizes", 0, 8)
-    assert "--view-sizes must be 0.01 to 4096, got (0.0, 8.0)" in error
-    error = error_of(capsys, simclr.main, "--view-sizes", 4, 16)
-    assert "views of 4 px: both need at least 8" in error
 
 
 def test_studies_of_two_views_refuse_more():
