@@ -5,7 +5,7 @@
     python tSNE.py RUN --format pdf            # for a paper; also --panels, --perplexity, --seed
     python tSNE.py RUN --thumbnails            # the images themselves, on a grid
     python tSNE.py RUN --epochs                # through training, of simclr.py --keep-every K
-    python tSNE.py RUN --data-dir PHOTOS       # other images than those of the run
+    python tSNE.py RUN --dataset folder --data-dir PHOTOS   # other images than the run's
     python tSNE.py moco_v2.pth.tar --dataset cifar10    # another project's encoder
 
 writes to figures/<run>/

@@ -623,7 +623,7 @@ def many_files(options: Options) -> list[Row]:
         setup = Setup(options)
         config = simclr.make_config(
             dataset="folder", data_dir=f"{place}/images", arch="resnet10", width=0.0625,
-            image_size=16, batch_size=options.batch_size,
+            image_size=16, batch_size=options.batch_size, views=2, view_sizes=(),
         )  # fmt: skip
         started = time.perf_counter()
         data = simclr.load_data(config, setup.device).pretrain
