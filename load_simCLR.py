@@ -551,7 +551,7 @@ def mistake_tiles(evaluation: Evaluation, classes: Sequence[str]) -> list[tuple[
         image = data.image(index)[None]
         view = utils.to_uint8(utils.center_view(image, evaluation.config.image_size))[0]
         names = (utils.printable(classes[int(x[index])], 12) for x in (data.labels, predicted))
-        title = f"{' → '.join(names)}\n{100 * confidence[index]:.0f} %"
+        title = "\n→ ".join(names) + f", {100 * confidence[index]:.0f} %"
         tiles.append((view.permute(1, 2, 0).cpu().numpy(), title))
     return tiles
 

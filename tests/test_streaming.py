@@ -53,7 +53,7 @@ def streamed_config(tiny_config):
     def make(root, **overrides):
         options = dict(
             dataset="folder", data_dir=str(root), arch="resnet10", width=0.0625, head_dim=8,
-            image_size=SIDE, view_sizes=(), batch_size=5, epochs=2, knn_every=1, workers=0,
+            image_size=SIDE, views=2, view_sizes=(), batch_size=5, epochs=2, knn_every=1, workers=0,
         )  # fmt: skip
         return tiny_config(**{**options, **overrides})
 
