@@ -29,7 +29,6 @@ import hashlib
 import itertools
 import json
 import math
-import operator
 import statistics
 import sys
 import time
@@ -787,9 +786,8 @@ def make_base(given: dict[str, Any]) -> Config:
     base = simclr.make_config(**given)
     if "views" in given or base.views == 2:
         return base
-    size = base.batch_size * base.views // 2
-    peaks = (simclr.peak_learning_rate(base, n) for n in (base.batch_size, size))
-    lr = base.lr * operator.truediv(*peaks)  # so that the peak stays
+    size, peak = base.batch_size * base.views // 2, simclr.peak_learning_rate
+    lr = base.lr * peak(base, base.batch_size) / peak(base, size)  # the same peak
     return simclr.make_config(**{"views": 2, "batch_size": size, "lr": lr, **given})
 
 
