@@ -346,10 +346,10 @@ def test_figures_take_any_names_and_numbers_of_classes(classes, tmp_path, monkey
 
 def test_names_that_the_font_lacks_are_drawn_by_another_or_numbered(tmp_path, monkeypatch, capsys):
     manager = font_manager.fontManager
-    own = [font for font in manager.ttflist if matplotlib.get_data_path() in font.fname]
-    monkeypatch.setattr(manager, "ttflist", own)  # those that matplotlib brings
+    monkeypatch.setattr(manager, "ttflist", [])
     monkeypatch.setattr(font_manager, "findSystemFonts", list)
-    manager._findfont_cached.cache_clear()
+    for font in Path(matplotlib.get_data_path(), "fonts", "ttf").glob("*.ttf"):
+        manager.addfont(font)  # those that matplotlib brings; its cache need not list them
     legend, neighbours = draw_all(*odd_scene(["cat", "𝒜", "猫", "犬"]), tmp_path)
     assert legend == ["cat", "𝒜", "class 2", "class 3"]
     assert {"✓ class 2", "✗ 𝒜"} <= neighbours
