@@ -396,6 +396,7 @@ MOST_VECTOR_POINTS = 2000  # a panel of more becomes pixels in PDF and SVG
 MOST_NAMES = 10  # classes: up to here the names stand on the maps too
 MOST_LEGEND = 200  # classes: more would leave no room for the panels
 CHARACTER_WIDTH = 0.0565  # of a name on a map, which is 2 wide
+NAME_RADIUS = 0.1  # standard deviation of the kernel that estimates a class's density
 NAME_ROWS = np.linspace(-0.95, 0.95, 20).tolist()  # heights at which names stand
 GRID_FILL = 0.35  # share of the thumbnails' grid that holds an image
 GRID_PIXELS = 3000  # side of the grid
@@ -414,8 +415,8 @@ def unit_square(xy: np.ndarray) -> np.ndarray:
 def name_places(xy: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> list[tuple]:
     """Where the names of classes stand on a map: (class, x, y), no name on another.
 
-    xy: in [-1, 1]². A name stands as near as it can to the image at the median of its class. A
-    class without images has none. There are none where there are more than MOST_NAMES classes.
+    xy: in [-1, 1]². A name stands as near as it can to where its class is densest. A class without
+    images has none. There are none where there are more than MOST_NAMES classes.
     """
     if not 0 < len(names) <= MOST_NAMES:
         return []
@@ -423,7 +424,9 @@ def name_places(xy: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> lis
     places: list[tuple] = []
     for label in np.unique(labels).tolist():
         own, half = xy[labels == label], halves[label]
-        x, y = own[np.square(own - np.median(own, 0)).sum(1).argmin()].tolist()
+        own = own[:: 1 + len(own) // 1000]  # enough to estimate a density
+        squares = np.square(own[:, None] - own).sum(-1)  # (M, M) distances
+        x, y = own[np.exp(-squares / (2 * NAME_RADIUS**2)).sum(1).argmax()].tolist()
         x = min(max(x, half - 1), 1 - half)  # the name stays inside the map
         taken = [row for other, at, row in places if abs(x - at) <= half + halves[other]]
         free = [row for row in NAME_ROWS if row not in taken]

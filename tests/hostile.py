@@ -48,7 +48,7 @@ from utils import Images, InputError
 
 CPU = torch.device("cpu")
 SECONDS = 20.0  # of computing: a trial that takes longer has failed; most take a tenth
-MEMORY = 24 * 2**30  # bytes of address space that a trial gets, to protect the machine
+MEMORY = 8 * 2**30  # bytes of address space that a trial gets, to protect the machine
 
 # ---------------------------------------------------------------------------------------- a trial
 

@@ -295,6 +295,9 @@ def test_every_class_has_its_name_on_the_map(spread):
         if spread < 0.1:
             assert np.abs(xy[label] - (x, y)).max() < 0.5  # and at its class
     assert tSNE.name_places(xy, labels, [*names, *"abcde"]) == []  # too many for a map
+    halves = np.repeat([[-0.5, -0.5], [0.5, 0.5]], [40, 60], 0) + random.normal(0, 0.05, (100, 2))
+    [(_, x, y)] = tSNE.name_places(halves, np.zeros(100, int), ["a"])
+    assert abs(x - 0.5) < 0.2 > abs(y - 0.5)  # in the larger part of the class, not between both
 
 
 HARMLESS = (
