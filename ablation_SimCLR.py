@@ -984,8 +984,7 @@ def style_axis(axis: Any, title: str, values: str, metric: str, paper: bool) -> 
     axis.grid(color="0.9")
     axis.spines[["top", "right"]].set_visible(False)
     low, high = getattr(axis, f"get_{values}lim")()
-    least = SPAN.get(METRICS[metric].split()[-1], 0)
-    missing = max(0, least - (high - low)) / 2
+    missing = max(0, SPAN.get(METRICS[metric].split()[-1], 0) - (high - low)) / 2
     axis.set(**{f"{values}lim": (low - missing, high + missing)})
 
 
@@ -1005,6 +1004,8 @@ def draw_dots(figure: Any, study: Study, results: Results, our_title: str) -> No
             means, bars = paper_numbers(study, metric, results.settings), None
         axis.errorbar(means, rows, xerr=bars, fmt="o", capsize=3, color="black")
         axis.margins(x=0.15)
+        if "chance" in shown:  # these accuracies are compared with each other
+            axis.set_xlim(0, 105)
         title = "the paper, ImageNet" if paper else our_title
         style_axis(axis, f"{METRICS[metric]}\n{title}", "x", metric, paper)
     axes[0].set_yticks(rows, [s.label for s in results.settings])

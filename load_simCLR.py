@@ -12,7 +12,7 @@
 
 RUN is the name of a run, its folder or a checkpoint file. From Python:
 
-    from load_simCLR import load_encoder
+    from load_simCLR import load_classifier, load_encoder
     encoder = load_encoder("checkpoints/cifar10_resnet18")  # frozen, in eval mode
     h = encoder(images)    # float (B, 3, S, S) in [0, 1] -> (B, encoder.feature_dim)
     classifier = load_classifier("checkpoints/cifar10_resnet18")  # that --fine-tune has written
@@ -437,7 +437,7 @@ def text_of(results: dict, names: dict[str, str]) -> str:
         parts += [f"±: the sampling error of {images:,} images, and the spread over seeds if any"]
     for title, scores in ((column["title"], column["scores"]) for column in columns):
         if not scores:
-            parts += [f"{title}: not with {results['train_images']} training images"]
+            parts += [f"{title}: too few training images ({results['train_images']})"]
         if title.startswith("fine-tuned"):
             gain = statistics.fmean(scores["simclr"]) - statistics.fmean(scores["untrained"])
             begun = names["untrained"] != simclr.REPRESENTATIONS["untrained"]  # with --init
@@ -1409,11 +1409,11 @@ def detection_text(job: Detection, records: Sequence[dict]) -> str:
         for measure in ("AP", "AP50", "AP75") for n in job.amounts
     ]  # fmt: skip
     lines = [table(columns, job.titles)]
-    for n, row in itertools.product(job.amounts, ("scratch", "longer")):
-        if rival := scores_of(records, row, n, "AP50"):
-            ours = scores_of(records, "simclr", n, "AP50")[: len(rival)]  # of the same seeds
+    for column, row in itertools.product(columns, ("scratch", "longer")):
+        if rival := column["scores"][row]:
+            ours = column["scores"]["simclr"][: len(rival)]  # of the same seeds
             gain = 100 * (statistics.fmean(ours) - statistics.fmean(rival))
-            lines.append(f"{n:,} images: {job.titles['simclr']} is {abs(gain):.1f} points of AP50 "
+            lines.append(f"{column['title']}: {job.titles['simclr']} is {abs(gain):.1f} points "
                          f"{'better' if gain > 0 else 'worse'} than {job.titles[row]}"
                          f"{ONE_SEED * (len(rival) == 1)}")  # fmt: skip
     return "\n".join(lines)

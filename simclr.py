@@ -6,7 +6,7 @@ Chen, Kornblith, Norouzi and Hinton, ICML 2020, https://arxiv.org/abs/2002.05709
     python simclr.py --dataset cifar10                    # ResNet-18, on a GPU
     python simclr.py --dataset folder --data-dir photos   # your own images, labelled or not
     python simclr.py --show-views views.png               # see the augmentation before training
-    torchrun --nproc_per_node=8 -- simclr.py --dataset cifar10    # on eight GPUs, the same result
+    torchrun --nproc_per_node=8 -- simclr.py --dataset cifar10    # on eight GPUs, the same run
 
 The idea, in the notation of the paper, which the formulas of the code use:
 
@@ -78,16 +78,17 @@ class Config:
     but those with identity=False may change.
     """
 
-    recipe: str = setting("", "named settings (default: the one for the data set)", group="data")
+    recipe: str = setting("", "named settings, listed below; they replace the values in [ ] "
+                          "(default: the recipe for the data set)", group="data")
     dataset: str = setting("digits", "what to pre-train on", utils.DATASETS)
     data_dir: str = setting("data", "where data sets are kept and downloaded to; with 'folder' "
                             "your images", identity=False)
     labels_from: str = setting("", "another folder, with train/<class>/ and test/<class>/, to "
-                               "measure kNN on; data_dir is trained on", identity=False)
+                               "measure kNN on; all of --data-dir is trained on", identity=False)
     image_size: int = setting(0, "side in px that the encoder sees; 0: the images' own, or 224 if "
                               "their sizes vary", low=0, high=MAX_SIZE)
     view_size: int = setting(0, "side in px of all views in pre-training, instead of a recipe's "
-        "view_sizes; 0: image_size. Smaller is faster (arXiv 1906.06423)", low=0, high=MAX_SIZE)
+        "--view-sizes; 0: image_size. Smaller is faster (arXiv 1906.06423)", low=0, high=MAX_SIZE)
     view_sizes: tuple[float, ...] = setting((), "several sides, each for an equal part of the "
         "epochs: views that grow. Up to 1 they are shares of image_size, others are in px",
         low=0.01, high=MAX_SIZE)
@@ -1001,8 +1002,7 @@ def restore(
     if error := utils.unreadable_error(data.pretrain):
         raise error
     run.write_records(state)
-    if not complete(config, now):
-        print(f"continuing {config.folder} after {now.epoch} of {config.epochs} epochs")
+    print(f"continuing {config.folder} after {now.epoch} of {config.epochs} epochs")
 
 
 def compiled(model: SimCLR, config: Config, size: int, now: TrainState) -> nn.Module:
@@ -1490,7 +1490,7 @@ def check_same_run(record: dict, config: Config, data: Data) -> None:
         why = "; more epochs are another run, as the learning rate ends at zero" * longer
         raise InputError(
             f"{config.folder} holds a run with other settings: {', '.join(differ)}{why}. Choose "
-            f"another --run (--init {config.folder} starts from its weights), or --overwrite it"
+            f"another --run (--init {config.folder} starts from its weights), or --overwrite"
         )
 
 
@@ -2003,7 +2003,7 @@ def describe_run(config: Config, data: Data, device: torch.device) -> str:
     size, steps = batch_count(config, n)
     batch = f"{size} images a step" + " (all of them)" * (size < config.batch_size)
     sides = ", ".join(map(str, dict.fromkeys(config.view_sizes or (config.view_side,))))
-    rest = f"; each epoch leaves out {n - size * steps} at random" * (n > size * steps)
+    rest = f"; each epoch leaves out {n % size} at random, too few for a batch" * (n % size > 0)
     if config.hold_out and data.held_out is None and data.pretrain.labels is None:
         rest += f"; none held out: that needs {10 * FEWEST_HELD_OUT // 4} unlabelled images"
     start = f"\nstarts from {utils.from_here(config.init)}" if config.init else ""

@@ -251,6 +251,8 @@ def main(argv: list[str] | None = None) -> None:
     options = Options(**vars(parser.parse_args(argv)))
     utils.check_settings(options)
     checks, started, results = Checks(options), time.perf_counter(), {}
+    if not checks.cuda and options.device == "auto":
+        parser.error("there is no GPU; --tiny --device cpu only shows that this program works")
     for name, section in checks.sections().items():
         began = time.perf_counter()
         if began - started > 60 * options.minutes:
@@ -267,7 +269,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"  {key:42} {value}", flush=True)
         utils.write_json(checks.out / "gpu.json", results)
     failed = [name for name, result in results.items() if "FAILED" in result]
-    print(f"\nfailed: {', '.join(failed) or 'none'}; written to {checks.out / 'gpu.json'}")
+    print(f"\nfailed on {checks.device}: {', '.join(failed) or 'none'}")
+    print(f"written to {checks.out / 'gpu.json'}")
     raise SystemExit(bool(failed))
 
 

@@ -54,6 +54,13 @@ def test_bad_input_is_one_line(flags, capsys):
     error_of(capsys, benchmark.main, *flags, "--seconds", "0.01", "--device", "cpu")
 
 
+def test_the_gpu_checks_need_a_gpu(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        gpu.main(["--out", str(tmp_path)])
+    assert stop.value.code == 2
+    assert "there is no GPU" in capsys.readouterr().err
+
+
 def test_a_section_of_the_gpu_checks_fails_alone(tmp_path, capsys, monkeypatch):
     def broken():
         raise AssertionError("not equal")
@@ -71,4 +78,4 @@ def test_a_section_of_the_gpu_checks_fails_alone(tmp_path, capsys, monkeypatch):
     results = json.loads((tmp_path / "gpu.json").read_text())
     assert [name for name, found in results.items() if "FAILED" in found] == ["broken"]
     assert set(results) == {"broken", *chosen}
-    assert "failed: broken; written to" in capsys.readouterr().out
+    assert "failed on cpu: broken\n" in capsys.readouterr().out

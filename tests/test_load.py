@@ -342,7 +342,7 @@ def test_transfer_to_a_folder_of_uneven_classes(places, folder, tmp_path, write_
     by_title = {column["title"]: column for column in results["columns"]}
     assert set(by_title["linear"]["measures"]["simclr"]) == {"mean_per_class", "macro_f1", "auroc"}
     assert by_title["kNN, k = 200, weighted"]["scores"] == {}  # of 48 training images
-    assert "kNN, k = 200, weighted: not with 48 training images" in out
+    assert "kNN, k = 200, weighted: too few training images (48)" in out
     again = call(*places, "--tasks", "knn")
     assert not again["uneven_classes"]
     assert "Mean accuracy" not in capsys.readouterr().out

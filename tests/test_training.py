@@ -247,7 +247,7 @@ def test_the_logged_rates_are_the_schedules(small_config, unjudged, batch_size, 
 @pytest.mark.parametrize(
     ("n", "batch", "said"),
     [(2, 256, "2 images a step (all of them)"), (3, 256, "3 images a step (all of them)"),
-     (5, 2, " 2 epochs of 2 steps; each epoch leaves out 1 at random")],
+     (5, 2, " 2 epochs of 2 steps; each epoch leaves out 1 at random, too few for a batch")],
 )  # fmt: skip
 def test_very_small_data_sets(photo_config, no_figure, capsys, n, batch, said):
     config = photo_config(n, (12, 12), image_size=0, batch_size=batch)
