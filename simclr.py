@@ -1779,11 +1779,12 @@ def draw_training(
     for axis, (key, (title, unit, scale, color, limits)) in zip(axes, PANELS.items(), strict=False):
         rows = [row for row in log if key in row]
         x, y = [row["epoch"] for row in rows], [scale * row[key] for row in rows]
-        bars = [100 * utils.accuracy_error(row[key], row.get("knn_images", utils.FEW_IMAGES))
-                for row in rows] if key == "knn" else None  # fmt: skip
-        axis.errorbar(x, y, bars, color=color, elinewidth=0.8, marker="." * (len(rows) < 20))
+        axis.plot(x, y, color=color, marker="." * (len(rows) < 20))
+        for row, at in zip(rows, y, strict=True) if key == "knn" else ():
+            bar = scale * utils.accuracy_error(row[key], row.get("knn_images", utils.FEW_IMAGES))
+            axis.plot([row["epoch"]] * 2, [at - bar, at + bar], color=color, linewidth=0.8)
         if limits:
-            axis.set_ylim(*limits)
+            axis.set_ylim(limits[0], limits[1] or 1.05 * axis.get_ylim()[1])
         axis.set(title=title, ylabel=unit)
         axis.grid(color="0.9")
         axis.spines[["top", "right"]].set_visible(False)
@@ -1795,7 +1796,7 @@ def draw_training(
     if config.loss != "nt-xent":
         loss.set_title(f"Loss {config.loss}, not NT-Xent")
     loss.axhline(chance, **grey, linestyle="--", label=f"chance, {chance:.2f}")
-    loss.set_ylim(min(0, *(row["loss"] for row in log)), None)  # DCL's may be negative
+    loss.set_ylim(min(0, *(row["loss"] for row in log)), 1.05 * loss.get_ylim()[1])  # DCL: < 0
     by_chance = (views - 1) / (views * size - 1)
     guess.axhline(100 * by_chance, **grey, linestyle="--", label=f"chance, {by_chance:.2%}")
     for key, style in {"pixels": "--", "untrained": ":"}.items() if baselines else ():
@@ -1803,7 +1804,7 @@ def draw_training(
     knn.set_ylabel(f"% of {config.knn_split} images")
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     for axis in (loss, guess, *[knn] * bool(baselines)):
-        axis.legend(fontsize=8)  # where it hides no curve
+        axis.legend(fontsize=8)  # where it hides no line
     if not any("knn" in row for row in log):
         knn.set_yticks([])
         knn.text(0.5, 0.5, "not measured", ha="center", transform=knn.transAxes, color="0.4")

@@ -115,8 +115,7 @@ def until_error(items: Iterable, errors: list[InputError]) -> Iterator:
         yield from items
     except InputError as error:
         if world_size() > 1:
-            again = "the same command continues from the last checkpoint"
-            raise InputError(f"{error}; {again}") from error
+            raise InputError(f"{error}; continue from the last save by the same command") from error
         errors.append(error)
 
 

@@ -315,7 +315,7 @@ def test_the_others_end_when_one_does(fails, group, tiny_config):
     assert sum("lost the connection to another rank" in line for line in lines) == 2
     assert len(lines) == (2 if fails == "killed" else 3)
     assert "is saved" not in said
-    assert ("continues from the last checkpoint" in said) == (fails == "decoding")
+    assert ("continue from the last save by the same command" in said) == (fails == "decoding")
     assert "Traceback" not in said
 
 
