@@ -1173,12 +1173,12 @@ def parse_command_line(argv: Sequence[str] | None) -> tuple[list[str], int, dict
 
 def list_studies(given: dict[str, Any], seeds: int, data: Data, device: torch.device) -> None:
     """Print the question of each study, its number of runs, and the time that they still take."""
+    print(f"on {describe_base(given)}, {seeds} seed{'s' * (seeds != 1)}, {device}:\n", flush=True)
     config = simclr.resolve(make_base(given), data.pretrain, device)
     model = utils.on_device(simclr.make_model(config), device)
     views = torch.zeros((TIMED_VIEWS, 3, config.view_side, config.view_side), device=device)
     per_view = simclr.seconds_a_pass(model, views, config) / TIMED_VIEWS
     times, every = dict.fromkeys(STUDIES, math.inf), []
-    print(f"on {describe_base(given)}, {seeds} seed{'s' * (seeds != 1)}, {device}:\n")
     for name, study in STUDIES.items():
         try:
             jobs = make_jobs(name, given, seeds)
