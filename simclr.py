@@ -1796,7 +1796,7 @@ def draw_training(
     if config.loss != "nt-xent":
         loss.set_title(f"Loss {config.loss}, not NT-Xent")
     loss.axhline(chance, **grey, linestyle="--", label=f"chance, {chance:.2f}")
-    loss.set_ylim(min(0, *(row["loss"] for row in log)), 1.05 * loss.get_ylim()[1])  # DCL: < 0
+    loss.set_ylim(min(0, *(row["loss"] for row in log)), 1.05 * loss.get_ylim()[1])  # may be < 0
     by_chance = (views - 1) / (views * size - 1)
     guess.axhline(100 * by_chance, **grey, linestyle="--", label=f"chance, {by_chance:.2%}")
     for key, style in {"pixels": "--", "untrained": ":"}.items() if baselines else ():

@@ -425,7 +425,7 @@ def name_places(xy: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> lis
     for label in np.unique(labels).tolist():
         own, half = xy[labels == label], halves[label]
         own = own[:: 1 + len(own) // 1000]  # enough to estimate a density
-        squares = np.square(own[:, None] - own).sum(-1)  # (M, M) distances
+        squares = np.square(own[:, None] - own).sum(-1)  # (M, M) squared distances
         x, y = own[np.exp(-squares / (2 * NAME_RADIUS**2)).sum(1).argmax()].tolist()
         x = min(max(x, half - 1), 1 - half)  # the name stays inside the map
         taken = [row for other, at, row in places if abs(x - at) <= half + halves[other]]

@@ -447,8 +447,8 @@ def test_the_figure_shows_what_was_logged():
     assert guess.lines[0].get_ydata()[-1] == 50
     assert knn.lines[0].get_xdata().tolist() == [5, 10]
     assert knn.lines[0].get_ydata().tolist() == [50, 75]
-    rows[4]["knn_images"] = 25  # a sampling error of 10 %
     assert [line.get_ydata()[0] for line in knn.lines[-2:]] == [40, 30]
+    rows[4]["knn_images"] = 25  # a sampling error of 10 %
     knn = simclr.draw_training(simclr.Config(), rows, 256).axes[2]
     assert list(knn.lines[1].get_ydata()) == [40, 60]
     assert rate.lines[0].get_ydata()[0] == 0.1
